@@ -1,0 +1,37 @@
+# Every target makes .venv first (see .ci/make-venv: uv or pip, Python 3.11-3.13); PYTHON=… chooses the interpreter.
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint bench soak clean help
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+$(STAMP): pyproject.toml .ci/make-venv
+	@./.ci/make-venv
+	@touch $@
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-7s %s\n", $$1, $$2 }'
+
+demo: $(STAMP) ## store a few files of this project through a ProxyStorage and read them back
+	$(PY) examples/first.py README.md pyproject.toml LICENSE
+
+test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
+	$(PY) -m pytest --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
+
+soak: $(STAMP) ## run the tests that take minutes
+	APROXY_SOAK=1 $(PY) -m pytest -m soak --durations=15 $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict aproxy_storage sync_bridge $(wildcard tests/typing)
+
+bench: $(STAMP) ## compare with hand-made floors and django-proxy-storage (BENCH_ARGS="--only small --rounds 5")
+	$(PY) benchmarks/run.py $(BENCH_ARGS)
+
+clean: ## remove .venv and everything that the other targets made
+	rm -rf .venv dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
