@@ -1,0 +1,1 @@
+"""Original backends: they keep the bytes. One module each; import the one you use."""

@@ -1,0 +1,343 @@
+"""The contract of an original backend, and everything that all of them share.
+
+To write a backend, subclass `Backend`, set `capabilities`, implement the hooks ``_write _read _stat _discard`` and
+those of ``_list _copy _url`` that the capabilities promise, and hold it to ``aproxy_storage.testing.BackendTests``.
+The public methods check the key, apply the deadline, map native errors and say where they happened, once, here.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+from ..cleanup import Cleanup
+from ..content import Source
+from ..errors import (
+    BackendUnavailable,
+    DeadlineExceeded,
+    NotSupported,
+    StorageError,
+    from_os_error,
+)
+from ..paths import check_path
+from ..records import ByteRange, Capabilities, ObjectInfo
+from ..timeouts import Timeouts
+
+__all__ = ["DEFAULT_CHUNK_BYTES", "Backend", "Reader"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DEFAULT_CHUNK_BYTES = 1 << 20
+
+
+class Reader:
+    """The bytes of one object, or of a range of it, in chunks: an async iterator that knows its `info`.
+
+    `info.size` is the size of the whole object, whatever the range. A backend subclasses it or passes an iterator.
+    """
+
+    def __init__(self, info: ObjectInfo, chunks: AsyncIterator[bytes] | None = None, *, data: bytes = b"") -> None:
+        self.info = info
+        self.data: bytes | None = None if chunks is not None else data  # the whole answer, where it is at hand
+        self._chunks = chunks
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._chunks is not None:
+            return await anext(self._chunks)
+        data, self.data = self.data, b""
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def aclose(self) -> None:
+        """Release what the reader holds; idempotent."""
+        close = getattr(self._chunks, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class Backend(abc.ABC):
+    """Keeps bytes under keys.
+
+    Objects are module-level constants: constructors only store, everything bound to a loop or a process is made on
+    first use and may be made again after `aclose` or a fork. Every method may be called from any event loop.
+    """
+
+    capabilities: ClassVar[Capabilities] | Capabilities
+    #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
+    keeps_deadlines: ClassVar[bool] = False
+
+    def __init__(self, *, timeouts: Timeouts | None = None) -> None:
+        self.timeouts = timeouts or Timeouts()
+        self.cleanup = Cleanup(str(self))
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    # -- the contract
+
+    async def write(
+        self,
+        key: str,
+        source: Any,
+        *,
+        size: int | None = None,
+        content_type: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        token: str | None = None,
+        durable: bool = False,
+    ) -> ObjectInfo:
+        """Create the object `key` from `source` (a `Source`, or anything `Source.of` takes).
+
+        All or nothing: after an error, a cancellation or a crash nothing is visible at the key, and a truncated
+        source never becomes an object. `token` names this write: it is kept with the object where
+        ``capabilities.tokens``, and names what a broken write leaves, so that `discard` finds it.
+        `durable`: the object survives a power failure from the moment of the return on.
+
+        Returns:
+            What is known of the new object, the size at least.
+
+        Raises:
+            AlreadyExists: the key is taken; the object there is untouched.
+            ContentError: the source failed, was shorter or longer than `size`; nothing is stored.
+            InvalidPath, AccessDenied, OutOfSpace, BackendUnavailable, DeadlineExceeded.
+
+        After an error or a cancellation whose ``outcome_unknown`` (see `errors.outcome_unknown`) is true the object
+        may still appear.
+        """
+        self.check_key(key)
+        prepared = source if isinstance(source, Source) else Source.of(source, size=size)
+        work = self._write(
+            key, prepared, content_type=content_type, metadata=metadata or {}, token=token, durable=durable
+        )
+        try:
+            return await self._call("write", key, work if self.keeps_deadlines else self._watched(prepared, work), None)
+        finally:
+            if prepared is not source:
+                await prepared.aclose()
+
+    def read(
+        self, key: str, *, byte_range: ByteRange | None = None, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    ) -> _Reading:
+        """Return an async context manager that gives a `Reader` of the object's bytes.
+
+        Bounded memory, one round trip where the service allows it, pinned to one version of the object: if that
+        vanishes or changes under the reader, ``Conflict`` is raised, never a mixture returned.
+
+        Raises (on entering):
+            NotFound, AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        if chunk_bytes < 1:
+            raise ValueError("chunk_bytes must be positive")
+        return _Reading(self, key, byte_range, chunk_bytes)
+
+    async def stat(self, key: str) -> ObjectInfo:
+        """Return what the service knows of the object.
+
+        Raises:
+            NotFound: there is none. AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        return await self._call("stat", key, self._stat(key), self.timeouts.operation)
+
+    async def discard(self, key: str, *, token: str | None = None) -> None:
+        """Remove the object and whatever a broken write of it left; idempotent.
+
+        With `token`, only what that write may have left: an object known to carry another token, or none where
+        the service could have kept one, stays. Names that could never have been written are silently gone already.
+
+        Raises:
+            AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        await self._call("discard", key, self._discard(key, token=token), self.timeouts.operation)
+
+    def list(
+        self, prefix: str = "", *, after: str | None = None, delimiter: str | None = None
+    ) -> AsyncIterator[ObjectInfo]:
+        """Iterate over the objects whose key begins with `prefix` and is greater than `after`, in byte order.
+
+        With a `delimiter`, keys with that text after the prefix are rolled up into one entry with `is_prefix`.
+        Memory is bounded by one directory or page.
+
+        Raises:
+            NotSupported: see ``capabilities.list``. BackendUnavailable, DeadlineExceeded.
+        """
+        self._need(self.capabilities.list, "list")
+        return self._mapped_iterator("list", prefix, self._list(prefix, after=after, delimiter=delimiter))
+
+    async def copy(self, key: str, new_key: str, *, token: str | None = None, durable: bool = False) -> ObjectInfo:
+        """Copy an object on the server, with the promises of `write`.
+
+        Raises:
+            NotSupported: see ``capabilities.server_copy``. NotFound, AlreadyExists, and as `write`.
+        """
+        self._need(self.capabilities.server_copy, "copy")
+        self.check_key(new_key)
+        return await self._call("copy", key, self._copy(key, new_key, token=token, durable=durable), None)
+
+    async def url(self, key: str, *, expires_in: float | None = None, **options: Any) -> str:
+        """Return a public URL, or a signed one valid for `expires_in` seconds.
+
+        Raises:
+            NotSupported: see ``capabilities.url``.
+        """
+        self._need(self.capabilities.url, "url")
+        return await self._call("url", key, self._url(key, expires_in=expires_in, **options), self.timeouts.operation)
+
+    def full_path(self, key: str) -> str:
+        """Return the name a human would use, e.g. ``/srv/media/om.png`` or ``s3://bucket/om.png``."""
+        return key
+
+    async def aclose(self) -> None:
+        """Release what the running loop holds; idempotent. The backend can be used again afterwards."""
+        await self.cleanup.drain(within=self.timeouts.cleanup)
+        await self._aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def check_key(self, key: str) -> None:
+        """Raise InvalidPath unless a new object may be named `key`; before any I/O."""
+        capabilities = self.capabilities
+        check_path(key, max_bytes=capabilities.max_key_bytes, max_segment_bytes=capabilities.max_segment_bytes)
+
+    # -- the hooks
+
+    @abc.abstractmethod
+    async def _write(
+        self,
+        key: str,
+        source: Source,
+        *,
+        content_type: str | None,
+        metadata: Mapping[str, str],
+        token: str | None,
+        durable: bool,
+    ) -> ObjectInfo: ...
+
+    @abc.abstractmethod
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader: ...
+
+    @abc.abstractmethod
+    async def _stat(self, key: str) -> ObjectInfo: ...
+
+    @abc.abstractmethod
+    async def _discard(self, key: str, *, token: str | None) -> None: ...
+
+    def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
+        raise NotImplementedError
+
+    async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
+        raise NotImplementedError
+
+    async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
+        raise NotImplementedError
+
+    async def _aclose(self) -> None:
+        pass
+
+    def _map_error(self, error: Exception, what: str) -> StorageError:
+        """Return our error for a native one. Extend it with the driver's; fall back to this."""
+        if isinstance(error, TimeoutError):
+            return DeadlineExceeded(f"could not {what} in time", outcome_unknown=True)
+        if isinstance(error, OSError):
+            return from_os_error(error, what)
+        return BackendUnavailable(
+            f"could not {what}: unexpected {type(error).__name__}", retryable=False, outcome_unknown=True
+        )
+
+    # -- what the public methods share
+
+    async def _watched(self, source: Source, work: Awaitable[T]) -> T:
+        async with source.watched(self.timeouts.idle):
+            return await work
+
+    async def _call(self, operation: str, key: str, work: Awaitable[T], seconds: float | None) -> T:
+        try:
+            if seconds is None or self.keeps_deadlines:
+                return await work
+            async with asyncio.timeout(seconds):
+                return await work
+        except StorageError as error:
+            raise error.located(operation=operation, path=key, backend=str(self))
+        except Exception as error:
+            raise self._located(error, operation, key) from error
+
+    def _located(self, error: Exception, operation: str, key: str) -> StorageError:
+        mapped = error if isinstance(error, StorageError) else self._map_error(error, f"{operation} {key!r} in {self}")
+        return mapped.located(operation=operation, path=key, backend=str(self))
+
+    async def _mapped_iterator(self, operation: str, key: str, items: AsyncIterator[T]) -> AsyncIterator[T]:
+        try:
+            async for item in items:
+                yield item
+        except StorageError as error:
+            raise error.located(operation=operation, path=key, backend=str(self))
+        except Exception as error:
+            raise self._located(error, operation, key) from error
+
+    def _need(self, capability: bool, operation: str) -> None:
+        if not capability:
+            raise NotSupported(f"{self} cannot {operation}", operation=operation, backend=str(self))
+
+
+class _Reading:
+    """What `Backend.read` returns: opens on entering, maps errors and keeps the idle limit while iterating."""
+
+    __slots__ = ("_backend", "_byte_range", "_chunk_bytes", "_key", "_reader", "data", "info")
+
+    info: ObjectInfo
+
+    def __init__(self, backend: Backend, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> None:
+        self._backend = backend
+        self._key = key
+        self._byte_range = byte_range
+        self._chunk_bytes = chunk_bytes
+        self._reader: Reader | None = None
+
+    async def __aenter__(self) -> Self:
+        backend = self._backend
+        self._reader = await backend._call(
+            "read", self._key, backend._read(self._key, self._byte_range, self._chunk_bytes), backend.timeouts.idle
+        )
+        self.info = self._reader.info
+        self.data: bytes | None = self._reader.data
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await reader.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._reader is None:
+            raise StopAsyncIteration
+        backend = self._backend
+        try:
+            if backend.keeps_deadlines:
+                return await anext(self._reader)
+            async with asyncio.timeout(backend.timeouts.idle):
+                return await anext(self._reader)
+        except StopAsyncIteration:
+            raise
+        except Exception as error:
+            mapped = backend._located(error, "read", self._key)
+            if mapped is error:
+                raise
+            raise mapped from error

@@ -1,0 +1,74 @@
+"""Cleanup that survives the cancellation of the caller it cleans up for.
+
+``finally: await close()`` is lost when the waiting task is cancelled a second time, and inside a cancelled scope of
+AnyIO at once. So the work runs in a task that the *owner* (a storage, a backend) holds and that its ``aclose()``
+drains. This module is the only place of the library that makes a bare task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from .loops import PerLoop
+
+__all__ = ["Cleanup"]
+
+_log = logging.getLogger(__name__)
+
+
+class Cleanup:
+    """The cleanup tasks of one owner, per event loop."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self._tasks: PerLoop[set[asyncio.Task[Any]]] = PerLoop(set)
+
+    def start(self, work: Coroutine[Any, Any, Any], *, name: str = "cleanup") -> asyncio.Task[Any]:
+        """Run `work` in a task of the owner's, in an empty context, and return that task.
+
+        The empty context keeps it from holding on to the variables (request, connection, transaction) of the
+        call that is going away.
+        """
+        tasks = self._tasks.get()
+        task = asyncio.get_running_loop().create_task(
+            work, name=f"aproxy_storage {self._owner}: {name}", context=contextvars.Context()
+        )
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(self._log_failure)
+        return task
+
+    async def finish(self, work: Coroutine[Any, Any, Any], *, within: float, name: str = "cleanup") -> bool:
+        """Run `work` in a task of the owner's and wait for it at most `within` seconds; return whether it ended.
+
+        A failure of `work` is logged, not raised: the caller is on its way out with an error of its own.
+        If the caller is cancelled while it waits, the CancelledError is raised and `work` goes on.
+        """
+        task = self.start(work, name=name)
+        done, _ = await asyncio.wait({task}, timeout=within)
+        return bool(done)
+
+    async def drain(self, *, within: float) -> None:
+        """Wait until this loop's cleanup tasks have ended; those that take longer than `within` seconds are cancelled."""
+        tasks = self._tasks.pop()
+        if not tasks:
+            return
+        pending = set(tasks)
+        deadline = asyncio.get_running_loop().time() + within
+        while pending:
+            left = deadline - asyncio.get_running_loop().time()
+            _, pending = await asyncio.wait(pending, timeout=max(left, 0.0))
+            if pending and left <= 0:
+                _log.warning("%s: %d cleanup tasks cut short; reconcile will finish them", self._owner, len(pending))
+                for task in pending:
+                    task.cancel()
+                await asyncio.wait(pending, timeout=1.0)
+                return
+
+    def _log_failure(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("%s: %s failed; reconcile will finish it: %r", self._owner, task.get_name(), error)

@@ -1,0 +1,226 @@
+"""The value objects that cross every boundary: records, places, object infos, ranges, capabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from .backends.base import Backend
+    from .proxy import ProxyStorage
+
+__all__ = [
+    "DELETING",
+    "PENDING",
+    "STORED",
+    "ByteRange",
+    "Capabilities",
+    "CommonPrefix",
+    "MetaRecord",
+    "ObjectInfo",
+    "Place",
+    "PlaceState",
+    "Revision",
+    "State",
+]
+
+State = Literal["pending", "stored", "deleting"]
+PENDING: State = "pending"
+STORED: State = "stored"
+DELETING: State = "deleting"
+
+PlaceState = Literal["good", "doubtful", "surplus"]
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+class Revision(NamedTuple):
+    """What every compare-and-set compares: the reservation's token, and the version it has reached."""
+
+    token: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One (original, key) that holds or may hold bytes of a record.
+
+    `state` is ``"good"`` (whole bytes of this record), ``"doubtful"`` (an operation on it may still land) or
+    ``"surplus"`` (not wanted any more: to be discarded once the record's lease has run out).
+    """
+
+    original: str
+    key: str
+    state: PlaceState = "good"
+
+
+@dataclass(frozen=True, slots=True)
+class MetaRecord(Mapping[str, Any]):
+    """What a meta-backend knows of one file. Reads like a mapping too: ``record["path"]``.
+
+    `original_storage_name` and `original_storage_path` name the primary place; `places` names further ones (and
+    the primary one again where its state differs from what `state` implies; see `all_places`).
+
+    `lease` is set while something is left to do for the record, and is the moment, by the clock of the
+    meta-backend's database, from which anybody may do it. A plain stored record has none.
+    `native` holds what the database adds, ``id`` or ``_id`` above all.
+    """
+
+    path: str
+    proxy_storage_name: str = ""
+    original_storage_name: str = ""
+    original_storage_path: str = ""
+    state: State = STORED
+    token: str = ""
+    version: int = 0
+    places: tuple[Place, ...] = ()
+    lease: datetime | None = None
+    size: int | None = None
+    checksum: str | None = None
+    content_type: str | None = None
+    name: str | None = None
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    extra: Mapping[str, Any] = field(default=_EMPTY)
+    native: Mapping[str, Any] = field(default=_EMPTY, compare=False, repr=False)
+
+    @property
+    def revision(self) -> Revision:
+        """The pair that a compare-and-set of this record must find unchanged."""
+        return Revision(self.token, self.version)
+
+    @property
+    def primary(self) -> Place:
+        """The place that reads go to, with the state that the record's own state implies."""
+        implied: PlaceState = "good" if self.state == STORED else "doubtful"
+        for place in self.places:
+            if place.key == self.original_storage_path and place.original == self.original_storage_name:
+                return place
+        return Place(self.original_storage_name, self.original_storage_path, implied)
+
+    def all_places(self) -> tuple[Place, ...]:
+        """Return every place that holds or may hold bytes of this file, the primary one first."""
+        primary = self.primary
+        return (primary, *(place for place in self.places if place is not primary))
+
+    def get_proxy_storage(self) -> ProxyStorage:
+        """Return the registered storage that this record belongs to.
+
+        Raises:
+            ConfigurationError: no storage of that name is registered.
+        """
+        from .registry import get_storage  # noqa: PLC0415  the one upward reference, lazy on purpose
+
+        return get_storage(self.proxy_storage_name)
+
+    def get_original_storage(self) -> Backend:
+        """Return the original backend that holds the bytes."""
+        return self.get_proxy_storage().get_original(self.original_storage_name)
+
+    def get_original_storage_full_path(self) -> str:
+        """Return the name a human would use for the bytes, e.g. ``/srv/media/om.png``."""
+        return self.get_original_storage().full_path(self.original_storage_path)
+
+    # Equality is that of the dataclass; only the reading side of Mapping is wanted.
+    def __getitem__(self, key: str) -> Any:
+        if key in _RECORD_FIELDS:
+            return getattr(self, key)
+        if key in self.native:
+            return self.native[key]
+        return self.extra[key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from _RECORD_FIELDS
+        yield from (key for key in self.native if key not in _RECORD_FIELDS)
+        yield from (key for key in self.extra if key not in _RECORD_FIELDS and key not in self.native)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.token, self.version))
+
+
+_RECORD_FIELDS = frozenset(f.name for f in fields(MetaRecord) if f.name != "native")
+
+
+@dataclass(frozen=True, slots=True)
+class CommonPrefix:
+    """A "directory" of a listing with a delimiter: at least one path begins with `path`, which ends in it."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What an original backend knows of one object. Unknown is None.
+
+    `token` is the one given to the write, for services that can keep it with the object.
+    With ``list(delimiter=…)`` an entry with `is_prefix` stands for all keys that begin with `key`.
+    """
+
+    key: str
+    size: int | None = None
+    modified_at: datetime | None = None
+    etag: str | None = None
+    content_type: str | None = None
+    metadata: Mapping[str, str] = field(default=_EMPTY)
+    token: str | None = None
+    is_prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A part of a file: ``ByteRange(10, 20)`` is bytes 10 to 19, ``ByteRange(10)`` all from 10 on,
+    ``ByteRange.last(5)`` the last five. Like a slice, it may reach beyond the end.
+    """
+
+    start: int = 0
+    end: int | None = None
+    suffix: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.end is not None and self.end < self.start) or (self.suffix or 0) < 0:
+            raise ValueError(f"not a byte range: start={self.start}, end={self.end}, suffix={self.suffix}")
+        if self.suffix is not None and (self.start, self.end) != (0, None):
+            raise ValueError("a byte range is either start and end, or a suffix")
+
+    @classmethod
+    def last(cls, count: int) -> ByteRange:
+        """Return the range of the last `count` bytes."""
+        return cls(suffix=count)
+
+    def resolve(self, size: int) -> tuple[int, int]:
+        """Return (start, stop) for a file of `size` bytes, clipped to it; empty where nothing overlaps."""
+        if self.suffix is not None:
+            return max(0, size - self.suffix), size
+        stop = size if self.end is None else min(self.end, size)
+        return min(self.start, stop), stop
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an original backend can do: data, to be asked before the call, not found out by an exception.
+
+    `conditional_create`: of several simultaneous writes to one key exactly one succeeds.
+    `tokens`: objects keep the token of their write, so that a doubtful object can be told from somebody else's.
+    `max_key_bytes`, `max_segment_bytes`: limits in UTF-8 bytes of a key, and of one ``/``-separated part.
+    """
+
+    conditional_create: bool = False
+    range_read: bool = False
+    list: bool = False
+    url: bool = False
+    modified_time: bool = False
+    server_copy: bool = False
+    metadata: bool = False
+    content_type: bool = False
+    tokens: bool = False
+    max_key_bytes: int = 1024
+    max_segment_bytes: int | None = None

@@ -1,0 +1,54 @@
+"""Named storages: finds the storage of a record. Filled by whoever configures the program; nothing at import."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from .proxy import ProxyStorage
+
+__all__ = ["get_storage", "register", "registered_names", "unregister"]
+
+_storages: dict[str, ProxyStorage] = {}
+
+
+def register(storage: ProxyStorage) -> ProxyStorage:
+    """Make `storage` known under its name; return it. Registering the same object again changes nothing.
+
+    Raises:
+        ConfigurationError: another storage is registered under that name.
+    """
+    known = _storages.setdefault(storage.name, storage)
+    if known is not storage:
+        raise ConfigurationError(
+            f"two storages are named {storage.name!r}; the name is written into every record, so it must tell them"
+            " apart (unregister() the first if it was meant to be replaced)"
+        )
+    return storage
+
+
+def unregister(name: str) -> None:
+    """Forget the storage of that name, if any."""
+    _storages.pop(name, None)
+
+
+def get_storage(name: str) -> ProxyStorage:
+    """Return the storage registered under `name`.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    try:
+        return _storages[name]
+    except KeyError:
+        known = ", ".join(map(repr, sorted(_storages))) or "none"
+        raise ConfigurationError(
+            f"no storage named {name!r} is registered (known: {known}); call aproxy_storage.registry.register(storage)"
+        ) from None
+
+
+def registered_names() -> tuple[str, ...]:
+    """Return the names of all registered storages, sorted."""
+    return tuple(sorted(_storages))

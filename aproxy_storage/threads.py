@@ -1,0 +1,273 @@
+"""Bounded worker threads for blocking backends, where small jobs that wait together share a hop.
+
+A hop into a thread and back costs more than most of the work done there: a wake-up of the worker, one of the event
+loop. So a worker takes what waits, up to `share` jobs, and answers with one wake-up of the loop.
+
+Why not ``ThreadPoolExecutor``: it wakes the loop for every job, and joins its threads when the interpreter exits, so
+that one call hung in the kernel would keep the process alive for ever. These threads are daemons.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from .errors import BackendUnavailable, DeadlineExceeded
+from .loops import PerLoop
+
+__all__ = ["Job", "Workers"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TICK = 0.05  # seconds between two looks at deadlines and stuck batches, while anything is under way
+_IDLE = 10.0  # seconds after which a worker without work ends
+
+
+class Job:
+    """One function to be called in a worker, and where its answer goes."""
+
+    __slots__ = ("answers", "deadline", "error", "function", "future", "started", "value")
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        future: asyncio.Future[Any] | concurrent.futures.Future[Any],
+        answers: _Answers | None,
+    ) -> None:
+        self.function = function
+        self.future = future
+        self.answers = answers  # None: the future is a concurrent one, and is answered at once
+        self.deadline: float | None = None
+        self.started = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Call the function and keep its result or error; called in the worker."""
+        self.started = True
+        try:
+            self.value = self.function()
+        except BaseException as error:  # noqa: BLE001  handed to the waiting task
+            self.error = error
+
+    def resolve(self) -> None:
+        """Give the result or error to whoever waits; called where the future may be touched."""
+        error, self.error = self.error, None  # no cycle: error -> traceback -> frame -> job -> error
+        if self.future.done():  # cancelled, or past its deadline
+            return
+        if error is None:
+            self.future.set_result(self.value)
+        else:
+            self.future.set_exception(error)
+
+
+class _Answers:
+    """The loop side: delivers finished jobs and watches deadlines. One per event loop, used in its thread;
+    workers only append to `done` and call `wake`."""
+
+    def __init__(self, workers: Workers) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.workers = workers
+        self.done: deque[Job] = deque()
+        self.watched: list[Job] = []
+        self.timer: asyncio.TimerHandle | None = None
+
+    def watch(self, job: Job) -> None:
+        self.watched.append(job)
+        if self.timer is None:
+            self.timer = self.loop.call_later(_TICK, self.tick)
+
+    def wake(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self.deliver)
+
+    def deliver(self) -> None:
+        done = self.done
+        while done:
+            done.popleft().resolve()
+
+    def tick(self) -> None:
+        """One timer for all: a timer per call would cost more than many a call."""
+        self.workers.rescue()
+        self.deliver()  # a finished job of a batch whose next job hangs is not kept waiting
+        now = self.loop.time()
+        watched, self.watched = self.watched, []
+        for job in watched:
+            if job.future.done():
+                continue
+            if job.deadline is not None and now >= job.deadline:
+                where = "running in" if job.started else "waiting for"
+                job.future.set_exception(
+                    DeadlineExceeded(f"no answer in time while {where} a worker thread", outcome_unknown=job.started)
+                )
+            else:
+                self.watched.append(job)
+        self.timer = self.loop.call_later(_TICK, self.tick) if self.watched else None
+
+
+class Workers(concurrent.futures.Executor):
+    """At most `max_workers` daemon threads, started on demand, ended when idle, started again after a fork.
+
+    Args:
+        name: begins the names of the threads.
+        max_workers: threads; a job that hangs takes one out of service, so a hung disk starves only its owner.
+        max_waiting: jobs that may wait; more raise BackendUnavailable at once.
+        share: jobs that one worker takes in one go at most.
+
+    Also a ``concurrent.futures.Executor``, so that aiofiles runs its handles on it.
+    """
+
+    def __init__(self, name: str, max_workers: int, *, max_waiting: int = 10_000, share: int = 16) -> None:
+        if max_workers < 1 or share < 1:
+            raise ValueError("max_workers and share must be at least 1")
+        self._name = name
+        self._max_workers = max_workers
+        self._max_waiting = max_waiting
+        self._share = share
+        self._answers: PerLoop[_Answers] = PerLoop(lambda: _Answers(self))
+        self._pid = 0
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._jobs: deque[Job] = deque()
+        self._count = 0
+        self._idle = 0
+        self._serial = 0
+        self._leaving = 0  # idle workers that were asked to end
+        self._running: dict[int, tuple[float, deque[Job]]] = {}  # thread -> when its batch began, what is left of it
+
+    # -- the asyncio side
+
+    def call(
+        self, function: Callable[P, T], *args: P.args, timeout: float | None, **kwargs: P.kwargs
+    ) -> asyncio.Future[T]:
+        """Have `function` called in a worker; return the future of its result, bound to the running loop.
+
+        After `timeout` seconds, queueing included, the future fails with DeadlineExceeded; a job that has not begun
+        by then, or whose future was cancelled before it began, is never run. One that has begun runs to its end.
+
+        Raises:
+            BackendUnavailable: too many jobs wait already.
+        """
+        answers = self._answers.get()
+        future: asyncio.Future[T] = answers.loop.create_future()
+        job = Job(lambda: function(*args, **kwargs), future, answers)
+        if timeout is not None:
+            job.deadline = answers.loop.time() + timeout
+        self._put(job)
+        answers.watch(job)
+        return future
+
+    def _put(self, job: Job) -> None:
+        if self._pid != os.getpid():
+            self._fresh()
+        with self._lock:
+            if len(self._jobs) >= self._max_waiting:
+                raise BackendUnavailable(
+                    f"{self._name}: {self._max_waiting} jobs wait for {self._max_workers} worker threads already"
+                )
+            self._jobs.append(job)
+            self._rouse()
+
+    def _rouse(self) -> None:
+        if self._idle > self._leaving:
+            self._work.notify()
+        elif self._count < self._max_workers:
+            self._count += 1
+            self._serial += 1
+            threading.Thread(target=self._serve, name=f"{self._name}-{self._serial}", daemon=True).start()
+
+    # -- the worker side
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                while not self._jobs:
+                    if self._leaving:
+                        self._leaving -= 1
+                        self._count -= 1
+                        return
+                    self._idle += 1
+                    woken = self._work.wait(_IDLE)
+                    self._idle -= 1
+                    if not woken and not self._jobs:
+                        self._leaving = min(self._leaving, self._idle)
+                        self._count -= 1
+                        return
+                # A fair part of what waits, so that the other workers find something to do too.
+                take = min(self._share, -(-len(self._jobs) // self._max_workers))
+                batch = deque(self._jobs.popleft() for _ in range(take))
+                self._running[threading.get_ident()] = (time.monotonic(), batch)
+            self.run_batch(batch)
+            with self._lock:
+                self._running.pop(threading.get_ident(), None)
+
+    def run_batch(self, batch: deque[Job]) -> None:
+        """Run the jobs of `batch`, taking each out before it starts, and hand the answers over at the end.
+
+        Called in a worker. A subclass may wrap the whole batch, in a transaction for example.
+        """
+        answered: set[_Answers] = set()
+        while True:
+            try:
+                job = batch.popleft()  # atomic: `rescue` takes from the other end
+            except IndexError:
+                break
+            if not job.future.done():
+                job.run()
+                self.answer(job, answered)
+        for answers in answered:
+            answers.wake()
+
+    @staticmethod
+    def answer(job: Job, answered: set[_Answers]) -> None:
+        """Give a job that has run its answer, or put it up for the wake-up of its loop, noted in `answered`."""
+        if job.answers is None:
+            job.resolve()
+        else:
+            job.answers.done.append(job)
+            answered.add(job.answers)
+
+    def rescue(self) -> None:
+        """Put jobs that wait behind a long or hung one of their batch back into the queue."""
+        if not self._running:
+            return
+        now = time.monotonic()
+        with self._lock:
+            for began, batch in self._running.values():
+                if now - began < _TICK:
+                    continue
+                while True:
+                    try:
+                        self._jobs.appendleft(batch.pop())
+                    except IndexError:
+                        break
+            if self._jobs:
+                self._rouse()
+
+    # -- concurrent.futures.Executor, for aiofiles
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
+        """Have `fn` called in a worker; return a concurrent future."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._put(Job(lambda: fn(*args, **kwargs), future, None))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let idle workers end; busy ones end when they become idle. The pool can be used again at once."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._leaving = self._idle
+            self._work.notify_all()
