@@ -27,15 +27,21 @@ class Cleanup:
         self._owner = owner
         self._tasks: PerLoop[set[asyncio.Task[Any]]] = PerLoop(set)
 
-    def start(self, work: Coroutine[Any, Any, Any], *, name: str = "cleanup") -> asyncio.Task[Any]:
-        """Run `work` in a task of the owner's, in an empty context, and return that task.
+    def start(
+        self,
+        work: Coroutine[Any, Any, Any],
+        *,
+        name: str = "cleanup",
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Task[Any]:
+        """Run `work` in a task of the owner's, and return that task.
 
-        The empty context keeps it from holding on to the variables (request, connection, transaction) of the
-        call that is going away.
+        Its context is empty unless given: that keeps it from holding on to the variables (request, connection,
+        transaction) of a call that is going away.
         """
         tasks = self._tasks.get()
         task = asyncio.get_running_loop().create_task(
-            work, name=f"aproxy_storage {self._owner}: {name}", context=contextvars.Context()
+            work, name=f"aproxy_storage {self._owner}: {name}", context=context or contextvars.Context()
         )
         tasks.add(task)
         task.add_done_callback(tasks.discard)

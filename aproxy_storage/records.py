@@ -94,8 +94,8 @@ class MetaRecord(Mapping[str, Any]):
 
     @property
     def primary(self) -> Place:
-        """The place that reads go to, with the state that the record's own state implies."""
-        implied: PlaceState = "good" if self.state == STORED else "doubtful"
+        """The place that reads go to: as `places` says, else doubtful while ``pending`` and good from then on."""
+        implied: PlaceState = "doubtful" if self.state == PENDING else "good"
         for place in self.places:
             if place.key == self.original_storage_path and place.original == self.original_storage_name:
                 return place
@@ -161,13 +161,15 @@ class CommonPrefix:
 class ObjectInfo:
     """What an original backend knows of one object. Unknown is None.
 
-    `token` is the one given to the write, for services that can keep it with the object.
+    `changed_at` is when the service last touched the object (a file system's ctime), which no caller can set back;
+    where it is None, `modified_at` serves. `token` is the one given to the write, for services that can keep it.
     With ``list(delimiter=…)`` an entry with `is_prefix` stands for all keys that begin with `key`.
     """
 
     key: str
     size: int | None = None
     modified_at: datetime | None = None
+    changed_at: datetime | None = None
     etag: str | None = None
     content_type: str | None = None
     metadata: Mapping[str, str] = field(default=_EMPTY)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Self, TypeVar, overload
 
 from ..cleanup import Cleanup
 from ..errors import (
-    AlreadyExists,
     BackendUnavailable,
     Conflict,
     DeadlineExceeded,
@@ -65,7 +64,10 @@ class MetaBackend(abc.ABC):
     A *lease* is given in seconds from now and is kept by the clock of the database, never by the caller's.
     """
 
+    #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
     keeps_deadlines: ClassVar[bool] = False
+    #: True where an answered write survives the loss of power.
+    durable: bool = False
 
     def __init__(self, *, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
