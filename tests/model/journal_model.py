@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tests.model.journal_state import STRANGER, Actor, Place, Record, Rules, State, Statement
+from tests.model.journal_state import Actor, Place, Record, Rules, State, Statement
 from tests.model.journal_world import Plan, World
 
 
@@ -178,11 +178,15 @@ class Model(World):
     def j4_undo(self, state: State, who: int, actor: Actor) -> list[Plan]:
         """(a) of an undo: compare-and-set pending to deleting; only then is anything removed."""
         own = state.own(actor)
+        if own is None and not self.rules.leave_what_is_lost:
+            unasked = tuple(place._replace(role="surplus") for place in actor.places)
+            me = _ack(actor, "unknown")._replace(step="drop", places=unasked, left=_keys(unasked), then="")
+            return [Plan("J4 undo: no longer ours, discard all the same", {"": [me]})]
         if own is None or own.state != "pending":
             return self.j3_settle_the_commit(state, who, actor)
         me = actor._replace(version=own.version, places=own.places)
         then = "" if actor.doubt and self.rules.settle else "remove"
-        marked = _ack(me, "failed")._replace(
+        marked = _ack(me, "unknown" if actor.sent else "failed")._replace(
             version=own.version + 1, step="drop", left=_keys(own.places), then=then, lease=True
         )
         send = self._update(me, "J4 undo: mark", state="deleting", lease="live")
@@ -196,7 +200,8 @@ class Model(World):
         waits = self.rules.second_deleter_waits
         if found is None or found.state == "pending" or (found.state == "deleting" and waits):
             return [Plan(f"J4 delete {path!r}: nothing there", {"": [_end(actor, "missing")]})]
-        plain = all(place.role == "good" and not place.hot for place in found.places)
+        done = ("good",) if self.rules.surplus_waits else ("good", "surplus")
+        plain = all(place.role in done and not place.hot for place in found.places)
         me = actor._replace(
             path=path, token=found.token, version=found.version, places=found.places, left=_keys(found.places),
             then="remove" if plain or not self.rules.plain_only or not self.rules.settle else "",
@@ -215,16 +220,20 @@ class Model(World):
         return [Plan(f"J4 delete: mark {actor.token}", on, send)]
 
     def j4_next_place(self, state: State, who: int, actor: Actor) -> list[Plan]:
-        """(b) start to discard the next place, unless it is not ours or the lease has run out."""
+        """(b) start to discard the next place, unless the lease has run out.
+
+        At a place that was never good, only bytes that carry the record's token go, and
+        none if another record names the key.
+        """
         if not actor.left:
             return [Plan("J4 all places gone", {"": [actor._replace(step=actor.then) if actor.then else _end(actor)]})]
         if not actor.lease and self.rules.check_lease:
             return [Plan("J7 the lease has run out: leave the rest to reconcile", {"": [_end(actor)]})]
         key = actor.left[0]
         never_good = next(place.role for place in actor.places if place.key == key) in ("doubtful", "abandoned")
-        others = any(record.names(key) for record in state.records if record.token != actor.token)
-        older = state.content(key) == STRANGER
-        if never_good and ((others and self.rules.spare_others) or (older and self.rules.spare_strangers)):
+        ours = "~" in key or state.content(key) in (None, f"c{actor.token[1:3]}")  # a token key is nobody else's
+        named = any(record.names(key) for record in state.records if record.path != actor.path)
+        if never_good and ((not ours and self.rules.look_at_bytes) or (named and self.rules.ask_owners_again)):
             return [Plan(f"J4 spare {key!r}, not ours", {"": [actor._replace(left=actor.left[1:])]})]
         return [Plan(f"J4 start to discard {key!r}", {"": [actor._replace(step="dropping", key=key)]})]
 
@@ -325,7 +334,7 @@ class Model(World):
 
     def j7_reconcile(self, state: State, who: int, actor: Actor) -> list[Plan]:
         """Take any record that is due: see `_j7_take`."""
-        plans = [self._j7_take(record) for record in state.records if record.lease != "live"]
+        plans = [self._j7_take(record) for record in state.records if record.lease in ("out", "settled")]
         return [plan for plan in plans if plan is not None]
 
     def _j7_take(self, record: Record) -> Plan | None:
@@ -344,7 +353,7 @@ class Model(World):
             if not settled:
                 return None
             me = me._replace(then="remove", version=record.version + self.rules.takeover_moves_version)
-            send = self._update(me, "J4 take over", lease="live")
+            send = self._update(me, "J4 take over", lease="live" if self.rules.settle_again else "brief")
             label = f"J7 finish {record.token}"
         elif "doubtful" in roles and self.rules.abandon_first:
             places = tuple(p._replace(role="abandoned") if p.role == "doubtful" else p for p in record.places)

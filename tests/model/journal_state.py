@@ -33,8 +33,11 @@ class Rules:
     second_deleter_waits: bool = True  # J4: a deleter touches nothing of a record that is `deleting` already
     takeover_moves_version: bool = True  # J4: taking over a `deleting` record is a change of version
     ask_owners: bool = True  # J5: after the reservation, ask whether another record names the key
-    spare_others: bool = True  # J5: a place that was never good is not discarded if another record names the key ...
-    spare_strangers: bool = True  # J5: ... or if the object there is older than the reservation
+    look_at_bytes: bool = True  # J4: at a place that was never good only bytes that carry the token are discarded ...
+    ask_owners_again: bool = True  # J4: ... and none if another record names the key
+    settle_again: bool = True  # J2: whoever finishes a record takes it for settle: its own discard may be lost too
+    leave_what_is_lost: bool = True  # J4: a client whose record is no longer there discards nothing unasked
+    surplus_waits: bool = True  # J2: a surplus place may be under somebody's discard: not plain
     fresh_key: bool = True  # J6: replace writes to a new key
     abandon_first: bool = True  # J6: reconcile compare-and-sets a doubtful place to abandoned before discarding it
     clear_compares: bool = True  # J6: clearing a surplus place compares token and version
@@ -50,7 +53,10 @@ class Place(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One row of the meta-backend; lease is live, out, or settled (out for longer than settle)."""
+    """One row of the meta-backend; lease is live, out, or settled (out for longer than settle).
+
+    Without `settle_again` it may be brief: live, and settled as soon as it is out.
+    """
 
     path: str
     state: str

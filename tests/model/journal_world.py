@@ -79,12 +79,13 @@ class World:
             if record.lease == "settled":
                 continue
             rest = [other for other in state.records if other is not record]
-            if record.lease == "live":
+            if record.lease in ("live", "brief"):
                 working = any(actor.token == record.token for actor in state.actors)
                 if working and not state.faults:
                     continue
+                lease = "out" if record.lease == "live" else "settled"
                 actors = tuple(a._replace(lease=False) if a.token == record.token else a for a in state.actors)
-                after = state.with_records([*rest, record._replace(lease="out")])._replace(actors=actors)
+                after = state.with_records([*rest, record._replace(lease=lease)])._replace(actors=actors)
                 yield f"the lease of {record.token} runs out", after._replace(faults=state.faults - working)
                 continue
             under_way = any(late.token == record.token or record.names(late.key) for late in state.late) or any(

@@ -81,6 +81,7 @@ SCENARIOS = {
     "save | replace what it saves": Scenario((SAVE, REPLACE), 3000, faults=2),
     "rename onto the name | save": Scenario((("rename b a",), SAVE), 3000, stored=("b",), faults=2),
     "rename away, delete | save": Scenario((("rename a b", "delete b"), SAVE), 2000, stored=("a",)),
+    "save | rename away": Scenario((SAVE, ("rename a b",)), 1000, faults=2),
     "replace | rename away, save": Scenario((REPLACE, ("rename a b", "save a")), 5000, stored=("a",)),
 }
 
@@ -111,8 +112,11 @@ BROKEN = {
     "second_deleter_waits": ("delete | delete, save", "path", "lost bytes"),
     "takeover_moves_version": ("save | delete", "path", "lost bytes"),
     "ask_owners": ("rename away, delete | save", "path", "lost bytes"),
-    "spare_others": ("rename away, delete | save", "path", "lost bytes"),
-    "spare_strangers": ("save | save, beside a stranger", "path", "stranger"),
+    "look_at_bytes": ("save | save, beside a stranger", "path", "stranger"),
+    "ask_owners_again": ("save | rename away", "token", "lost bytes"),
+    "settle_again": ("replace | delete, save", "path", "lost bytes"),
+    "leave_what_is_lost": ("save | rename away", "path", "lost bytes"),
+    "surplus_waits": ("replace | delete, save", "path", "lost bytes"),
     "fresh_key": ("replace | replace", "path", "lost bytes"),
     "abandon_first": ("replace | replace", "token", "lost bytes"),
     "clear_compares": ("replace | replace", "token", "untracked bytes"),
