@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["Source"]
+from .errors import ConfigurationError, ContentError
+from .feeds import Feed, InlineFeed, silent
+from .kinds import recognise
+from .sniffing import guess_content_type
+from .spool import Spool, SpoolFeed
+from .threads import Workers
+
+__all__ = ["Chunks", "Source", "Watch", "guess_content_type", "hash_workers"]
+
+PEEK_BYTES = 64 * 1024
+
+_INLINE_HASH = 64 * 1024  # bytes; hashing as much takes less time than a hop into a thread and back
+
+# hashlib lets go of the GIL, so hashing overlaps with reading and writing, and never holds up the loop.
+hash_workers = Workers("aproxy_storage-hash", max(2, min(4, os.cpu_count() or 2)), max_waiting=1 << 30, share=1)
 
 
 class Source:
     """Content that can be read in chunks and, where `replayable`, again from the start.
 
-    One object serves one save: every attempt of it calls `chunks` anew. Not to be shared between tasks.
+    One object serves one save: every attempt of it calls `chunks` anew. Not to be shared between tasks; only where
+    `data` is set may several passes run at a time. Files are read from position 0 where they can seek, as Django
+    does, and are never closed; generators are. Text is encoded as UTF-8. A file or an iterator that is not
+    asynchronous is read in a worker thread, with the context variables of the caller of the first `chunks`.
+
+    A backend may write `data` in one go instead of iterating, where it is not None: `seen_size` and `checksum` are
+    then computed when asked for, inline; above 256 KiB it should await `measure` first, or iterate `chunks`.
 
     Attributes:
         name: the name that the content itself carries (Django's ``File.name``, a path's last part), or None.
@@ -23,8 +45,15 @@ class Source:
         path: a file of the caller's that may be read, linked by reflink or copied, never moved; or None.
         temporary_path: a file that may be *moved* (Django's ``temporary_file_path()``), or None.
         data: the whole content where it is in memory already, else None.
+        algorithm: the hashlib name of the checksum that is computed, or None.
         seen_size, checksum: of the last complete pass (``"sha256:…"``); None before, checksum also where turned off.
     """
+
+    __slots__ = (
+        "_begun", "_checksum", "_chunk_bytes", "_head", "_live", "_new_hash", "_seen_size", "_spool",
+        "_watch", "algorithm", "begin", "content_type", "data", "name", "path", "replayable", "size",
+        "temporary_path", "timeout",
+    )  # fmt: skip
 
     name: str | None
     size: int | None
@@ -33,8 +62,23 @@ class Source:
     path: os.PathLike[str] | None
     temporary_path: str | None
     data: bytes | None
-    seen_size: int | None
-    checksum: str | None
+    algorithm: str | None
+
+    def __init__(self, algorithm: str | None, chunk_bytes: int, timeout: float | None) -> None:
+        self.name = self.size = self.content_type = self.path = self.temporary_path = self.data = None
+        self.replayable = True
+        self.algorithm = algorithm
+        self._new_hash = None if algorithm is None else _hash_constructor(algorithm)
+        self._chunk_bytes = chunk_bytes
+        self.timeout = timeout
+        self.begin: Callable[[int, bool], Feed] | None = None  # (chunk_bytes, ahead) -> a pass from the start
+        self._spool: Spool | None = None  # of one-shot content, whether it is kept or not
+        self._begun = False
+        self._live: Feed | None = None
+        self._head: bytes | None = None
+        self._watch: Watch | None = None
+        self._seen_size: int | None = None
+        self._checksum: str | None = None
 
     @classmethod
     def of(
@@ -48,24 +92,335 @@ class Source:
         spool: bool = False,
         spool_bytes: int = 1 << 20,
     ) -> Source:
-        """Return the source for `content`."""
-        raise NotImplementedError
+        """Return the source for `content`; nothing is read yet.
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """Read the content once, from the start."""
-        raise NotImplementedError
+        Args:
+            content: bytes-like, text, a path object (opened and closed here, never moved), a synchronous or
+                asynchronous file, a Django File, a Starlette UploadFile, an iterable or asynchronous iterable of
+                bytes, or a Source, which is returned as it is.
+            size: bytes that the content has to have.
+            chunk_bytes: the most that a chunk holds; about three chunks are in memory at a time.
+            checksum: a hashlib name, or None.
+            timeout: seconds that the content may take for each next chunk.
+            spool: keep one-shot content while it is read, so that it becomes replayable.
+            spool_bytes: how much of it is kept in memory before a temporary file is used.
 
-    async def peek(self, count: int = 4096) -> bytes:
-        """Return the first bytes (up to `count`, at most 64 KiB) without consuming them."""
-        raise NotImplementedError
+        Raises:
+            ContentError: it is none of these, or is known not to have `size` bytes.
+            ConfigurationError: hashlib knows no such checksum of a fixed length.
+        """
+        if isinstance(content, Source):
+            return content._declared(size)
+        if chunk_bytes < 1:
+            raise ValueError("chunk_bytes must be positive")
+        source = cls(checksum, chunk_bytes, timeout)
+        if type(content) is bytes:
+            source.data = content
+        else:
+            recognise(source, content)
+        if source.data is not None:
+            source.size = len(source.data)
+        elif not source.replayable:
+            assert source.begin is not None
+            source._spool = Spool(source.begin(chunk_bytes, True), chunk_bytes, keep=spool, memory=spool_bytes)
+            source.replayable = spool
+        return source if size is None else source._declared(size)
 
-    def watched(self, seconds: float | None) -> AbstractAsyncContextManager[None]:
-        """Limit the time without progress of whoever consumes the chunks."""
-        raise NotImplementedError
+    def _declared(self, size: int | None) -> Source:
+        if size is not None and self.size is not None and size != self.size:
+            raise ContentError(f"the content has {self.size} bytes, not {size} as declared")
+        self.size = self.size if size is None else size
+        return self
+
+    @property
+    def spool(self) -> bool:
+        """One-shot content is kept while it is read, so that it is replayable. May be set until it is read."""
+        return self._spool is not None and self._spool.keep
+
+    @spool.setter
+    def spool(self, keep: bool) -> None:
+        if self._spool is not None and not self._begun:
+            self._spool.keep = self.replayable = keep
+
+    # -- size and checksum
+
+    @property
+    def seen_size(self) -> int | None:
+        """The number of bytes of the last complete pass."""
+        return len(self.data) if self.data is not None else self._seen_size
+
+    @property
+    def checksum(self) -> str | None:
+        """The checksum of the last complete pass, or of `data`; None where turned off, or before a pass."""
+        if self._checksum is None and self.data is not None and self._new_hash is not None:
+            self._checksum = f"{self.algorithm}:{self._new_hash(self.data).hexdigest()}"
+        return self._checksum
+
+    async def measure(self) -> None:
+        """Compute the checksum of `data`, in a worker thread where it is large; nothing for other content."""
+        data, new_hash = self.data, self._new_hash
+        if data is None or new_hash is None or self._checksum is not None or len(data) <= _INLINE_HASH:
+            return
+        digest = await hash_workers.call(new_hash, data, timeout=None)
+        self._checksum = f"{self.algorithm}:{digest.hexdigest()}"
 
     def measured(self, size: int, checksum: str | None) -> None:
-        """Take the size and checksum that a backend has found by reading `path` itself."""
-        raise NotImplementedError
+        """Take the size and checksum that a backend has found by reading `path` or `temporary_path` itself.
+
+        Raises:
+            ContentError: the declared size is another.
+        """
+        if self.size is not None and size != self.size:
+            raise _wrong_size(self.size, size)
+        self._seen_size, self._checksum = size, checksum
+
+    # -- reading
+
+    def chunks(self) -> Chunks:
+        """Read the content once, from the start: non-empty `bytes` of at most `chunk_bytes`.
+
+        A pass begins when its first chunk is asked for, and ends an unfinished one before it.
+
+        Raises:
+            ContentError: the content has been read before and cannot be read again (before anything is read);
+                while iterating: it failed (the native error is the cause), took longer than the timeout,
+                or was shorter or longer than `size`.
+        """
+        self._check_replay()
+        return Chunks(self)
+
+    def _check_replay(self) -> None:
+        if self._begun and not self.replayable:
+            raise ContentError(
+                "the content can be read only once, and has been; "
+                "hand over bytes, a path or a file that can seek, or let it be spooled"
+            )
+
+    async def _new_feed(self) -> Feed:
+        """Begin a pass; the one before is over."""
+        if self.data is not None:
+            self._begun = True
+            return InlineFeed((self.data,), self._chunk_bytes)
+        self._check_replay()
+        self._begun = True
+        await self._end_live()
+        if self._spool is not None:
+            self._live = SpoolFeed(self._spool)
+        else:
+            assert self.begin is not None
+            self._live = self.begin(self._chunk_bytes, True)
+        return self._live
+
+    async def _end_live(self) -> None:
+        live = self._live
+        if live is None:
+            return
+        await live.aclose()
+        job = live.under_way()
+        if job is not None and not job.done():
+            # It is the caller's file that this read is in: two at a time would mix up its position.
+            await asyncio.wait((job,), timeout=self.timeout)
+            if not job.done():
+                raise silent(self.timeout)
+        self._live = None
+
+    async def peek(self, count: int = 4096) -> bytes:
+        """Return the first bytes (up to `count`, at most 64 KiB) without consuming them.
+
+        Raises:
+            ContentError: as `chunks`; also while a pass is under way, unless as much has been peeked at before.
+        """
+        count = min(count, PEEK_BYTES)
+        if self.data is not None:
+            return self.data[:count]
+        if self._head is None or len(self._head) < min(count, PEEK_BYTES):
+            self._head = await self._read_head(count)
+        return self._head[:count]
+
+    async def _read_head(self, count: int) -> bytes:
+        if self._live is not None or (self._begun and not self.replayable):
+            raise ContentError("the first bytes can be looked at only before the content is read")
+        if self._spool is not None:
+            feed: Feed = SpoolFeed(self._spool, peek=True)
+        else:
+            assert self.begin is not None
+            feed = self.begin(PEEK_BYTES, False)
+        head = b""
+        try:
+            while len(head) < count:
+                chunk = await feed.read()
+                if not chunk:
+                    break
+                head += chunk
+        except BaseException:
+            self._live = feed  # so that the next pass waits for a read that is still under way
+            raise
+        finally:
+            feed.close()
+        return head[:PEEK_BYTES]
+
+    def watched(self, seconds: float | None) -> AbstractAsyncContextManager[Watch]:
+        """Limit the time without progress of whoever consumes the chunks.
+
+        The async context manager raises TimeoutError when for `seconds` no chunk is asked for: before the first, from
+        one handed out to the next, after the last until the block is left. Time spent waiting for the content
+        is not counted. ``expired()`` of what it yields tells this TimeoutError from others. None: no limit.
+        """
+        return Watch(self, seconds)
 
     async def aclose(self) -> None:
-        """Release the spool."""
+        """Release the spool and end a pass under way; idempotent. The caller's file stays open."""
+        live, self._live = self._live, None
+        spool, self._spool = self._spool, None
+        if live is None and spool is None:
+            return
+        self._begun, self.replayable = True, self.replayable and spool is None
+        try:
+            if live is not None:
+                await live.aclose()
+        finally:
+            if spool is not None:
+                await spool.aclose()
+
+
+class Chunks(AsyncIterator[bytes]):
+    """One pass over a `Source`. Not a generator: nothing is left to be finalised when it is dropped half-way."""
+
+    __slots__ = ("_count", "_feed", "_hash", "_hashing", "_over", "_source")
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._feed: Feed | None = None
+        self._hash = None if source._new_hash is None else source._new_hash()
+        self._hashing: asyncio.Future[None] | None = None
+        self._count = 0
+        self._over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._over:
+            raise StopAsyncIteration
+        watch = self._source._watch
+        if watch is not None:
+            watch.pause()
+        try:
+            chunk = await self._next()
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            if watch is not None:
+                watch.go_on()
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _next(self) -> bytes:
+        source = self._source
+        if self._feed is None:
+            self._feed = await source._new_feed()
+        chunk = await self._feed.read()
+        if self._hashing is not None:
+            await self._hashing  # in order, and never more than one chunk behind
+            self._hashing = None
+        size = source.size
+        self._count += len(chunk)
+        if size is not None and (self._count > size or (not chunk and self._count < size)):
+            raise _wrong_size(size, self._count, more=bool(chunk))
+        if not chunk:
+            self._end()
+            source._seen_size = self._count
+            if self._hash is not None:
+                source._checksum = f"{source.algorithm}:{self._hash.hexdigest()}"
+        elif self._hash is None:
+            pass
+        elif len(chunk) <= _INLINE_HASH:
+            self._hash.update(chunk)
+        else:
+            self._hashing = hash_workers.call(self._hash.update, chunk, timeout=None)
+        return chunk
+
+    def _end(self) -> None:
+        self._over = True
+        if self._feed is not None:
+            self._feed.close()
+            if self._source._live is self._feed and self._feed.under_way() is None:
+                self._source._live = None
+
+    async def aclose(self) -> None:
+        """End the pass; idempotent."""
+        self._end()
+        if self._feed is not None:
+            await self._feed.aclose()
+
+
+class Watch(AbstractAsyncContextManager["Watch"]):
+    """See `Source.watched`."""
+
+    __slots__ = ("_outer", "_seconds", "_source", "_timeout")
+
+    def __init__(self, source: Source, seconds: float | None) -> None:
+        self._source = source
+        self._seconds = seconds
+        self._timeout: asyncio.Timeout | None = None
+        self._outer: Watch | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._seconds is not None:
+            self._timeout = await asyncio.timeout(self._seconds).__aenter__()
+        self._outer, self._source._watch = self._source._watch, self
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        self._source._watch = self._outer
+        if self._timeout is None:
+            return
+        try:
+            await self._timeout.__aexit__(*exc_info)
+        except TimeoutError as error:
+            raise TimeoutError(f"no progress for {self._seconds:g} seconds") from error.__cause__
+
+    def expired(self) -> bool:
+        """Return whether the limit was reached."""
+        return self._timeout is not None and self._timeout.expired()
+
+    def pause(self) -> None:
+        """Stop the clock: it is the content that is waited for."""
+        self._set(None)
+
+    def go_on(self) -> None:
+        """Start the clock anew: the consumer has a chunk, or the end."""
+        if self._seconds is not None:
+            self._set(asyncio.get_running_loop().time() + self._seconds)
+
+    def _set(self, when: float | None) -> None:
+        if self._timeout is not None and not self._timeout.expired():
+            self._timeout.reschedule(when)
+        if self._outer is not None:
+            self._outer.pause() if when is None else self._outer.go_on()
+
+
+def _wrong_size(declared: int, found: int, *, more: bool = False) -> ContentError:
+    return ContentError(f"the content has {'at least ' if more else ''}{found} bytes, not {declared} as declared")
+
+
+_constructors: dict[str, Callable[..., Any]] = {"sha256": hashlib.sha256}
+
+
+def _hash_constructor(algorithm: str) -> Callable[..., Any]:
+    try:
+        return _constructors[algorithm]
+    except KeyError:
+        pass
+    try:
+        known = hashlib.new(algorithm).digest_size > 0  # shake_128 and its like have no length of their own
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise ConfigurationError(f"checksum={algorithm!r}: hashlib has no such algorithm of a fixed length")
+    constructor = _constructors[algorithm] = getattr(hashlib, algorithm, None) or (
+        lambda data=b"": hashlib.new(algorithm, data)
+    )
+    return constructor

@@ -1,0 +1,203 @@
+"""What kind of content a caller has handed over. By duck typing: no framework is imported. Used by `content` alone."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any
+
+from .errors import ContentError
+from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed
+
+if TYPE_CHECKING:
+    from .content import Source
+
+__all__ = ["recognise"]
+
+_COPY_BYTES = 4 << 20  # bytes; a bytearray or a list of chunks up to this size is copied into `data`
+
+_TAKEN = (
+    "bytes, bytearray, memoryview, str, a path object, a file open for reading (synchronous or asynchronous), "
+    "a Django File, a Starlette UploadFile, or an iterable (synchronous or asynchronous) of bytes"
+)
+
+# Where Django's own chunks() is used as it is, the file inside holds all there is to know.
+_DJANGO_FILES = ("django.core.files.base", "django.core.files.uploadedfile")
+
+
+def recognise(source: Source, content: Any) -> None:
+    """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
+
+    Raises:
+        ContentError: it is nothing that can be read.
+    """
+    read = getattr(content, "read", None)
+    if isinstance(content, str):
+        source.data = content.encode()
+    elif isinstance(content, bytes | bytearray | memoryview):
+        _buffer(source, memoryview(content))
+    elif isinstance(content, type | Mapping | Set):
+        raise _refused(content)
+    elif isinstance(content, os.PathLike):
+        _path(source, content)
+    elif callable(getattr(content, "chunks", None)) and callable(read):
+        _django_file(source, content)
+    elif type(content) in (io.BytesIO, io.StringIO):
+        source.data = _in_memory(content)
+    elif callable(read):
+        if inspect.iscoroutinefunction(read) or hasattr(content, "__aiter__"):
+            _async_file(source, content)
+        else:
+            _file(source, content)
+    elif hasattr(content, "__aiter__"):
+        timeout = source.timeout
+        source.replayable = False
+        source.begin = lambda limit, ahead: AsyncFeed(content.__aiter__, limit, timeout)
+    elif isinstance(content, list | tuple):
+        _sequence(source, content)
+    elif hasattr(content, "__iter__"):
+        _iterable(source, content)
+    else:
+        try:
+            view = memoryview(content)
+        except TypeError:
+            raise _refused(content) from None
+        _buffer(source, view)
+
+
+def _refused(content: Any) -> ContentError:
+    kind = content.__name__ if isinstance(content, type) else type(content).__name__
+    return ContentError(f"cannot read content from {kind}; taken are {_TAKEN}")
+
+
+def _buffer(source: Source, view: memoryview) -> None:
+    if view.nbytes <= _COPY_BYTES or not view.c_contiguous:
+        source.data = bytes(view)
+        return
+    flat = view.cast("B")
+    source.size = len(flat)
+
+    def slices(limit: int) -> Iterator[memoryview]:
+        return (flat[start : start + limit] for start in range(0, len(flat), limit))
+
+    source.begin = lambda limit, ahead: InlineFeed(slices(limit), limit)
+
+
+def _in_memory(file: Any) -> bytes | None:
+    """Return what an io object in memory holds, without copying; None for anything else, or a closed one."""
+    if type(file) is io.BytesIO and not file.closed:
+        return file.getvalue()
+    if type(file) is io.StringIO and not file.closed:
+        return file.getvalue().encode()
+    return None
+
+
+def _path(source: Source, content: os.PathLike[Any]) -> None:
+    path = content
+    where = os.fspath(content)
+    source.path = path
+    source.name = os.path.basename(os.fsdecode(where)) or None
+
+    def pieces(limit: int) -> Iterator[bytes]:
+        with open(where, "rb", buffering=0) as file:
+            while piece := file.read(limit):
+                yield piece
+
+    _threaded(source, pieces)
+
+
+def _django_file(source: Source, content: Any) -> None:
+    source.name = _text(content, "name")
+    source.content_type = _text(content, "content_type")
+    with contextlib.suppress(AttributeError, TypeError):
+        if getattr(type(content).chunks, "__module__", None) in _DJANGO_FILES:
+            # Not `content.file`: that of a FieldFile would open the stored file here and now.
+            source.data = _in_memory(vars(content).get("file"))
+    if source.data is not None:
+        return
+    locate = getattr(content, "temporary_file_path", None)
+    if callable(locate):
+        path = locate()
+        if isinstance(path, str):
+            # What the caller has written to it must be in the file before somebody reads or moves it by name.
+            with contextlib.suppress(Exception):
+                content.flush()
+            with contextlib.suppress(OSError):
+                source.size = os.stat(path).st_size
+                source.temporary_path = path
+    # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.
+    source.replayable = not getattr(content, "closed", False) and _seekable(content)
+    _threaded(source, lambda limit: iter(content.chunks(limit)))
+
+
+def _file(source: Source, content: Any) -> None:
+    name = _text(content, "name")
+    source.name = os.path.basename(name) or None if name else None
+    source.replayable = _seekable(content)
+    first = not source.replayable
+
+    def pieces(limit: int) -> Iterator[Any]:
+        if not first:
+            content.seek(0)
+        while True:
+            piece = content.read(limit)
+            if not piece and piece is not None:
+                return
+            yield piece
+
+    _threaded(source, pieces)
+
+
+def _async_file(source: Source, content: Any) -> None:
+    name = _text(content, "filename") or _text(content, "name")
+    source.name = os.path.basename(name) or None if name else None
+    source.content_type = _text(content, "content_type")
+    if source.content_type is not None and isinstance(size := getattr(content, "size", None), int):
+        source.size = size
+    seek = getattr(content, "seek", None)
+    # Its own seekable() may be a coroutine; the file inside (Starlette: file, aiofiles: _file, AnyIO: wrapped) tells.
+    inner = next((file for key in ("file", "_file", "wrapped") if (file := getattr(content, key, None))), None)
+    source.replayable = callable(seek) and (inner is None or _seekable(inner))
+    rewind = source.replayable
+    timeout = source.timeout
+    source.begin = lambda limit, ahead: AsyncFeed(lambda: AsyncFilePieces(content, limit, rewind), limit, timeout)
+
+
+def _sequence(source: Source, content: Sequence[Any]) -> None:
+    pieces = tuple(content)
+    if all(type(piece) is bytes for piece in pieces):
+        source.size = sum(map(len, pieces))
+        if source.size <= _COPY_BYTES:
+            source.data = b"".join(pieces)
+            return
+    source.begin = lambda limit, ahead: InlineFeed(pieces, limit)
+
+
+def _iterable(source: Source, content: Any) -> None:
+    source.replayable = False
+    timeout = source.timeout
+    release = content.close if inspect.isgenerator(content) else None
+    source.begin = lambda limit, ahead: ThreadFeed(lambda: iter(content), limit, timeout, ahead=ahead, release=release)
+
+
+def _threaded(source: Source, pieces: Callable[[int], Iterator[Any]]) -> None:
+    timeout = source.timeout
+    source.begin = lambda limit, ahead: ThreadFeed(lambda: pieces(limit), limit, timeout, ahead=ahead)
+
+
+def _seekable(file: Any) -> bool:
+    seekable = getattr(file, "seekable", None)
+    if not callable(seekable):
+        return callable(getattr(file, "seek", None))
+    try:
+        return seekable() is True
+    except Exception:  # closed, or a wrapper around something odd: then it is read once, from where it is
+        return False
+
+
+def _text(content: Any, name: str) -> str | None:
+    value = getattr(content, name, None)
+    return value if isinstance(value, str) and value else None
