@@ -37,6 +37,11 @@ PlaceState = Literal["good", "doubtful", "surplus"]
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
+def _empty() -> Mapping[str, Any]:
+    # As a factory: Python 3.11 takes a mappingproxy, which has no hash there, for a mutable default.
+    return _EMPTY
+
+
 class Revision(NamedTuple):
     """What every compare-and-set compares: the reservation's token, and the version it has reached."""
 
@@ -84,8 +89,8 @@ class MetaRecord(Mapping[str, Any]):
     name: str | None = None
     created_at: datetime | None = None
     updated_at: datetime | None = None
-    extra: Mapping[str, Any] = field(default=_EMPTY)
-    native: Mapping[str, Any] = field(default=_EMPTY, compare=False, repr=False)
+    extra: Mapping[str, Any] = field(default_factory=_empty)
+    native: Mapping[str, Any] = field(default_factory=_empty, compare=False, repr=False)
 
     @property
     def revision(self) -> Revision:
@@ -172,7 +177,7 @@ class ObjectInfo:
     changed_at: datetime | None = None
     etag: str | None = None
     content_type: str | None = None
-    metadata: Mapping[str, str] = field(default=_EMPTY)
+    metadata: Mapping[str, str] = field(default_factory=_empty)
     token: str | None = None
     is_prefix: bool = False
 
