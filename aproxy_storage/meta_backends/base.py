@@ -20,11 +20,11 @@ from ..errors import (
     StorageError,
     from_os_error,
 )
-from ..records import CommonPrefix, MetaRecord, Revision, State
 from ..paths import successor
+from ..records import CommonPrefix, MetaRecord, Revision, State
 from ..timeouts import Timeouts
 
-__all__ = ["CHANGEABLE", "UNCHANGED", "MetaBackend", "Unchanged"]
+__all__ = ["CHANGEABLE", "UNCHANGED", "MetaBackend", "Unchanged", "check_changes"]
 
 T = TypeVar("T")
 
@@ -89,14 +89,19 @@ class MetaBackend(abc.ABC):
         """
         return await self._call("create", record.path, self._create(record, lease))
 
-    async def reserve(self, record: MetaRecord, *, lease: float) -> MetaRecord | None:
-        """Insert a ``pending`` record that others can see at once; None where that cannot be, because the caller
-        is inside a transaction: then nothing was done.
+    async def reserve(self, record: MetaRecord, *, lease: float, spare: MetaRecord) -> MetaRecord | None:
+        """Insert a ``pending`` record that others can see at once; return it as stored.
+
+        Where a record of another path names one of its places (a renamed file keeps its key, and so does one that is
+        still being deleted), `spare` is inserted instead: the same record with keys that nobody can have.
+
+        Returns:
+            None where nobody else could see it, because the caller is inside a transaction: nothing was done then.
 
         Raises:
             As `create`.
         """
-        return await self._call("reserve", record.path, self._reserve(record, lease))
+        return await self._call("reserve", record.path, self._reserve(record, lease, spare))
 
     async def get(self, path: str) -> MetaRecord:
         """Return the record of `path`, whatever its state.
@@ -109,9 +114,7 @@ class MetaBackend(abc.ABC):
             raise NotFound(f"{self} holds no record of {path!r}", operation="get", path=path, backend=str(self))
         return record
 
-    async def exists(
-        self, path: str, *, state: State | None = None, proxy_storage_name: str | None = None
-    ) -> bool:
+    async def exists(self, path: str, *, state: State | None = None, proxy_storage_name: str | None = None) -> bool:
         """Return whether there is a record of `path`, in this state and of this storage where given."""
         return await self._call("exists", path, self._exists(path, state, proxy_storage_name))
 
@@ -121,7 +124,7 @@ class MetaBackend(abc.ABC):
         changes: Mapping[str, Any],
         *,
         expect: Revision | None = None,
-        lease: float | None | Unchanged = UNCHANGED,
+        lease: float | Unchanged | None = UNCHANGED,
     ) -> MetaRecord:
         """Change fields of one record atomically; return the new record.
 
@@ -133,11 +136,10 @@ class MetaBackend(abc.ABC):
             Conflict: with `expect`, the record is gone or has another token or version.
             NotFound: without `expect`, there is no such record.
             AlreadyExists: ``changes["path"]`` is taken.
+            ValueError: `changes` names a field that is not in `CHANGEABLE`.
             BackendUnavailable, DeadlineExceeded.
         """
-        unknown = changes.keys() - CHANGEABLE
-        if unknown:
-            raise ValueError(f"a record has no changeable field {sorted(unknown)}; use extra")
+        check_changes(changes)
         return await self._call("update", path, self._update(path, changes, expect, lease))
 
     async def delete(self, path: str, *, expect: Revision | None = None) -> None:
@@ -170,9 +172,15 @@ class MetaBackend(abc.ABC):
         self,
         updates: Sequence[tuple[str, Mapping[str, Any], Revision | None]],
         *,
-        lease: float | None | Unchanged = UNCHANGED,
+        lease: float | Unchanged | None = UNCHANGED,
     ) -> list[MetaRecord | StorageError]:
-        """Change many (path, changes, expect); the answer for each is the record, or the error of `update`."""
+        """Change many (path, changes, expect); the answer for each is the record, or the error of `update`.
+
+        Raises:
+            ValueError: one of the `changes` names an unknown field; then nothing was changed.
+        """
+        for _, changes, _ in updates:
+            check_changes(changes)
         return [
             await _answer(self.update(path, changes, expect=expect, lease=lease)) for path, changes, expect in updates
         ]
@@ -322,8 +330,19 @@ class MetaBackend(abc.ABC):
     @abc.abstractmethod
     async def _create(self, record: MetaRecord, lease: float | None) -> MetaRecord: ...
 
-    async def _reserve(self, record: MetaRecord, lease: float) -> MetaRecord | None:
-        return await self._create(record, lease)
+    async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
+        """Override it where the database can do this in one statement or transaction."""
+        reserved = await self._create(record, lease)
+        for place in record.all_places():
+            owners = (await self._owners(place.original, [place.key])).get(place.key, ())
+            if any(owner != record.path for owner in owners):
+                changes = {
+                    "original_storage_path": spare.original_storage_path,
+                    "places": spare.places,
+                    "version": record.version + 1,
+                }
+                return await self._update(record.path, changes, reserved.revision, UNCHANGED)
+        return reserved
 
     @abc.abstractmethod
     async def _get(self, path: str) -> MetaRecord | None: ...
@@ -333,7 +352,7 @@ class MetaBackend(abc.ABC):
 
     @abc.abstractmethod
     async def _update(
-        self, path: str, changes: Mapping[str, Any], expect: Revision | None, lease: float | None | Unchanged
+        self, path: str, changes: Mapping[str, Any], expect: Revision | None, lease: float | Unchanged | None
     ) -> MetaRecord:
         """Raise NotFound, Conflict or AlreadyExists as `update` promises."""
 
@@ -390,6 +409,13 @@ class MetaBackend(abc.ABC):
             raise self._map_error(error, what).located(operation=operation, path=path, backend=str(self)) from error
 
 
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `changes` names fields in `CHANGEABLE` only."""
+    unknown = changes.keys() - CHANGEABLE
+    if unknown:
+        raise ValueError(f"a record has no changeable field {sorted(unknown)}; use extra")
+
+
 def _rolled_up(path: str, prefix: str, delimiter: str) -> str | None:
     """Return the common prefix that `path` is rolled up into, None if it stands for itself."""
     at = path.find(delimiter, len(prefix))
@@ -401,5 +427,3 @@ async def _answer(work: Awaitable[T]) -> T | StorageError:
         return await work
     except StorageError as error:
         return error
-
-

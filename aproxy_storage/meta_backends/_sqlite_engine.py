@@ -1,0 +1,493 @@
+"""The machinery under `SQLiteMetaBackend`: connections, the writer thread with group commit, the reader threads.
+
+Three rules keep it safe:
+
+* A connection is touched only with the lock of its `Held` taken. It belongs to one worker thread, which opens it;
+  `Engine.close` and a fork close it from outside.
+* Nothing crosses a fork. SQLite counts its POSIX locks per process in memory, and a child inherits the counts without
+  the locks: it believes that it holds a lock, takes none, and when the parent closes the database the log is deleted
+  under the child, with what the child commits. (The usual advice, to open a new connection in the child, does not
+  help: the counts are kept per file.) So every connection is closed before a fork, in the parent, and both sides
+  open theirs again when they need one.
+* A write is answered after its COMMIT.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sqlite3
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from ..errors import (
+    AccessDenied,
+    BackendUnavailable,
+    ConfigurationError,
+    IntegrityError,
+    NotSupported,
+    OutOfSpace,
+    StorageError,
+)
+from ..threads import Job, Workers
+
+__all__ = ["Engine", "Transaction", "sqlite_error"]
+
+T = TypeVar("T")
+
+_FORK_WAIT = 5.0  # seconds that a fork waits for a statement under way
+_SHARE = 256  # jobs in one transaction at most
+
+
+class Held:
+    """One connection, or the place for one."""
+
+    __slots__ = ("broken", "cursor", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.cursor: sqlite3.Cursor | None = None
+        self.broken = False
+
+    def close(self) -> None:
+        """Close the connection; called with the lock held. An open transaction is rolled back."""
+        cursor, self.cursor, self.broken = self.cursor, None, False
+        if cursor is not None:
+            cursor.connection.close()
+
+
+class Transaction:
+    """The write transaction under way: the cursor, and the database's time, which is read once and only if needed."""
+
+    __slots__ = ("_now", "cursor")
+
+    def __init__(self, cursor: sqlite3.Cursor) -> None:
+        self.cursor = cursor
+        self._now: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it goes on: a full disk or failed I/O ends the whole transaction with the statement."""
+        return self.cursor.connection.in_transaction
+
+    @property
+    def now(self) -> float:
+        """Seconds since 1970 by SQLite's clock, in milliseconds as it keeps it."""
+        if self._now is None:
+            row = self.cursor.execute("SELECT round((julianday('now') - 2440587.5) * 86400.0, 3)").fetchone()
+            self._now = float(row[0])
+        return self._now
+
+
+class Engine:
+    """The threads and connections of one database file in this process; made again by itself after a fork.
+
+    Args:
+        path: absolute path of the file.
+        synchronous: SQLite's level, ``"NORMAL"`` or ``"FULL"``.
+        busy_timeout: seconds that a statement waits for the locks of other processes.
+        readers: reader threads at most, each with a connection of its own.
+        prepare: called with the writer's connection once it is open: makes or checks the schema.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        synchronous: str,
+        busy_timeout: float,
+        readers: int,
+        prepare: Callable[[sqlite3.Cursor], None],
+    ) -> None:
+        self.path = path
+        self.synchronous = synchronous
+        self.busy_timeout = busy_timeout
+        self.prepare = prepare
+        self.ready = False  # the file and its schema are there, as far as this process knows
+        name = f"aproxy-sqlite-{Path(path).name}"
+        self.writer = _Writer(self, f"{name}-writer")
+        self.readers = _Readers(self, f"{name}-reader", readers)
+        self.closer = Workers(f"{name}-closer", 1)
+        self._hooked = False
+        self._of_parents: list[object] = []
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._writing = Held()
+        self._held = [self._writing]  # and those of the readers that live
+        self._local = threading.local()
+        self.ready = False
+
+    # -- used in worker threads
+
+    def writing(self) -> Held:
+        """Return the writer's connection, opened or not."""
+        self._check_process()
+        self._close_before_forks()
+        return self._writing
+
+    def reading(self) -> Held:
+        """Return the calling reader thread's connection, opened or not."""
+        self._check_process()
+        held: Held | None = getattr(self._local, "held", None)
+        if held is None:
+            held = self._local.held = Held()
+            with self._lock:
+                self._held.append(held)
+            self._close_before_forks()
+        return held
+
+    def leave(self) -> None:
+        """Close the calling thread's reading connection: the thread ends."""
+        held: Held | None = getattr(self._local, "held", None)
+        if held is not None and self._pid == os.getpid():
+            with self._lock:
+                if held in self._held:
+                    self._held.remove(held)
+            with held.lock:
+                held.close()
+
+    def open_writing(self, held: Held) -> sqlite3.Cursor:
+        """Return the cursor of the writer's connection, opened now if need be, with the schema in place."""
+        if held.cursor is None:
+            cursor = self._connect("rwc")
+            try:
+                use_wal(cursor, self.busy_timeout)
+                cursor.execute(f"PRAGMA synchronous = {self.synchronous}")
+                self.prepare(cursor)
+            except BaseException:
+                cursor.connection.close()
+                raise
+            held.cursor = cursor
+            self.ready = True
+        return held.cursor
+
+    def open_reading(self, held: Held) -> sqlite3.Cursor:
+        """Return the cursor of a reading connection, opened now if need be."""
+        if held.cursor is None:
+            # Not mode=ro: whoever comes first after a crash recovers the log, and that is a write.
+            cursor = self._connect("rw")
+            cursor.execute("PRAGMA query_only = ON")
+            held.cursor = cursor
+        return held.cursor
+
+    def _connect(self, mode: str) -> sqlite3.Cursor:
+        # check_same_thread: `close` and a fork close from another thread, with the lock held.
+        connection = sqlite3.connect(
+            f"file:{quote(os.fsencode(self.path))}?mode={mode}",
+            uri=True,
+            timeout=self.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        return connection.cursor()
+
+    def _check_process(self) -> None:
+        if self._pid == os.getpid():
+            return
+        # A fork that Python was not told of: the connections could not be closed before it.
+        if any(held.cursor is not None for held in self._held):
+            raise ConfigurationError(
+                f"{self.path} was open when this process was forked by something other than os.fork; "
+                "SQLite would corrupt it. Await aclose() before such a fork"
+            )
+        self._fresh()
+
+    # -- used in event loop threads
+
+    def write(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
+        """Call ``function(transaction, *args)`` in the writer; return the future of its answer after the COMMIT."""
+        return self.writer.call(self.writer.run, function, args, timeout=timeout)
+
+    def read(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
+        """Call ``function(cursor, *args)`` in a reader; return the future of its answer."""
+        return self.readers.call(self.readers.run, function, args, timeout=timeout)
+
+    async def close(self, within: float) -> None:
+        """Close the connections that are not in use within `within` seconds, and let the threads end."""
+        await self.closer.call(self._close, time.monotonic() + within, timeout=within + 1.0)
+        for workers in (self.readers, self.writer, self.closer):
+            workers.shutdown()
+
+    def _close(self, until: float) -> None:
+        self._check_process()
+        with self._lock:
+            every = list(self._held)
+            self.ready = False
+        # The writer's last: the last one to close moves the log into the database and deletes it.
+        for one in reversed(every):
+            if not one.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                continue
+            try:
+                if one is self._writing and one.cursor is not None:
+                    _optimize(one.cursor)
+                one.close()
+            finally:
+                one.lock.release()
+
+    # -- around a fork
+
+    def _close_before_forks(self) -> None:
+        if not self._hooked:
+            _install(self)
+            self._hooked = True
+
+    def before_fork(self) -> list[threading.Lock]:
+        """Close every connection and return the locks taken, to be released after the fork in the parent."""
+        if self._pid != os.getpid():
+            return []
+        taken = []
+        if self._lock.acquire(timeout=_FORK_WAIT):
+            taken.append(self._lock)
+        until = time.monotonic() + _FORK_WAIT
+        for held in reversed(self._held):
+            if held.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                taken.append(held.lock)
+                held.close()
+        return taken
+
+    def after_fork_in_child(self) -> None:
+        """Forget the parent's threads and locks."""
+        if any(held.cursor is not None for held in self._held):
+            return  # a statement took too long: `_check_process` refuses to go on, rather than corrupt
+        self._of_parents.append((self._held, self._local))
+        self._fresh()
+
+
+class _Writer(Workers):
+    """One thread, where the writes that wait together share a transaction."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        super().__init__(name, 1, max_waiting=100_000, share=_SHARE)
+        self._engine = engine
+        self._transaction: Transaction
+
+    def run(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        return function(self._transaction, *args)
+
+    def rescue(self) -> None:
+        """Do nothing: there is no other thread that could take what waits behind a slow transaction."""
+
+    def run_batch(self, batch: deque[Job]) -> None:
+        while batch:
+            try:
+                held = self._engine.writing()
+            except StorageError as error:
+                _fail(batch, error)
+                return
+            with held.lock:
+                self._run_transaction(held, batch)
+
+    def _run_transaction(self, held: Held, batch: deque[Job]) -> None:
+        try:
+            cursor = self._engine.open_writing(held)
+            cursor.execute("BEGIN IMMEDIATE")
+        except Exception as error:
+            held.close()
+            _fail(batch, sqlite_error(error, self._engine.path))
+            return
+        self._transaction = Transaction(cursor)
+        connection = cursor.connection
+        ran: list[Job] = []
+        failure: StorageError | None = None
+        while batch:
+            job = batch.popleft()
+            if job.future.done():
+                continue
+            job.run()
+            ran.append(job)
+            if job.error is not None and not connection.in_transaction:
+                # Full disk, failed I/O and the like end the whole transaction, not only the statement.
+                failure = sqlite_error(job.error, self._engine.path)
+                break
+        if failure is None:
+            try:
+                cursor.execute("COMMIT")
+            except Exception as error:
+                failure = sqlite_error(error, self._engine.path)
+                # A log that could not be written is not committed; one that could not be synced may be found again.
+                failure.outcome_unknown = _code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)
+        if failure is not None:
+            held.close()  # rolls back what is open
+        answered: set[Any] = set()
+        for job in ran:
+            if failure is not None and job.error is None:
+                job.error = _copy(failure)
+            self.answer(job, answered)
+        for answers in answered:
+            answers.wake()
+
+
+class _Readers(Workers):
+    """A few threads with a read-only connection each, which see the last commit and wait for no writer."""
+
+    def __init__(self, engine: Engine, name: str, count: int) -> None:
+        super().__init__(name, count, max_waiting=100_000, share=64)
+        self._engine = engine
+        self._mine = threading.local()
+
+    def run(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        held = self._mine.held
+        try:
+            return function(held.cursor, *args)
+        except sqlite3.Error:
+            held.broken = True
+            raise
+
+    def run_batch(self, batch: deque[Job]) -> None:
+        try:
+            held = self._mine.held = self._engine.reading()
+            with held.lock:
+                self._engine.open_reading(held)
+                try:
+                    super().run_batch(batch)
+                finally:
+                    if held.broken:
+                        held.close()
+        except Exception as error:
+            _fail(batch, sqlite_error(error, self._engine.path))
+
+    def _serve(self) -> None:
+        try:
+            super()._serve()
+        finally:
+            self._engine.leave()
+
+
+def use_wal(cursor: sqlite3.Cursor, within: float) -> None:
+    """Switch the database to a write-ahead log, if it is not; that needs it alone for a moment."""
+    until = time.monotonic() + within
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL").fetchall()
+        except sqlite3.OperationalError as error:
+            # Where waiting might be a deadlock SQLite does not wait: two that open a new file at once meet here.
+            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+def _optimize(cursor: sqlite3.Cursor) -> None:
+    """Let SQLite refresh its statistics, if that needs no waiting."""
+    try:
+        cursor.execute("PRAGMA busy_timeout = 0").fetchall()
+        cursor.execute("PRAGMA analysis_limit = 400").fetchall()
+        cursor.execute("PRAGMA optimize").fetchall()
+    except sqlite3.Error:
+        pass  # a courtesy to later queries: nothing depends on it
+
+
+def _fail(batch: deque[Job], error: StorageError) -> None:
+    """Answer all of `batch` with `error`, none of them having run."""
+    answered: set[Any] = set()
+    while batch:
+        job = batch.popleft()
+        if not job.future.done():
+            job.error = _copy(error)
+            Workers.answer(job, answered)
+    for answers in answered:
+        answers.wake()
+
+
+def _copy(error: StorageError) -> StorageError:
+    """Return a copy: an exception that several tasks raise would collect the tracebacks of all of them."""
+    copy = type(error)(
+        str(error.args[0]) if error.args else "", retryable=error.retryable, outcome_unknown=error.outcome_unknown
+    )
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+_BY_CODE: dict[int, tuple[type[StorageError], str]] = {
+    sqlite3.SQLITE_BUSY: (BackendUnavailable, "another process keeps it locked"),
+    sqlite3.SQLITE_LOCKED: (BackendUnavailable, "it is locked"),
+    sqlite3.SQLITE_READONLY: (AccessDenied, "the file or its directory is not writable"),
+    sqlite3.SQLITE_PERM: (AccessDenied, "no permission"),
+    sqlite3.SQLITE_CORRUPT: (IntegrityError, "the file is damaged; restore it, or rescue it with sqlite3's .recover"),
+    sqlite3.SQLITE_NOTADB: (ConfigurationError, "the file is not an SQLite database"),
+    sqlite3.SQLITE_FULL: (OutOfSpace, "the disk or the quota is full"),
+    sqlite3.SQLITE_CANTOPEN: (BackendUnavailable, "it cannot be opened; does its directory exist, is it writable?"),
+    sqlite3.SQLITE_IOERR: (BackendUnavailable, "the disk failed"),
+    sqlite3.SQLITE_TOOBIG: (NotSupported, "a value is too big for SQLite"),
+}
+
+
+def _code(error: BaseException) -> int | None:
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF  # the rest says more, but no more that we act on
+
+
+def sqlite_error(error: BaseException, path: str) -> StorageError:
+    """Return our error for one of sqlite3's about the file at `path`; the native one becomes its cause.
+
+    A failed statement has undone itself, so the outcome is known; a failed COMMIT is judged where it happens.
+    """
+    if isinstance(error, StorageError):
+        return error
+    code = _code(error)
+    native = str(error)
+    cls: type[StorageError]
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_DBMOVED:
+        cls, reason = BackendUnavailable, "the file was moved or deleted"
+    elif code in _BY_CODE:
+        cls, reason = _BY_CODE[code]
+    elif re.search(r"no such (table|column|index)|has no column", native):
+        cls, reason = ConfigurationError, "its table is not the one this library makes"
+    else:
+        mapped: StorageError = BackendUnavailable(
+            f"{path}: unexpected {type(error).__name__} ({native})", backend=path, retryable=False, outcome_unknown=True
+        )
+        mapped.__cause__ = error
+        return mapped
+    mapped = cls(f"{path}: {reason} ({native})")
+    mapped.__cause__ = error
+    return mapped
+
+
+# -- forks
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines_lock = threading.Lock()
+_taken: list[threading.Lock] = []
+_installed = False
+
+
+def _install(engine: Engine) -> None:
+    """Have the connections of `engine` closed before a fork. On first use, because importing does nothing."""
+    global _installed
+    with _engines_lock:
+        _engines.add(engine)
+        if not _installed:
+            _installed = True
+            os.register_at_fork(before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
+
+
+def _before_fork() -> None:
+    _engines_lock.acquire()
+    for engine in list(_engines):
+        _taken.extend(engine.before_fork())
+
+
+def _after_in_parent() -> None:
+    while _taken:
+        _taken.pop().release()
+    _engines_lock.release()
+
+
+def _after_in_child() -> None:
+    global _engines_lock
+    _taken.clear()
+    _engines_lock = threading.Lock()
+    for engine in list(_engines):
+        engine.after_fork_in_child()
