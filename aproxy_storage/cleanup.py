@@ -33,8 +33,10 @@ class Cleanup:
         *,
         name: str = "cleanup",
         context: contextvars.Context | None = None,
+        log: bool = True,
     ) -> asyncio.Task[Any]:
-        """Run `work` in a task of the owner's, and return that task.
+        """Run `work` in a task of the owner's, and return that task. Its failure is logged unless its starter
+        takes the result (`log` is false).
 
         Its context is empty unless given: that keeps it from holding on to the variables (request, connection,
         transaction) of a call that is going away.
@@ -45,7 +47,8 @@ class Cleanup:
         )
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-        task.add_done_callback(self._log_failure)
+        if log:
+            task.add_done_callback(self._log_failure)
         return task
 
     async def finish(self, work: Coroutine[Any, Any, Any], *, within: float, name: str = "cleanup") -> bool:

@@ -77,9 +77,8 @@ class StorageError(Exception):
         self.retryable = self.default_retryable if retryable is None else retryable
         self.outcome_unknown = outcome_unknown
         self.attempts: tuple[BaseException, ...] = ()
-        if self.default_errno is not None:
-            # With errno but no strerror, OSError still prints our message.
-            self.errno = self.default_errno
+        # With errno but no strerror, OSError still prints our message.
+        self.errno: int | None = self.default_errno
 
     def located(self, *, operation: str, path: str | None, backend: str) -> Self:
         """Fill in where the error happened, unless a layer nearer to it already has; return self."""

@@ -32,7 +32,7 @@ PENDING: State = "pending"
 STORED: State = "stored"
 DELETING: State = "deleting"
 
-PlaceState = Literal["good", "doubtful", "surplus"]
+PlaceState = Literal["good", "doubtful", "surplus", "settling"]
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -53,8 +53,9 @@ class Revision(NamedTuple):
 class Place:
     """One (original, key) that holds or may hold bytes of a record.
 
-    `state` is ``"good"`` (whole bytes of this record), ``"doubtful"`` (an operation on it may still land) or
-    ``"surplus"`` (not wanted any more: to be discarded once the record's lease has run out).
+    `state` is ``"good"`` (whole bytes of this record), ``"doubtful"`` (a write may still land there, or never did),
+    ``"surplus"`` (whole bytes that are not wanted any more, to be discarded when the record's lease has run out) or
+    ``"settling"`` (discarded; to be discarded once more when the lease has run out, in case a late write landed).
     """
 
     original: str
@@ -117,7 +118,7 @@ class MetaRecord(Mapping[str, Any]):
         Raises:
             ConfigurationError: no storage of that name is registered.
         """
-        from .registry import get_storage  # noqa: PLC0415  the one upward reference, lazy on purpose
+        from .registry import get_storage
 
         return get_storage(self.proxy_storage_name)
 

@@ -55,7 +55,7 @@ class Job:
         self.started = True
         try:
             self.value = self.function()
-        except BaseException as error:  # noqa: BLE001  handed to the waiting task
+        except BaseException as error:
             self.error = error
 
     def resolve(self) -> None:
@@ -149,9 +149,7 @@ class Workers(concurrent.futures.Executor):
 
     # -- the asyncio side
 
-    def call(
-        self, function: Callable[P, T], *args: P.args, timeout: float | None, **kwargs: P.kwargs
-    ) -> asyncio.Future[T]:
+    def call(self, function: Callable[..., T], *args: Any, timeout: float | None) -> asyncio.Future[T]:
         """Have `function` called in a worker; return the future of its result, bound to the running loop.
 
         After `timeout` seconds, queueing included, the future fails with DeadlineExceeded; a job that has not begun
@@ -162,7 +160,7 @@ class Workers(concurrent.futures.Executor):
         """
         answers = self._answers.get()
         future: asyncio.Future[T] = answers.loop.create_future()
-        job = Job(lambda: function(*args, **kwargs), future, answers)
+        job = Job(lambda: function(*args), future, answers)
         if timeout is not None:
             job.deadline = answers.loop.time() + timeout
         self._put(job)

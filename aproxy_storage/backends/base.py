@@ -27,7 +27,7 @@ from ..paths import check_path
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
 
-__all__ = ["DEFAULT_CHUNK_BYTES", "Backend", "Reader"]
+__all__ = ["DEFAULT_CHUNK_BYTES", "Backend", "Reader", "Reading"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Backend(abc.ABC):
     first use and may be made again after `aclose` or a fork. Every method may be called from any event loop.
     """
 
-    capabilities: ClassVar[Capabilities] | Capabilities
+    capabilities: Capabilities
     #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
     keeps_deadlines: ClassVar[bool] = False
 
@@ -127,7 +127,7 @@ class Backend(abc.ABC):
 
     def read(
         self, key: str, *, byte_range: ByteRange | None = None, chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    ) -> _Reading:
+    ) -> Reading:
         """Return an async context manager that gives a `Reader` of the object's bytes.
 
         Bounded memory, one round trip where the service allows it, pinned to one version of the object: if that
@@ -138,7 +138,7 @@ class Backend(abc.ABC):
         """
         if chunk_bytes < 1:
             raise ValueError("chunk_bytes must be positive")
-        return _Reading(self, key, byte_range, chunk_bytes)
+        return Reading(self, key, byte_range, chunk_bytes)
 
     async def stat(self, key: str) -> ObjectInfo:
         """Return what the service knows of the object.
@@ -270,7 +270,8 @@ class Backend(abc.ABC):
             async with asyncio.timeout(seconds):
                 return await work
         except StorageError as error:
-            raise error.located(operation=operation, path=key, backend=str(self))
+            error.located(operation=operation, path=key, backend=str(self))
+            raise
         except Exception as error:
             raise self._located(error, operation, key) from error
 
@@ -283,7 +284,8 @@ class Backend(abc.ABC):
             async for item in items:
                 yield item
         except StorageError as error:
-            raise error.located(operation=operation, path=key, backend=str(self))
+            error.located(operation=operation, path=key, backend=str(self))
+            raise
         except Exception as error:
             raise self._located(error, operation, key) from error
 
@@ -292,7 +294,7 @@ class Backend(abc.ABC):
             raise NotSupported(f"{self} cannot {operation}", operation=operation, backend=str(self))
 
 
-class _Reading:
+class Reading:
     """What `Backend.read` returns: opens on entering, maps errors and keeps the idle limit while iterating."""
 
     __slots__ = ("_backend", "_byte_range", "_chunk_bytes", "_key", "_reader", "data", "info")

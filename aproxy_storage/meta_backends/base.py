@@ -403,7 +403,8 @@ class MetaBackend(abc.ABC):
             async with asyncio.timeout(self.timeouts.operation):
                 return await work
         except StorageError as error:
-            raise error.located(operation=operation, path=path, backend=str(self))
+            error.located(operation=operation, path=path, backend=str(self))
+            raise
         except Exception as error:
             what = f"{operation} {path!r} in {self}" if path else f"{operation} in {self}"
             raise self._map_error(error, what).located(operation=operation, path=path, backend=str(self)) from error

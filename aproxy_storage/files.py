@@ -1,0 +1,363 @@
+"""Handles: reading a stored file with seek and tell, writing one that appears only when it is whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import hashlib
+import io
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+from .errors import Conflict, IntegrityError, NotFound, NotSupported
+from .records import ByteRange, MetaRecord
+
+if TYPE_CHECKING:
+    from .backends.base import Backend, Reading
+    from .proxy import ProxyStorage
+
+__all__ = ["AsyncFile", "AsyncWriter", "Opening"]
+
+F = TypeVar("F", bound="AsyncFile | AsyncWriter")
+
+_HASH_INLINE_BYTES = 1 << 16
+
+
+class AsyncFile:
+    """A stored file, open for reading. Positions count from the start of the opened range.
+
+    Pinned to one version of the file: replaced or deleted meanwhile, it goes on reading the old bytes while they
+    last, and raises Conflict when they are gone; never a mixture. Holds one chunk in memory. Not to be shared
+    between tasks. ``async for`` gives chunks.
+
+    Attributes:
+        record: the record as it was when the file was opened.
+        size: bytes of the opened range.
+        closed: whether `aclose` was called.
+    """
+
+    def __init__(
+        self, record: MetaRecord, backend: Backend, reading: Reading, byte_range: ByteRange | None, chunk_bytes: int,
+        verify: bool,
+    ) -> None:  # fmt: skip
+        self.record = record
+        self.name = record.path
+        self.mode = "rb"
+        self.closed = False
+        self._backend = backend
+        self._key = record.original_storage_path
+        self._chunk_bytes = chunk_bytes
+        self._reading: Reading | None = reading
+        self._etag = reading.info.etag
+        total = reading.info.size if reading.info.size is not None else record.size
+        if total is None:
+            raise IntegrityError(f"neither the record nor {backend} knows the size of {record.path!r}")
+        start, stop = (byte_range or ByteRange()).resolve(total)
+        self._start = start
+        self.size = stop - start
+        self._position = 0  # where the next read begins
+        self._at = 0  # where the next chunk of `_reading` begins
+        self._buffer = b""  # what was taken from `_reading`, from `_position` on
+        self._hash = _hasher(record) if verify else None
+
+    async def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes, to the end if negative; fewer only at the end.
+
+        Raises:
+            IntegrityError: the bytes end too early, or (``verify=True``, at the end) differ from the record.
+            Conflict: the bytes are gone. BackendUnavailable, DeadlineExceeded.
+        """
+        self._check_open()
+        left = max(0, self.size - self._position)
+        wanted = left if size < 0 else min(size, left)
+        parts: list[bytes] = []
+        while wanted > 0:
+            chunk = self._buffer or await self._next_chunk()
+            if len(chunk) > wanted:
+                chunk, self._buffer = chunk[:wanted], chunk[wanted:]
+            else:
+                self._buffer = b""
+            parts.append(chunk)
+            wanted -= len(chunk)
+            self._position += len(chunk)
+        if self._position >= self.size:
+            self._verify_end()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def readinto(self, buffer: Any) -> int:
+        """Read into a writable buffer; return the number of bytes, fewer than its length only at the end."""
+        view = memoryview(buffer).cast("B")
+        done = 0
+        while done < len(view):
+            data = await self.read(min(len(view) - done, self._chunk_bytes))
+            if not data:
+                break
+            view[done : done + len(data)] = data
+            done += len(data)
+        return done
+
+    async def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to `offset`; return the new position. Needs no round trip: the next read opens there.
+
+        Raises:
+            ValueError: before the start. NotSupported: the file was opened with ``verify=True``.
+        """
+        self._check_open()
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        target = base + offset
+        if target < 0:
+            raise ValueError(f"seek to {target}, before the start of the file")
+        if target == self._position:
+            return target
+        if self._hash is not None:
+            raise NotSupported("a file opened with verify=True is read from start to end", path=self.name)
+        ahead = target - self._position
+        self._buffer = self._buffer[ahead:] if 0 < ahead < len(self._buffer) else b""
+        self._position = target
+        return target
+
+    async def tell(self) -> int:
+        """Return the position of the next read."""
+        self._check_open()
+        return self._position
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._check_open()
+        if self._position >= self.size:
+            self._verify_end()
+            raise StopAsyncIteration
+        chunk = self._buffer or await self._next_chunk()
+        self._buffer = b""
+        self._position += len(chunk)
+        return chunk
+
+    async def aclose(self) -> None:
+        """Release the connection or descriptor; idempotent."""
+        self.closed = True
+        self._buffer = b""
+        await self._stop_reading()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _next_chunk(self) -> bytes:
+        """Return the next non-empty bytes at `_position`; called only where the size says that there are some."""
+        if self._reading is None or self._at != self._position:
+            await self._read_from(self._position)
+        assert self._reading is not None
+        try:
+            chunk = await anext(self._reading, b"")
+        except NotFound as error:
+            raise self._vanished() from error
+        if not chunk or self._at + len(chunk) > self.size:
+            raise IntegrityError(
+                f"{self.name!r} should have {self.size} bytes, {self._backend} gave "
+                f"{'only' if not chunk else 'at least'} {self._at + len(chunk)}",
+                operation="read", path=self.name, backend=str(self._backend),
+            )  # fmt: skip
+        self._at += len(chunk)
+        if self._hash is not None:
+            await self._hash.update(chunk)
+        return chunk
+
+    async def _read_from(self, position: int) -> None:
+        await self._stop_reading()
+        part = ByteRange(self._start + position, self._start + self.size)
+        reading = self._backend.read(self._key, byte_range=part, chunk_bytes=self._chunk_bytes)
+        try:
+            await reading.__aenter__()
+        except NotFound as error:
+            raise self._vanished() from error
+        self._reading, self._at = reading, position
+        if reading.info.etag != self._etag:
+            await self._stop_reading()
+            raise self._vanished()
+
+    async def _stop_reading(self) -> None:
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            await reading.__aexit__(None, None, None)
+
+    def _verify_end(self) -> None:
+        if self._hash is not None:
+            self._hash.check(self.name)
+
+    def _vanished(self) -> Conflict:
+        return Conflict(
+            f"{self.name!r} was replaced or deleted while it was read; open it again", operation="read", path=self.name
+        )
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"{self.name!r} is closed")
+
+
+class _Verifier:
+    def __init__(self, algorithm: str, expected: str) -> None:
+        self._hash = hashlib.new(algorithm)
+        self._expected = expected
+
+    async def update(self, chunk: bytes) -> None:
+        if len(chunk) <= _HASH_INLINE_BYTES:
+            self._hash.update(chunk)
+        else:
+            from .content import hash_workers
+
+            await hash_workers.call(self._hash.update, chunk, timeout=None)
+
+    def check(self, name: str) -> None:
+        if self._hash.hexdigest() != self._expected:
+            raise IntegrityError(
+                f"the bytes of {name!r} differ from its record: {self._hash.name} is {self._hash.hexdigest()}, "
+                f"recorded was {self._expected}",
+                operation="read", path=name,
+            )  # fmt: skip
+
+
+def _hasher(record: MetaRecord) -> _Verifier:
+    algorithm, _, expected = (record.checksum or "").partition(":")
+    if not expected:
+        raise IntegrityError(
+            f"{record.path!r} cannot be verified: its record holds no checksum (saved with checksum=None, or adopted)",
+            operation="open", path=record.path,
+        )  # fmt: skip
+    return _Verifier(algorithm, expected)
+
+
+class AsyncWriter:
+    """A file open for writing. It appears under its path, whole, when it is closed without an exception.
+
+    Until then nothing is visible; an exception in the ``async with`` block, a cancellation or a crash publishes
+    nothing. Holds at most three chunks in memory.
+    """
+
+    def __init__(self, storage: ProxyStorage, path: str, mode: str, chunk_bytes: int) -> None:
+        self.name = path
+        self.mode = mode
+        self.closed = False
+        self.record: MetaRecord | None = None  # of the new file, once it is published
+        self._chunk_bytes = chunk_bytes
+        self._pending = bytearray()
+        self._chunks: deque[bytes] = deque()
+        self._ended = False
+        self._moved = asyncio.Event()  # something was put, taken or ended
+        self._written = 0
+        self._task = storage.cleanup.start(
+            storage.write_to(path, self._drain(), exclusive=mode == "xb"),
+            name=f"writing of {path!r}",
+            context=contextvars.copy_context(),
+            log=False,
+        )
+        self._task.add_done_callback(lambda _: self._moved.set())
+
+    async def write(self, data: Any) -> int:
+        """Add `data` (bytes-like); return its length in bytes. Waits while the original is slower than the caller.
+
+        Raises:
+            The error of the save, as soon as it is known.
+        """
+        if self.closed:
+            raise ValueError(f"{self.name!r} is closed")
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), self._chunk_bytes):
+            self._pending += view[start : start + self._chunk_bytes]
+            while len(self._pending) >= self._chunk_bytes:
+                await self._put(bytes(self._pending[: self._chunk_bytes]))
+                del self._pending[: self._chunk_bytes]
+        self._written += len(view)
+        return len(view)
+
+    async def tell(self) -> int:
+        """Return how many bytes were written."""
+        return self._written
+
+    async def aclose(self) -> None:
+        """Publish the file; idempotent. A cancellation here publishes nothing, unless it comes too late for that.
+
+        Raises:
+            Whatever `ProxyStorage.save` or `replace` raises.
+        """
+        if self.closed:
+            return
+        try:
+            if self._pending:
+                await self._put(bytes(self._pending))
+            self.closed = True
+            self._ended = True
+            self._moved.set()
+            await asyncio.wait({self._task})
+        except BaseException:
+            await self.abort()
+            raise
+        self.record = self._task.result()
+
+    async def abort(self) -> None:
+        """Publish nothing; idempotent."""
+        self.closed = True
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc_type is None:
+            await self.aclose()
+        elif not self.closed:
+            await self.abort()
+
+    async def _put(self, chunk: bytes) -> None:
+        while self._chunks and not self._task.done():
+            self._moved.clear()
+            await self._moved.wait()
+        if self._task.done():
+            self._task.result()  # raises: it cannot be finished before the end of the content
+            raise IntegrityError(f"the writing of {self.name!r} ended before its content did")
+        self._chunks.append(chunk)
+        self._moved.set()
+
+    async def _drain(self) -> AsyncIterator[bytes]:
+        while True:
+            if self._chunks:
+                chunk = self._chunks.popleft()
+                self._moved.set()
+                yield chunk
+            elif self._ended:
+                return
+            else:
+                self._moved.clear()
+                await self._moved.wait()
+
+
+class Opening(Generic[F]):
+    """What `ProxyStorage.open` returns: await it, or enter it with ``async with``, for the open file."""
+
+    __slots__ = ("_file", "_open")
+
+    def __init__(self, open_: Callable[[], Coroutine[Any, Any, F]]) -> None:
+        self._open = open_
+        self._file: F | None = None
+
+    def __await__(self) -> Generator[Any, None, F]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> F:
+        self._file = file = await self._open()
+        return file
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            await file.__aexit__(exc_type, exc, traceback)

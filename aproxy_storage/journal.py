@@ -1,0 +1,337 @@
+"""The journal: how a record moves from state to state, so that a crash at any point loses and orphans nothing.
+
+The rules J1 to J9 are those of docs/design.md; ``tests/model`` checks them exhaustively. In short: a place is named
+in the record before a byte goes there, every change compares token and version, a file is marked ``deleting``
+before its bytes go, and its record goes last, when nothing can land on its keys any more.
+
+What the state of a place means for whoever removes:
+
+* good, surplus: the bytes there are this file's for certain, they are discarded whatever they look like
+* doubtful: a write may still land there or may have been kept out by a foreign file; only bytes that carry the
+  record's token are discarded
+* settling: discarded before, by somebody who had marked the record; once more when the lease (`settle`) is over,
+  again only what carries the token, and then the place is forgotten
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from .backends.base import Backend
+from .cleanup import Cleanup
+from .errors import Conflict, NotFound, StorageError
+from .loops import PerLoop
+from .meta_backends.base import UNCHANGED, MetaBackend, Unchanged
+from .records import DELETING, PENDING, STORED, MetaRecord, Place
+
+__all__ = ["Held", "Journal", "Marked"]
+
+_log = logging.getLogger(__name__)
+
+_CERTAIN = frozenset({"good", "surplus"})  # the bytes at such a place are this file's
+
+
+class Marked(NamedTuple):
+    """A record that its holder has marked ``deleting``, and until when (monotonic clock) he may act on it."""
+
+    record: MetaRecord
+    until: float
+
+
+class Journal:
+    """The transitions of the records of one storage.
+
+    Args:
+        meta: where the records are.
+        original: gives the original backend of a place.
+        cleanup: the owner's; renewals of leases run in it.
+        lease, settle, keep_replaced: in seconds, see `ProxyStorage`.
+    """
+
+    def __init__(
+        self,
+        meta: MetaBackend,
+        original: Callable[[str], Backend],
+        cleanup: Cleanup,
+        *,
+        lease: float,
+        settle: float,
+        keep_replaced: float,
+    ) -> None:
+        self.meta = meta
+        self.lease = lease
+        self.settle = settle
+        self.keep_replaced = keep_replaced
+        self._original = original
+        self.leases = _Leases(meta, cleanup, lease)
+
+    # -- J3: every change compares token and version
+
+    async def change(
+        self, record: MetaRecord, changes: Mapping[str, Any], *, lease: float | Unchanged | None = UNCHANGED
+    ) -> MetaRecord:
+        """Apply `changes` to `record` as the next version; return the new record.
+
+        Raises:
+            Conflict: it is gone or has moved on. And as `MetaBackend.update`.
+        """
+        return await self.meta.update(
+            record.path, {**changes, "version": record.version + 1}, expect=record.revision, lease=lease
+        )
+
+    async def publish(
+        self, record: MetaRecord, changes: Mapping[str, Any], *, lease: float | Unchanged | None = None
+    ) -> MetaRecord:
+        """Make `record` ``stored`` with `changes`; a lost answer is settled by reading the record."""
+        wanted = {**changes, "state": STORED}
+        try:
+            return await self.change(record, wanted, lease=lease)
+        except StorageError as error:
+            if not error.outcome_unknown and not isinstance(error, Conflict):
+                raise
+            # A conflict too may be the echo of our own statement, sent again by a driver.
+            try:
+                current = await self.meta.get(wanted.get("path", record.path))
+            except StorageError:
+                raise error from None
+            ours = current.token == record.token and current.version == record.version + 1 and current.state == STORED
+            if ours and current.original_storage_path == wanted["original_storage_path"]:
+                return current
+            raise
+
+    def lease_for(self, places: Iterable[Place]) -> float | None:
+        """Return the lease, in seconds, that a stored record needs for its further `places`; never a shorter one
+        than somebody who named one of them counts on."""
+        states = {place.state for place in places} - {"good"}
+        if "settling" in states:
+            return max(self.settle, self.lease, self.keep_replaced)
+        if "doubtful" in states:
+            return max(self.lease, self.keep_replaced)
+        return self.keep_replaced if states else None
+
+    # -- J4: the one way to remove
+
+    async def mark(self, record: MetaRecord, *, lease: float | None = None) -> Marked:
+        """Take `record` out of sight, and its lease: from here on it can only be removed.
+
+        Raises:
+            Conflict: it is gone or has moved on; nothing may be removed then.
+        """
+        seconds = self.lease if lease is None else lease
+        until = time.monotonic() + seconds  # from before the statement was sent
+        places = record.all_places()
+        if len(places) == 1 and places[0].state == "good":
+            places = ()  # what an empty list means in a deleting record
+        return Marked(await self.change(record, {"state": DELETING, "places": places}, lease=seconds), until)
+
+    async def sweep(self, marked: Marked, *, certain: bool | None = None, force: bool = False) -> bool:
+        """Discard the bytes of a record that this caller has marked, then the record; return whether it is gone.
+
+        `certain`: nobody else's operation, nor a lost one of ours, can still land on its places. By default that is
+        so when all are good; on a surplus one somebody's discard may be under way. Otherwise the record stays until
+        `settle` is over (`force`: it is).
+        """
+        record = marked.record
+        places = record.all_places()
+        if certain is None:
+            certain = all(place.state == "good" for place in places)
+        settled = force or all(place.state == "settling" for place in places)
+        if not await self.discard(places, record, until=marked.until):
+            return False  # said in the log; the lease runs out and reconcile tries again
+        if certain or settled:
+            try:
+                await self.meta.delete(record.path, expect=record.revision)
+            except Conflict:
+                return False
+            return True
+        await self.change(record, {"places": _as_settling(places)}, lease=self.settle)
+        return False
+
+    async def discard(self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None) -> bool:
+        """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.
+
+        Where a write of ours may have been kept out by somebody else's file, only what carries our token goes, and
+        nothing that another record names. `until`: when our lease ends, by the monotonic clock; a process that was
+        stopped for so long starts nothing more, because the keys may be somebody else's by now.
+        """
+        gone = True
+        for place in places:
+            if until is not None and time.monotonic() >= until:
+                return False
+            token = None if place.state in _CERTAIN else record.token
+            if token is not None and await self._is_named_elsewhere(place, record.path):
+                continue
+            try:
+                await self._original(place.original).discard(place.key, token=token)
+            except StorageError as error:
+                gone = False
+                _log.warning(
+                    "the bytes of %r at %s:%s could not be removed yet; reconcile will: %s",
+                    record.path, place.original, place.key, error,
+                )  # fmt: skip
+        return gone
+
+    async def undo(self, record: MetaRecord, *, certain: bool) -> None:
+        """Take back a save whose last known record is `record`. `certain`: none of its writes can still land.
+
+        Touches nothing if the save was committed after all; if the reservation was taken away or never came to be,
+        only bytes that carry its token go.
+        """
+        try:
+            marked = await self.mark(record)
+        except Conflict:
+            try:
+                current = await self.meta.get(record.path)
+            except NotFound:
+                current = None
+            if current is not None and current.token == record.token:
+                if current.state == STORED:
+                    return  # the commit had landed; only its answer was lost
+                if current.state == PENDING:
+                    # A statement of ours that landed without an answer (a new key, a lease) moved the version on.
+                    await self.sweep(await self.mark(current), certain=False)
+                    return
+            await self.discard([replace(place, state="doubtful") for place in record.all_places()], record)
+            return
+        await self.sweep(marked, certain=certain)
+
+    async def _is_named_elsewhere(self, place: Place, path: str) -> bool:
+        """Return whether a record of another path names `place`: ours may have been committed and then renamed."""
+        owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
+        return any(owner != path for owner in owners)
+
+    # -- J7: what reconcile does with one record whose lease has run out
+
+    async def finish(self, record: MetaRecord, *, force: bool = False) -> str:
+        """Do what is left to do for `record`; return in a word what was done.
+
+        ``"undone"`` a save, ``"deleted"``, ``"cleared"`` places of a stored file, ``"settling"`` (again after
+        `settle`), ``"failed"`` (an original could not be reached), ``"moved on"`` (somebody else was first).
+        `force`: nothing else is alive, so that leases and settle times count as over.
+        """
+        try:
+            if record.state == STORED:
+                return await self._clear(record, force=force)
+            verb = "undone" if record.state == PENDING else "deleted"
+            # For `settle`, not for a lease: should this reconcile stop amid its discards, the next one has to wait
+            # as long for them as for anybody else's.
+            marked = await self.mark(record, lease=max(self.settle, self.lease))
+            if await self.sweep(marked, certain=False, force=force):
+                return verb
+            left = await self.meta.get(record.path)
+            return "settling" if left.revision > marked.record.revision else "failed"
+        except (Conflict, NotFound):
+            return "moved on"
+
+    async def _clear(self, record: MetaRecord, *, force: bool) -> str:
+        primary = record.primary
+        others = [place for place in record.places if place is not primary]
+        kept = tuple(place for place in others if place.state == "good")
+        wanted_gone = [place for place in others if place.state != "good"]
+        doubtful = [place for place in wanted_gone if place.state == "doubtful"]
+        if doubtful and not force:
+            # First the mark: from here on, the replace that named them can no longer swap them in.
+            rest = [place for place in others if place.state != "doubtful"]
+            places = (*rest, *_as_settling(doubtful))
+            record = await self.change(record, {"places": places}, lease=self.lease_for(places))
+            return "settling" if await self.discard(doubtful, record) else "failed"
+        # Moving the version takes the lease: two reconciles do not discard side by side, and with `force` the
+        # replace that named a doubtful place loses it.
+        record = await self.change(record, {"places": (*kept, *wanted_gone)}, lease=max(self.settle, self.lease))
+        if not await self.discard(wanted_gone, record):
+            return "failed"
+        await self.change(record, {"places": kept}, lease=None)
+        return "cleared"
+
+
+def _as_settling(places: Iterable[Place]) -> tuple[Place, ...]:
+    return tuple(replace(place, state="settling") for place in places)
+
+
+class _Leases:
+    """Renews the leases of saves that take long: one timer per loop for all of them."""
+
+    def __init__(self, meta: MetaBackend, cleanup: Cleanup, seconds: float) -> None:
+        self._meta = meta
+        self._cleanup = cleanup
+        self.seconds = seconds
+        self._rounds: PerLoop[_Round] = PerLoop(_Round)
+
+    def hold(self, record: MetaRecord, *, since: float) -> Held:
+        """Return a context manager that keeps the lease of `record` alive.
+
+        `since`: the loop's time before the statement that took the lease was sent.
+        """
+        return Held(self._rounds.get(), self, record, since)
+
+    def start(self, round_: _Round) -> None:
+        round_.timer = asyncio.get_running_loop().call_later(self.seconds / 6, self._tick, round_)
+
+    def _tick(self, round_: _Round) -> None:
+        if not round_.held:
+            round_.timer = None
+            return
+        self.start(round_)
+        now = asyncio.get_running_loop().time()
+        due = [held for held in round_.held if now - held.since >= self.seconds / 3 and not held.renewing]
+        if due:
+            for held in due:
+                held.renewing = True
+            self._cleanup.start(self._renew(due), name="renewal of leases")
+
+    async def _renew(self, due: list[Held]) -> None:
+        begun = asyncio.get_running_loop().time()
+        try:
+            answers = await self._meta.update_many(
+                [(held.record.path, {}, held.record.revision) for held in due], lease=self.seconds
+            )
+        finally:
+            for held in due:
+                held.renewing = False
+        for held, answer in zip(due, answers, strict=True):
+            if isinstance(answer, StorageError):
+                # Its commit will find out; nothing is lost. Tried again at the next tick.
+                _log.info("the lease of %r could not be renewed: %s", held.record.path, answer)
+            else:
+                held.since = begun
+
+
+class _Round:
+    """The leases held in one event loop, and the timer that looks at them."""
+
+    def __init__(self) -> None:
+        self.held: set[Held] = set()
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Held:
+    """One lease that is being kept alive. Its user sets `record` to what the record has become."""
+
+    __slots__ = ("_leases", "_round", "record", "renewing", "since")
+
+    def __init__(self, round_: _Round, leases: _Leases, record: MetaRecord, since: float) -> None:
+        self._round = round_
+        self._leases = leases
+        self.record = record
+        self.renewing = False
+        self.since = since
+
+    def check(self) -> None:
+        """Raise Conflict if the lease has run out (this process was stopped, or cannot reach the meta-backend):
+        somebody else may have undone the save by now, and its keys may be theirs."""
+        if asyncio.get_running_loop().time() - self.since >= self._leases.seconds:
+            raise Conflict(f"the save of {self.record.path!r} lost its lease of {self._leases.seconds} seconds")
+
+    def __enter__(self) -> Held:
+        self._round.held.add(self)
+        if self._round.timer is None:
+            self._leases.start(self._round)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._round.held.discard(self)

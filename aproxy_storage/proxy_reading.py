@@ -1,0 +1,208 @@
+"""The reading verbs of a ProxyStorage."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, cast, overload
+
+from .backends.base import Backend
+from .errors import ConfigurationError, IntegrityError, NotFound, NotSupported
+from .files import AsyncFile, AsyncWriter, Opening
+from .meta_backends.base import MetaBackend
+from .records import STORED, ByteRange, CommonPrefix, MetaRecord
+
+__all__ = ["Path", "ReadingVerbs"]
+
+#: Read verbs take the public name of a file, or its record.
+Path = str | os.PathLike[str] | MetaRecord
+
+
+class ReadingVerbs(abc.ABC):
+    """What a storage does without changing anything. Readers see ``stored`` records of their own storage only."""
+
+    name: str
+    prefix: str
+    chunk_bytes: int
+    originals: Mapping[str, Backend]
+    meta: MetaBackend
+
+    def get_original(self, name: str = "") -> Backend:
+        """Return the original backend of that name; of an empty one, as old tables have it, the first.
+
+        Raises:
+            ConfigurationError: there is none of that name.
+        """
+        if not name:
+            return next(iter(self.originals.values()))
+        try:
+            return self.originals[name]
+        except KeyError:
+            raise ConfigurationError(
+                f"storage {self.name!r} has no original {name!r} (it has {', '.join(self.originals)})"
+            ) from None
+
+    @overload
+    def open(
+        self, path: Path, mode: Literal["rb"] = "rb", *, verify: bool = False, byte_range: ByteRange | None = None
+    ) -> Opening[AsyncFile]: ...
+
+    @overload
+    def open(self, path: Path, mode: Literal["wb", "xb"]) -> Opening[AsyncWriter]: ...
+
+    def open(
+        self, path: Path, mode: str = "rb", *, verify: bool = False, byte_range: ByteRange | None = None
+    ) -> Opening[Any]:
+        """Open a file: ``async with storage.open(path) as f``, or ``f = await storage.open(path)``.
+
+        Args:
+            mode: ``"rb"``; ``"wb"`` writes a new file or new bytes for the one there, ``"xb"`` a new file only.
+                Written bytes are published when the file is closed without an exception.
+            verify: compare with the recorded checksum at the end.
+            byte_range: only this part.
+
+        Raises (when awaited or entered):
+            NotFound: there is no such file. IntegrityError: its bytes are gone, or not as long as recorded.
+            AlreadyExists: ``"xb"``, at the latest when it is closed.
+        """
+        if mode == "rb":
+            if verify and byte_range is not None:
+                raise NotSupported("verify=True reads the whole file; it goes with no byte_range")
+            return Opening(partial(self._open_file, path, byte_range, verify))
+        if mode in ("wb", "xb"):
+            return Opening(partial(self._open_writer, path, mode))
+        raise ValueError(f"mode {mode!r}: one of 'rb', 'wb', 'xb'")
+
+    async def _open_file(self, path: Path, byte_range: ByteRange | None, verify: bool) -> AsyncFile:
+        record = await self._record(path)
+        while True:
+            backend = self.get_original(record.original_storage_name)
+            reading = backend.read(record.original_storage_path, byte_range=byte_range, chunk_bytes=self.chunk_bytes)
+            try:
+                await reading.__aenter__()
+            except NotFound as error:
+                current = await self.get(record.path)  # NotFound if it was deleted meanwhile
+                if current.primary != record.primary:
+                    record = current  # replaced, moved or saved anew: that is the file now
+                    continue
+                raise IntegrityError(
+                    f"the bytes of {record.path!r} are gone from {backend.full_path(record.original_storage_path)}",
+                    operation="open", path=record.path, backend=str(backend),
+                ) from error  # fmt: skip
+            try:
+                if None not in (record.size, reading.info.size) and record.size != reading.info.size:
+                    raise IntegrityError(
+                        f"{record.path!r} has {reading.info.size} bytes in {backend}, its record says {record.size}",
+                        operation="open", path=record.path, backend=str(backend),
+                    )  # fmt: skip
+                return AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify)
+            except BaseException:
+                await reading.__aexit__(None, None, None)
+                raise
+
+    async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
+        """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.
+
+        Raises:
+            As `open`, at the first chunk.
+        """
+        async with self.open(path, byte_range=byte_range) as file:
+            async for chunk in file:
+                yield chunk
+
+    async def get(self, path: str | os.PathLike[str]) -> MetaRecord:
+        """Return the record of a stored file.
+
+        Raises:
+            NotFound: there is none in this storage.
+        """
+        text = os.fspath(path)
+        try:
+            record = await self.meta.get(text)
+        except NotFound:
+            record = None
+        if record is None or record.state != STORED or record.proxy_storage_name != self.name:
+            raise NotFound(
+                f"storage {self.name!r} has no file {text!r}", operation="get", path=text, backend=repr(self)
+            )
+        return record
+
+    async def get_many(self, paths: Sequence[str]) -> Sequence[MetaRecord | None]:
+        """Return the records of `paths` in their order, None where there is no such file."""
+        return [
+            record if record is not None and record.state == STORED and record.proxy_storage_name == self.name else None
+            for record in await self.meta.get_many(paths)
+        ]
+
+    async def exists(self, path: Path) -> bool:
+        """Return whether there is such a file: one question to the meta-backend."""
+        text = path.path if isinstance(path, MetaRecord) else os.fspath(path)
+        return await self.meta.exists(text, state=STORED, proxy_storage_name=self.name)
+
+    async def size(self, path: Path) -> int:
+        """Return the size in bytes, from the record where it is known.
+
+        Raises:
+            NotFound.
+        """
+        record = await self._record(path)
+        if record.size is not None:
+            return record.size
+        info = await self.get_original(record.original_storage_name).stat(record.original_storage_path)
+        if info.size is None:
+            raise NotSupported(f"the size of {record.path!r} is known neither to the record nor to its original")
+        return info.size
+
+    async def url(self, path: Path, *, expires_in: float | None = None, **options: Any) -> str:
+        """Return the URL of the bytes, signed for `expires_in` seconds where the original signs.
+
+        Raises:
+            NotFound; NotSupported: the original has no URLs.
+        """
+        record = await self._record(path)
+        backend = self.get_original(record.original_storage_name)
+        return await backend.url(record.original_storage_path, expires_in=expires_in, **options)
+
+    async def urls(self, paths: Sequence[str], *, expires_in: float | None = None, **options: Any) -> dict[str, str]:
+        """Return the URLs of those of `paths` that exist, with one question to the meta-backend."""
+        records = await self.get_many(paths)
+        return {
+            record.path: await self.url(record, expires_in=expires_in, **options)
+            for record in records
+            if record is not None
+        }
+
+    async def _record(self, path: Path) -> MetaRecord:
+        return path if isinstance(path, MetaRecord) else await self.get(path)
+
+    @abc.abstractmethod
+    async def _open_writer(self, path: Path, mode: str) -> AsyncWriter: ...
+
+    @overload
+    def list(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, delimiter: None = None
+    ) -> AsyncIterator[MetaRecord]: ...
+
+    @overload
+    def list(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, delimiter: str
+    ) -> AsyncIterator[MetaRecord | CommonPrefix]: ...
+
+    def list(
+        self, prefix: str = "", *, after: str | None = None, limit: int | None = None, delimiter: str | None = None
+    ) -> AsyncIterator[Any]:
+        """Iterate over the stored files whose path begins with `prefix` and is greater than `after`, in byte order.
+
+        With a `delimiter` (``"/"``), what lies deeper is rolled up into `CommonPrefix` entries. Memory is bounded
+        by one page, whatever the number of files.
+        """
+        return self.meta.list(
+            prefix or self.prefix,
+            after=after,
+            limit=limit,
+            delimiter=cast(Any, delimiter),
+            proxy_storage_name=self.name,
+            state=STORED,
+        )
