@@ -105,6 +105,15 @@ class Statements:
             UNION
             SELECT path FROM "{table}_places" WHERE key = ?1 AND original = ?2
             ORDER BY path"""
+        self.is_named_elsewhere = f"""
+            SELECT EXISTS (
+                SELECT 1 FROM {t} INDEXED BY "{table}_owner" WHERE original_storage_path <> path
+                  AND original_storage_path = ?1 AND original_storage_name = ?2 AND path <> ?3
+            ) OR EXISTS (
+                SELECT 1 FROM "{table}_places" WHERE key = ?1 AND original = ?2 AND path <> ?3
+            ) OR ?1 <> ?3 AND EXISTS (
+                SELECT 1 FROM {t} WHERE path = ?1 AND original_storage_path = ?1 AND original_storage_name = ?2
+            )"""
         self._updates: dict[tuple[str, ...], str] = {}
 
     def update(self, columns: tuple[str, ...]) -> str:

@@ -140,6 +140,19 @@ class SQLiteMetaBackend(MetaBackend):
             return to_record(taken)
         raise AlreadyExists(f"{self} holds a record of {record.path!r} already", path=record.path)
 
+    async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
+        return await self._write(self._insert_or_spare, record, lease, spare)
+
+    def _insert_or_spare(
+        self, transaction: Transaction, record: MetaRecord, lease: float, spare: MetaRecord
+    ) -> MetaRecord:
+        # One transaction, one hop: between the look and the insert nobody else can write.
+        for place in record.all_places():
+            values = (place.key, place.original, record.path)
+            if transaction.cursor.execute(self._sql.is_named_elsewhere, values).fetchone()[0]:
+                return self._insert(transaction, spare, lease)
+        return self._insert(transaction, record, lease)
+
     async def _get(self, path: str) -> MetaRecord | None:
         return await self._read(self._select, path)
 
