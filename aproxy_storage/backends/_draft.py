@@ -1,0 +1,409 @@
+"""A file on its way into a `Tree`: from the first byte to the moment it can be seen. Runs in the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..errors import AlreadyExists, Conflict, ContentError
+from ._posix import Handle, Opened, Tree, close_all, mark, temporary_name, write_all
+
+__all__ = ["CallersFile", "Draft", "Withdrawn"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
+_NO_TMPFILE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EISDIR, errno.EINVAL}
+_NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EIO}
+_STEP = 1 << 20  # bytes read at once where the kernel cannot copy by itself
+
+
+class Withdrawn(Exception):
+    """The task that wanted this draft is gone."""
+
+
+@functools.cache
+def _links_descriptors() -> bool:
+    """Return whether a file without a name can be given one: by its entry below /proc."""
+    return hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd")
+
+
+class Draft:
+    """One write. Its steps run in workers, one after the other, each as
+    ``workers.call(draft.run, step, …)``.
+
+    A thread cannot be cancelled. So the task that gives up *withdraws* the draft: a step that has not begun never
+    does, one under way looks at the flag right before the file gets its name, and once more right after; whichever
+    side comes last removes what is left. A withdrawn draft therefore is either never seen, or was for a moment.
+
+    A file without a name (O_TMPFILE) is preferred: the kernel removes it, whatever happens. Where the file system has
+    none, a hidden name in the same directory does; `Tree.discard` with the write's token finds it after a crash.
+    """
+
+    def __init__(self, tree: Tree, key: str, token: str, *, durable: bool = False) -> None:
+        self.key = key
+        self._tree = tree
+        self._names = key.split("/")
+        self._token = token
+        self._durable = durable
+        self._handle: Handle | None = None
+        self._temporary: str | None = None  # its name, where the file has one already
+        self._moved: str | None = None  # the path that the file had before, where it is moved in
+        self._made: list[str] = []
+        self._identity: tuple[int, int] | None = None
+        self._lock = threading.Lock()
+        self._busy = False
+        self._withdrawn = False
+        self._published = False  # or may be
+        self._when_idle: Callable[[], None] | None = None
+
+    # -- for the task
+
+    def withdraw(self) -> None:
+        """Give the draft up. Never waits for a step."""
+        with self._lock:
+            self._withdrawn = True
+
+    @property
+    def certain(self) -> bool:
+        """Whether a withdrawn draft is not published, and never will be."""
+        return not self._published
+
+    @property
+    def left(self) -> bool:
+        """Whether there is something that `remove` must remove, or a step under way that will."""
+        return self._busy or self._anything
+
+    def when_idle(self, callback: Callable[[], None]) -> bool:
+        """Have `callback` called by the worker at the end of the step under way; return False if there is none."""
+        with self._lock:
+            if self._busy:
+                self._when_idle = callback
+            return self._busy
+
+    # -- for the worker
+
+    def run(self, step: Callable[..., T], *args: Any) -> T:
+        """Do one step; away with everything if it fails, or if the draft is withdrawn by the end of it."""
+        with self._lock:
+            if self._withdrawn:
+                raise Withdrawn
+            self._busy = True
+        try:
+            return step(*args)
+        except BaseException:
+            self._withdrawn = True
+            raise
+        finally:
+            self._idle()
+
+    def remove(self) -> None:
+        """Remove what is left of a withdrawn draft, unless a step under way will."""
+        with self._lock:
+            if self._busy:
+                return
+            self._busy = True
+        self._idle()
+
+    @property
+    def _anything(self) -> bool:
+        return self._published or self._handle is not None or bool(self._made)
+
+    def _idle(self) -> None:
+        removed = False
+        callback = None
+        while True:
+            with self._lock:
+                if removed or not (self._withdrawn and self._anything):
+                    self._busy = False
+                    callback, self._when_idle = self._when_idle, None
+                    break
+            try:
+                self._remove()
+            except Exception as error:
+                _log.warning("what is left of a write of %r could not be removed: %r", self.key, error)
+            removed = True
+        if callback is not None:
+            callback()
+
+    def _remove(self) -> None:
+        made, self._made = self._made, []
+        temporary, self._temporary = self._temporary, None
+        try:
+            if made or temporary is not None or self._published:
+                self._remove_names(temporary, prune=bool(made))
+        finally:
+            self._handle = None
+
+    def _remove_names(self, temporary: str | None, *, prune: bool) -> None:
+        root = self._tree.enter()
+        try:
+            directories = self._tree.descend(root.fd, self._names[:-1])
+        except (FileNotFoundError, NotADirectoryError):
+            self._published = False
+            return
+        try:
+            at = directories[-1] if directories else root.fd
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary, dir_fd=at)
+            if self._published:
+                if self._lies_at(at):
+                    os.unlink(self._names[-1], dir_fd=at)
+                self._published = False
+            if prune:
+                self._tree.prune(root.fd, self._names, directories)
+        finally:
+            close_all(directories)
+
+    # -- the steps
+
+    def create(self, data: bytes) -> os.stat_result:
+        """Write and publish a small file: everything in one hop."""
+
+        def work(at: int, root: int, directories: list[int]) -> os.stat_result:
+            if self._handle is None:
+                write_all(self._open_at(at), data)
+                self._complete()
+            return self._publish_at(at, root, directories)
+
+        return self._finished(work)
+
+    def begin(self) -> None:
+        """Open the file that the following steps write to."""
+        if self._handle is None:
+            self._tree.below(self._names, self._made, lambda at, _root, _directories: self._open_at(at))
+
+    def write(self, data: bytes) -> None:
+        """Append `data`."""
+        self.begin()
+        write_all(self._fd, data)
+
+    def finish(self, data: bytes) -> os.stat_result:
+        """Append `data` and give the file its name.
+
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+        self.begin()
+        if data:
+            write_all(self._fd, data)
+        self._complete()
+        return self._finished(self._publish_at)
+
+    def create_from(
+        self, path: str | bytes | os.PathLike[Any], limit: int, algorithm: str | None, size: int | None
+    ) -> tuple[os.stat_result, str | None] | CallersFile | None:
+        """`create` with the content of the file at `path`; return the checksum too.
+
+        A file of more than `limit` bytes is returned, open; None stands for what is no regular file.
+
+        Raises:
+            ContentError: it cannot be read, or has not `size` bytes.
+        """
+        source = CallersFile.open(path)
+        if source is None or source.status.st_size > limit:
+            return source
+        data = source.pread(limit + 1, 0)
+        if len(data) > limit:  # it grows, or is one of the kernel's, which do not know their size
+            return None
+        if size is not None and len(data) != size:
+            raise ContentError(f"the content has {len(data)} bytes, not {size} as declared")
+        checksum = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}" if algorithm else None
+        return self.create(data), checksum
+
+    def copy_from(self, source: Opened, count: int) -> int:
+        """Share the blocks of `source`, or else copy its first `count` bytes; return the bytes that are there now."""
+        self.begin()
+        try:
+            fcntl.ioctl(self._fd, _FICLONE, source.fd)
+        except OSError:
+            return self.copy(source, count)
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def copy(self, source: Opened, count: int) -> int:
+        """Append up to `count` further bytes of `source`; return the bytes that are there now."""
+        at = os.lseek(self._fd, 0, os.SEEK_CUR)
+        stop = at + count
+        try:
+            while at < stop:
+                step = os.copy_file_range(source.fd, self._fd, stop - at, at)
+                if step == 0:  # the end; or a special file system that cannot do it and does not say so
+                    break
+                at += step
+        except OSError as error:
+            if error.errno not in _NO_COPY_RANGE:
+                raise
+        while at < stop and (data := source.pread(min(_STEP, stop - at), at)):
+            write_all(self._fd, data)
+            at += len(data)
+        return at
+
+    def take(self, path: str) -> int | None:
+        """Make the file at `path` the draft's own, to be moved by `finish`, and return its size; None: copy it."""
+        if self._tree.file_mode is None or os.path.islink(path):  # the mode it would have got is not known
+            return None
+        taken = CallersFile.open(path)
+        if taken is None:
+            return None
+        device = self._tree.below(self._names, self._made, lambda at, _root, _directories: os.fstat(at).st_dev)
+        if device != taken.status.st_dev:
+            return None
+        try:
+            os.fchmod(taken.fd, stat.S_IMODE(taken.status.st_mode) | 0o600)
+        except PermissionError:  # somebody else's: it can be neither marked nor given its mode
+            return None
+        self._handle, self._moved = taken, path
+        return taken.status.st_size
+
+    def hash(self, state: Any, start: int, count: int) -> int:
+        """Feed up to `count` bytes of what is written from `start` on to a hash; return where it has come to."""
+        stop = start + count
+        while start < stop and (data := os.pread(self._fd, min(_STEP, stop - start), start)):
+            state.update(data)
+            start += len(data)
+        return start
+
+    # -- the parts of the steps
+
+    @property
+    def _fd(self) -> int:
+        if self._handle is None:
+            raise Withdrawn
+        return self._handle.fd
+
+    def _finished(self, work: Callable[[int, int, list[int]], os.stat_result]) -> os.stat_result:
+        status = self._tree.below(self._names, self._made, work)
+        with self._lock:
+            if self._withdrawn:
+                raise Withdrawn
+            # From here on nothing is left to be removed but, should the task be cancelled now, the object itself.
+            self._made = []
+            self._handle = None
+        if self._moved is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._moved)
+        return status
+
+    def _open_at(self, at: int) -> int:
+        tree = self._tree
+        mode = 0o666 if tree.file_mode is None else tree.file_mode | 0o600  # its owner must still mark it
+        if tree.anonymous is not False and _links_descriptors():
+            try:
+                self._handle = Handle(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=at))
+            except OSError as error:
+                if tree.anonymous or error.errno not in _NO_TMPFILE:
+                    raise
+            else:
+                tree.anonymous = True
+                return self._handle.fd
+        tree.anonymous = False
+        name = temporary_name(self._names[-1], self._token)
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            handle = Handle(os.open(name, flags, mode, dir_fd=at))
+        except FileExistsError:
+            # Left by an earlier attempt of the same write. Should that still be alive, it notices before it links.
+            os.unlink(name, dir_fd=at)
+            handle = Handle(os.open(name, flags, mode, dir_fd=at))
+        self._temporary = name
+        self._handle = handle
+        return handle.fd
+
+    def _complete(self) -> None:
+        """All of the file but its name: token, mode, and the way to the disk."""
+        fd = self._fd
+        mark(fd, self._token)
+        mode = self._tree.file_mode
+        if mode is not None and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+            os.fchmod(fd, mode)
+        if self._durable:
+            os.fsync(fd)
+
+    def _publish_at(self, at: int, root: int, directories: list[int]) -> os.stat_result:
+        status = os.fstat(self._fd)
+        self._identity = (status.st_dev, status.st_ino)
+        with self._lock:
+            if self._withdrawn:
+                raise Withdrawn
+            self._published = True
+        try:
+            self._link(at)
+        except (AlreadyExists, Conflict, FileNotFoundError):
+            self._published = False
+            raise
+        if self._temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary, dir_fd=at)
+            self._temporary = None
+        if self._durable:
+            self._tree.sync(root, directories)  # should that fail, `run` removes the file again
+        return status
+
+    def _link(self, at: int) -> None:
+        name = self._names[-1]
+        try:
+            if self._temporary is not None:
+                if not self._lies_at(at, self._temporary):
+                    raise Conflict(f"another attempt of the write {self._token} of {self.key!r} has taken over")
+                os.link(self._temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
+            elif _links_descriptors():
+                os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=at, follow_symlinks=True)
+            else:
+                os.link(self._moved or "", name, dst_dir_fd=at, follow_symlinks=False)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self._lies_at(at):  # a network file system repeats a call whose answer was lost, and finds our own file
+                return
+            if isinstance(error, FileExistsError):
+                raise AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}") from error
+            raise
+
+    def _lies_at(self, at: int, name: str | None = None) -> bool:
+        try:
+            status = os.stat(self._names[-1] if name is None else name, dir_fd=at, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+
+class CallersFile(Opened):
+    """A file that the caller has handed over: if it cannot be read, that is the content's fault, not the backend's.
+
+    Raises:
+        ContentError: in `open` and in `pread`.
+    """
+
+    changed_error = ContentError
+
+    @classmethod
+    def open(cls, path: str | bytes | os.PathLike[Any]) -> CallersFile | None:
+        """Return the regular file at `path`, None if it is something else."""
+        try:
+            if not stat.S_ISREG(os.stat(path).st_mode):  # asked first: opening a pipe has effects
+                return None
+            return cls(os.fsdecode(path), os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+    def pread(self, count: int, offset: int) -> bytes:
+        try:
+            return super().pread(count, offset)
+        except OSError as error:
+            raise _unreadable(self.key, error) from error
+
+
+def _unreadable(path: Any, error: OSError) -> ContentError:
+    return ContentError(f"the content cannot be read from {path!r}: {error.strerror}")

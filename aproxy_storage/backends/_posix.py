@@ -1,0 +1,534 @@
+"""The tree of files below one root, seen synchronously: what the workers of `FileSystemBackend` run.
+
+Every directory of a key is opened from its parent's descriptor, without following links, so that neither a link nor
+a directory renamed meanwhile leads out of the root. Directories come and go while others work: a step that finds one
+pruned makes it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from ..errors import AccessDenied, BackendUnavailable, Conflict, InvalidPath, NotFound, StorageError
+from ..records import ByteRange
+
+__all__ = ["HIDDEN", "TOKEN_XATTR", "Handle", "Opened", "Tree", "write_all"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+HIDDEN = ".aproxy-"  # begins the names of temporaries; no key may have a part that begins so
+TOKEN_XATTR = "user.aproxy.token"
+
+# O_PATH needs no right to read the directory, and works on it without waking an automounter's listing.
+_DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+_LISTED = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_RDONLY
+# O_NONBLOCK: opening a FIFO that lies where a file should be must not wait for its writer.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+_NO_XATTRS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_TRIES = 1000  # how often a directory may be pruned under one write; a limit only against an endless loop
+
+
+class Handle:
+    """An open descriptor, closed with the last reference: a job that still runs in a worker keeps it open.
+
+    Closing a descriptor that another thread is using would let the kernel give its number to another file.
+    """
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self, _suppress: type[contextlib.suppress] = contextlib.suppress) -> None:
+        with _suppress(Exception):
+            self.close()
+
+
+class _Root(Handle):
+    """The root, kept open so that its inode number cannot be given to another directory."""
+
+    __slots__ = ("identity",)
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        status = os.fstat(fd)
+        self.identity = (status.st_dev, status.st_ino)
+
+
+class Opened(Handle):
+    """A file open for reading, as it was when it was opened."""
+
+    __slots__ = ("key", "status")
+
+    changed_error: type[StorageError] = Conflict
+
+    def __init__(self, key: str, fd: int) -> None:
+        super().__init__(fd)
+        self.key = key
+        self.status = os.fstat(fd)
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Return `count` bytes, fewer only at the end."""
+        data = os.pread(self.fd, count, offset)
+        while len(data) < count and (more := os.pread(self.fd, count - len(data), offset + len(data))):
+            data += more  # Linux reads at most 2 GiB a call, a network file system what it likes
+        return data
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` to `stop`.
+
+        Raises:
+            Conflict: the file has changed since it was opened.
+        """
+        data = self.pread(stop - start, start)
+        if len(data) < stop - start:
+            raise Conflict(f"{self.key!r} has become shorter while it was read", path=self.key)
+        now, then = os.fstat(self.fd), self.status
+        if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
+            raise Conflict(f"{self.key!r} was written to while it was read", path=self.key)
+        return data
+
+
+class Tree:
+    """The files below `root`. All methods block; nothing in here is bound to a thread, a loop or a process.
+
+    A forked child may go on with its copies of the descriptors: they have no state that could be shared.
+    """
+
+    def __init__(self, root: str, *, create: bool, file_mode: int | None, directory_mode: int | None) -> None:
+        self.root = root
+        self.file_mode = file_mode
+        self.directory_mode = directory_mode
+        #: Whether files without a name can be made and published here; None: not tried yet.
+        self.anonymous: bool | None = None
+        self._create = create
+        self._seen = False
+        self._handle: _Root | None = None
+
+    # -- the root
+
+    def enter(self) -> _Root:
+        """Return the open root, having looked that it still is what it was.
+
+        The caller keeps the reference for as long as it uses the descriptor.
+
+        Raises:
+            BackendUnavailable: the root is gone, no directory, or another one than at first.
+        """
+        # Not locked: of two threads that open it at once either handle will do.
+        handle = self._handle
+        if handle is None:
+            handle = self._handle = self._open_root()
+        try:
+            status = os.stat(self.root)
+        except OSError as error:
+            raise self._no_root(error) from error
+        if (status.st_dev, status.st_ino) != handle.identity:
+            what = "a different directory" if stat.S_ISDIR(status.st_mode) else "not a directory"
+            raise BackendUnavailable(
+                f"the root {self.root!r} is {what} now: replaced, unmounted, or mounted over. Nothing was touched; "
+                "aclose() makes the backend accept what is there"
+            )
+        return handle
+
+    def leave(self) -> None:
+        """Forget the root; its descriptor is closed as soon as no job uses it."""
+        self._handle = None
+
+    def _open_root(self) -> _Root:
+        flags = _DIRECTORY & ~os.O_NOFOLLOW  # the root itself may be a link
+        try:
+            try:
+                fd = os.open(self.root, flags)
+            except FileNotFoundError:
+                # A root that was here once and is gone is an unmounted disk or a mistake: never made anew.
+                if self._seen or not self._create:
+                    raise
+                self._make_directory(self.root, None)
+                fd = os.open(self.root, flags)
+        except OSError as error:
+            raise self._no_root(error) from error
+        self._seen = True
+        return _Root(fd)
+
+    def _no_root(self, error: OSError) -> BackendUnavailable:
+        hint = "" if self._seen or not self._create else "; its parent directory must exist"
+        return BackendUnavailable(f"the root {self.root!r} cannot be used: {error.strerror}{hint}")
+
+    # -- directories
+
+    @staticmethod
+    def parts(key: str) -> list[str] | None:
+        """Return the parts of `key`; None if it could never name a file below the root."""
+        names = key.split("/")
+        for name in names:
+            if name in ("", ".", "..") or "\0" in name or name.startswith(HIDDEN):
+                return None
+        try:
+            os.fsencode(key)
+        except UnicodeEncodeError:
+            return None
+        return names
+
+    def descend(self, root: int, names: Sequence[str], made: list[str] | None = None) -> list[int]:
+        """Open the directories `names`, each below the one before; return their descriptors.
+
+        With a list `made`, missing ones are made and named in it.
+
+        Raises:
+            FileNotFoundError: one is missing; with `made`: it was pruned at this moment, try again from the root.
+            NotADirectoryError: something else lies there. AccessDenied: a link lies there.
+        """
+        opened: list[int] = []
+        at = root
+        try:
+            for name in names:
+                try:
+                    fd = os.open(name, _DIRECTORY, dir_fd=at)
+                except FileNotFoundError:
+                    if made is None:
+                        raise
+                    if self._make_directory(name, at):
+                        made.append(name)
+                    fd = os.open(name, _DIRECTORY, dir_fd=at)
+                except OSError as error:
+                    if error.errno in (errno.ENOTDIR, errno.ELOOP, errno.EMLINK):
+                        self.refuse_link(name, at)
+                    raise
+                opened.append(fd)
+                at = fd
+        except BaseException:
+            close_all(opened)
+            raise
+        return opened
+
+    def below(self, names: Sequence[str], made: list[str], work: Callable[[int, int, list[int]], T]) -> T:
+        """Call ``work(parent, root, directories)``, all descriptors, for the file `names`.
+
+        Missing directories are made and named in `made`; where one is pruned before `work` has put something into
+        it, all is done again, so `work` must bear being repeated after a FileNotFoundError.
+        """
+        for _ in range(_TRIES):
+            root = self.enter()
+            try:
+                directories = self.descend(root.fd, names[:-1], made)
+            except FileNotFoundError:
+                continue
+            except NotADirectoryError as error:
+                raise InvalidPath(
+                    f"a file lies where {'/'.join(names)!r} needs a directory; choose another key"
+                ) from error
+            try:
+                return work(directories[-1] if directories else root.fd, root.fd, directories)
+            except FileNotFoundError:
+                continue
+            finally:
+                close_all(directories)
+        raise BackendUnavailable(f"the directory of {'/'.join(names)!r} was removed {_TRIES} times while it was needed")
+
+    @contextlib.contextmanager
+    def parent(self, key: str) -> Iterator[tuple[int, str]]:
+        """Open the directory of `key` for a look-up; give its descriptor and the last part of the key.
+
+        Raises:
+            NotFound: there is no such directory, or `key` is no possible name.
+        """
+        root = self.enter()
+        names = self.parts(key)
+        if names is None:
+            raise NotFound(f"{key!r} cannot name a file here")
+        with self._missing(key):
+            directories = self.descend(root.fd, names[:-1])
+        try:
+            with self._missing(key):
+                yield directories[-1] if directories else root.fd, names[-1]
+        finally:
+            close_all(directories)
+
+    @contextlib.contextmanager
+    def _missing(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EISDIR) and not isinstance(
+                error, NotFound
+            ):
+                raise NotFound(f"there is no file {key!r} below {self.root!r}") from error
+            raise
+
+    def prune(self, root: int, names: Sequence[str], directories: Sequence[int]) -> None:
+        """Remove the directories of the file `names` from the innermost one outwards, while they are empty."""
+        for depth in range(len(directories) - 1, -1, -1):
+            try:
+                os.rmdir(names[depth], dir_fd=directories[depth - 1] if depth else root)
+            except OSError:  # not empty, gone already, or not ours to remove: in any case the end
+                return
+
+    def sync(self, root: int, directories: Sequence[int]) -> None:
+        """Write the directories and the root to the disk.
+
+        All of them: who made one of them may not have synced it.
+        """
+        for fd in (*reversed(directories), root):
+            listed = os.open(".", _LISTED, dir_fd=fd)
+            try:
+                os.fsync(listed)
+            finally:
+                os.close(listed)
+
+    def _make_directory(self, name: str, at: int | None) -> bool:
+        try:
+            os.mkdir(name, 0o777 if self.directory_mode is None else self.directory_mode, dir_fd=at)
+        except FileExistsError:
+            return False
+        if self.directory_mode is not None:  # exactly that, whatever the umask; but an inherited setgid bit stays
+            fd = os.open(name, _LISTED, dir_fd=at)
+            try:
+                mode = stat.S_IMODE(os.fstat(fd).st_mode)
+                wanted = self.directory_mode | mode & stat.S_ISGID
+                if mode != wanted:
+                    os.fchmod(fd, wanted)
+            finally:
+                os.close(fd)
+        return True
+
+    @staticmethod
+    def refuse_link(name: str, at: int) -> None:
+        """Raise AccessDenied if `name` is a link."""
+        with contextlib.suppress(OSError):
+            if stat.S_ISLNK(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+                raise AccessDenied(f"{name!r} is a symbolic link; links below the root are not followed")
+
+    # -- looking
+
+    def open(self, key: str) -> Opened:
+        """Open the file `key` for reading.
+
+        Raises:
+            NotFound: there is none, or no regular file. AccessDenied: it is a link.
+        """
+        with self.parent(key) as (at, name):
+            try:
+                opened = Opened(key, os.open(name, _READ, dir_fd=at))
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EMLINK):
+                    self.refuse_link(name, at)
+                if error.errno == errno.ENXIO:  # a socket
+                    raise NotFound(f"{key!r} is not a regular file") from error
+                raise
+            if not stat.S_ISREG(opened.status.st_mode):
+                opened.close()
+                raise NotFound(f"{key!r} is not a regular file")
+            return opened
+
+    def read(self, key: str, byte_range: ByteRange | None, limit: int) -> tuple[Opened, int, int, bytes]:
+        """Open `key`; return it, where the range begins and ends, and the first bytes of it, up to `limit`."""
+        opened = self.open(key)
+        start, stop = (byte_range or ByteRange()).resolve(opened.status.st_size)
+        data = opened.read(start, min(stop, start + limit)) if stop > start else b""
+        if stop - start <= limit:
+            opened.close()
+        return opened, start, stop, data
+
+    def stat(self, key: str) -> tuple[os.stat_result, str | None]:
+        """Return the status and the token of the file `key`."""
+        with self.parent(key) as (at, name):
+            status = os.stat(name, dir_fd=at, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                self.refuse_link(name, at)
+            if not stat.S_ISREG(status.st_mode):
+                raise NotFound(f"{key!r} is not a regular file")
+            try:
+                handle = Handle(os.open(name, _READ, dir_fd=at))
+            except PermissionError:  # it can be seen, but its token cannot be read
+                return status, None
+            try:
+                return os.fstat(handle.fd), read_token(handle.fd)
+            finally:
+                handle.close()
+
+    # -- removing
+
+    def discard(self, key: str, token: str | None) -> None:
+        """Remove the file `key`, the temporary of the write `token`, and the directories left empty.
+
+        Raises:
+            OSError: natively.
+        """
+        names = self.parts(key)
+        root = self.enter()
+        if names is None:
+            return
+        try:
+            directories = self.descend(root.fd, names[:-1])
+        except (FileNotFoundError, NotADirectoryError, AccessDenied):
+            return  # never written there: not even through a link
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                return
+            raise
+        at, name = (directories[-1] if directories else root.fd), names[-1]
+        try:
+            if token is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary_name(name, token), dir_fd=at)
+            if self._may_remove(at, name, key, token):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=at)
+            self.prune(root.fd, names, directories)
+        finally:
+            close_all(directories)
+
+    def _may_remove(self, at: int, name: str, key: str, token: str | None) -> bool:
+        try:
+            if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+                return False  # a directory, a link, a pipe: not an object of ours
+            if token is None:
+                return True
+            handle = Handle(os.open(name, _READ, dir_fd=at))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+                return False
+            raise
+        try:
+            found = os.getxattr(handle.fd, TOKEN_XATTR)
+        except OSError as error:
+            if error.errno == errno.ENODATA:
+                return False
+            if error.errno in _NO_XATTRS:
+                _log.warning(
+                    "%r below %r stays: the file system keeps no extended attributes, so that it cannot be told "
+                    "whether the write that is undone left it, or somebody else",
+                    key,
+                    self.root,
+                )
+                return False
+            raise
+        finally:
+            handle.close()
+        return found == token.encode()
+
+    # -- listing
+
+    def children(self, names: Sequence[str]) -> list[str]:
+        """Return what lies in a directory, in byte order of the keys below it; directories end in a slash.
+
+        Temporaries, links and special files are left out, and names that are not UTF-8, because no key names them.
+        A directory that is missing is empty.
+        """
+        root = self.enter()
+        try:
+            directories = self.descend(root.fd, names)
+        except (FileNotFoundError, NotADirectoryError, AccessDenied):
+            return []
+        found = []
+        try:
+            fd = os.open(".", _LISTED, dir_fd=directories[-1] if directories else root.fd)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        name = entry.name
+                        if name.startswith(HIDDEN):
+                            continue
+                        if entry.is_dir(follow_symlinks=False):
+                            name += "/"  # sorts as the keys below it do: "a-b" < "a/x" < "a0"
+                        elif not entry.is_file(follow_symlinks=False):
+                            continue
+                        if not name.isascii() and not _is_text(name):
+                            _log.debug("not listed: %r below %r is not UTF-8", name, self.root)
+                            continue
+                        found.append(name)
+            finally:
+                os.close(fd)
+        except FileNotFoundError:  # pruned at this moment
+            return []
+        finally:
+            close_all(directories)
+        found.sort()  # code points order as their UTF-8 bytes do
+        return found
+
+    def statuses(self, names: Sequence[str], files: Sequence[str]) -> list[tuple[str, os.stat_result]]:
+        """Return the status of each of `files` in the directory `names` that is still there."""
+        root = self.enter()
+        try:
+            directories = self.descend(root.fd, names)
+        except (FileNotFoundError, NotADirectoryError, AccessDenied):
+            return []
+        found = []
+        try:
+            at = directories[-1] if directories else root.fd
+            for name in files:
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.stat(name, dir_fd=at, follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        found.append((name, status))
+        finally:
+            close_all(directories)
+        return found
+
+
+def close_all(descriptors: Sequence[int]) -> None:
+    """Close directories."""
+    for fd in descriptors:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`."""
+    written = os.write(fd, data)
+    if written < len(data):
+        view = memoryview(data)
+        while written < len(data):
+            written += os.write(fd, view[written:])
+
+
+def read_token(fd: int) -> str | None:
+    """Return the token of an open file, None where it has none or the file system keeps none."""
+    try:
+        return os.getxattr(fd, TOKEN_XATTR).decode(errors="replace")
+    except OSError as error:
+        if error.errno == errno.ENODATA or error.errno in _NO_XATTRS:
+            return None
+        raise
+
+
+def mark(fd: int, token: str) -> None:
+    """Keep the token with an open file, where the file system can."""
+    try:
+        os.setxattr(fd, TOKEN_XATTR, token.encode())
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            raise
+
+
+def temporary_name(name: str, token: str) -> str:
+    """Return the name of the temporary of one write: short, whatever the length of `name`, and known to `discard`."""
+    if not (token.isascii() and token.isalnum() and len(token) <= 64):
+        token = hashlib.blake2b(token.encode(errors="replace"), digest_size=12).hexdigest()
+    return f"{HIDDEN}{token}-{zlib.crc32(os.fsencode(name)):08x}.part"
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

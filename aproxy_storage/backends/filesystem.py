@@ -1,0 +1,413 @@
+"""Files below a directory of a POSIX file system."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from ..content import Source
+from ..errors import InvalidPath, NotSupported, StorageError
+from ..paths import new_token
+from ..records import ByteRange, Capabilities, ObjectInfo
+from ..threads import Workers
+from ..timeouts import Timeouts
+from ._draft import Draft
+from ._posix import HIDDEN, Opened, Tree
+from .base import Backend, Reader
+
+__all__ = ["FileSystemBackend"]
+
+T = TypeVar("T")
+
+_SMALL = 256 << 10  # bytes that are written in one hop, and gathered for one
+_SLICE = 64 << 20  # bytes copied by the kernel, or hashed, between two looks at the event loop
+_PAGE = 500  # files whose sizes are looked up in one hop
+_GRACE = 0.5  # seconds that a failed write waits for its rests to go when they cannot be seen any more
+
+
+class FileSystemBackend(Backend):
+    """Keeps objects as files below `root`; the key is the relative path.
+
+    Args:
+        root: the directory; may be a symbolic link itself. Nothing below it is reached through one.
+        file_mode: of new files, exactly, whatever the umask; None leaves it to the umask. As Django's
+            ``FILE_UPLOAD_PERMISSIONS``, and with its default.
+        directory_mode: of every directory made, exactly, but for an inherited setgid bit; None leaves it to the umask.
+        base_url: what `url` puts before the quoted key; None: there are no URLs.
+        create_root: make `root`, not its parents, on first use. A root that was there once and is gone, or is
+            another directory than before, is an unmounted disk: BackendUnavailable, and never made anew.
+            `aclose` makes the backend accept the directory that is there then.
+        max_workers: threads of this backend; a hung disk blocks these and nothing else.
+        timeouts: ``operation`` limits a call, ``idle`` each step of a read or a write.
+
+    An object is written to a file that has no name (O_TMPFILE; where the file system has none: a hidden name,
+    ``.aproxy-*.part``, beside it) and then linked, which never replaces anything. After a crash at most such a hidden
+    file is left: `discard` with the token of the write removes it. A cancelled write is not seen; one that had just
+    been published is removed again before the CancelledError leaves, whose ``outcome_unknown`` is then False.
+    Directories are made as needed, and removed when the last object below them is discarded.
+
+    The token of a write is kept in the extended attribute ``user.aproxy.token``. A file system without these works,
+    but `discard` with a token leaves the object there and logs a warning: it could be somebody else's.
+
+    What lies below the root and is no object is never touched and not listed: links (AccessDenied where a key leads
+    through one), special files, names that are not UTF-8. A key with a directory in its place is NotFound to
+    readers and AlreadyExists to writers; a file in the place of a directory is InvalidPath to writers.
+
+    A file that is overwritten or truncated in place by somebody else while it is read raises Conflict; one that is
+    discarded is read to its end. The file system must have hard links, and be local or NFS 4.
+
+    Memory: about three chunks a read, three chunks and 256 KiB a write besides those of the source; a listing holds
+    the names of one directory a level.
+    """
+
+    capabilities = Capabilities(
+        conditional_create=True,
+        range_read=True,
+        list=True,
+        modified_time=True,
+        server_copy=True,
+        tokens=True,
+        max_segment_bytes=255,
+    )
+    keeps_deadlines = True
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        file_mode: int | None = 0o644,
+        directory_mode: int | None = None,
+        base_url: str | None = None,
+        create_root: bool = True,
+        max_workers: int = 8,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.root = os.path.abspath(root)
+        self.base_url = base_url if base_url is None or base_url.endswith("/") else base_url + "/"
+        super().__init__(timeouts=timeouts)
+        if base_url is not None:
+            self.capabilities = replace(self.capabilities, url=True)
+        self._tree = Tree(self.root, create=create_root, file_mode=file_mode, directory_mode=directory_mode)
+        self._workers = Workers(f"files of {self.root}", max_workers)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.root!r})"
+
+    def check_key(self, key: str) -> None:
+        super().check_key(key)
+        if HIDDEN in key and any(part.startswith(HIDDEN) for part in key.split("/")):
+            raise InvalidPath(f"{key!r} is not a legal key here: names that begin with {HIDDEN!r} are temporaries")
+
+    def full_path(self, key: str) -> str:
+        return os.path.join(self.root, key)
+
+    # -- writing
+
+    async def _write(
+        self,
+        key: str,
+        source: Source,
+        *,
+        content_type: str | None,
+        metadata: Mapping[str, str],
+        token: str | None,
+        durable: bool,
+    ) -> ObjectInfo:
+        return await self._drafted("write", key, token, durable, functools.partial(self._fill, source))
+
+    async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
+        async def fill(draft: Draft) -> os.stat_result:
+            opened = await self._workers.call(self._tree.open, key, timeout=self.timeouts.idle)
+            await self._copy_file(draft, opened)
+            return await self._step(draft, draft.finish, b"")
+
+        return await self._drafted("copy", new_key, token, durable, fill)
+
+    async def _drafted(
+        self, operation: str, key: str, token: str | None, durable: bool, fill: Callable[[Draft], Any]
+    ) -> ObjectInfo:
+        token = token or new_token()
+        draft = Draft(self._tree, key, token, durable=durable)
+        try:
+            status = await fill(draft)
+        except BaseException as error:
+            await self._give_up(draft)
+            unknown = not draft.certain
+            if isinstance(error, StorageError | asyncio.CancelledError):
+                error.outcome_unknown = unknown  # type: ignore[union-attr]
+            elif unknown and isinstance(error, Exception):
+                mapped = self._located(error, operation, key)
+                mapped.outcome_unknown = True
+                raise mapped from error
+            raise
+        return _info(key, status, token)
+
+    async def _give_up(self, draft: Draft) -> None:
+        draft.withdraw()
+        if not draft.left:
+            return
+        within = min(_GRACE, self.timeouts.cleanup) if draft.certain else self.timeouts.cleanup
+        try:
+            await self.cleanup.finish(self._tidy(draft), within=within, name=f"undo of the write of {draft.key!r}")
+        except asyncio.CancelledError as error:
+            error.outcome_unknown = not draft.certain  # type: ignore[attr-defined]
+            raise
+
+    async def _tidy(self, draft: Draft) -> None:
+        loop = asyncio.get_running_loop()
+        idle = loop.create_future()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(idle.set_result, None)
+
+        if draft.when_idle(wake):
+            await asyncio.wait([idle])  # unlike a plain await, leaves `idle` alone when cancelled
+        if draft.left:
+            await self._workers.call(draft.remove, timeout=self.timeouts.operation)
+
+    def _step(self, draft: Draft, step: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self._workers.call(draft.run, step, *args, timeout=self.timeouts.idle)
+
+    async def _fill(self, source: Source, draft: Draft) -> os.stat_result:
+        data = source.data
+        if data is not None and len(data) <= _SMALL:
+            return await self._step(draft, draft.create, data)
+        if source.temporary_path is not None:
+            size = await self._step(draft, draft.take, source.temporary_path)
+            if size is not None:
+                await self._measure(draft, source, size)
+                return await self._step(draft, draft.finish, b"")
+        path = source.temporary_path or source.path
+        if path is None:
+            return await self._stream(source, draft)
+        found = await self._step(draft, draft.create_from, path, _SMALL, source.algorithm, source.size)
+        if found is None:
+            return await self._stream(source, draft)
+        if isinstance(found, tuple):
+            status, checksum = found
+            source.measured(status.st_size, checksum)
+            return status
+        size = await self._copy_file(draft, found)
+        await self._measure(draft, source, size)
+        return await self._step(draft, draft.finish, b"")
+
+    async def _measure(self, draft: Draft, source: Source, size: int) -> None:
+        """Tell the source what was found in the file, having hashed it if that is wanted."""
+        checksum = None
+        if source.algorithm is not None:
+            state = hashlib.new(source.algorithm)
+            done = 0
+            while done < size:
+                reached = await self._step(draft, draft.hash, state, done, _SLICE)
+                if reached == done:
+                    break
+                done = reached
+            size, checksum = done, f"{source.algorithm}:{state.hexdigest()}"
+        source.measured(size, checksum)
+
+    async def _copy_file(self, draft: Draft, source: Opened) -> int:
+        """Copy a whole file into the draft; return its size."""
+        done = await self._step(draft, draft.copy_from, source, _SLICE)
+        size = source.status.st_size
+        while done < size:
+            reached = await self._step(draft, draft.copy, source, _SLICE)
+            if reached == done:
+                break
+            done = reached
+        if done != size:
+            raise source.changed_error(f"{source.key!r} has changed while it was copied")
+        return done
+
+    async def _stream(self, source: Source, draft: Draft) -> os.stat_result:
+        """Write what the source yields: while one hop writes, the source is asked for more."""
+        gathered: list[bytes] = []
+        count = 0
+        writing: asyncio.Future[None] | None = None
+        async with contextlib.aclosing(source.chunks()) as chunks:
+            async for chunk in chunks:
+                gathered.append(chunk)
+                count += len(chunk)
+                if count >= _SMALL:
+                    if writing is not None:
+                        await writing
+                    writing = self._step(draft, draft.write, _joined(gathered))
+                    writing.add_done_callback(_seen)
+                    gathered, count = [], 0
+        if writing is None:
+            return await self._step(draft, draft.create, _joined(gathered))
+        await writing
+        return await self._step(draft, draft.finish, _joined(gathered))
+
+    # -- reading
+
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+        opened, start, stop, data = await self._workers.call(
+            self._tree.read, key, byte_range, chunk_bytes, timeout=self.timeouts.idle
+        )
+        info = _info(key, opened.status)
+        if stop - start <= chunk_bytes:
+            return Reader(info, data=data)
+        return Reader(info, _Chunks(self._workers, self.timeouts.idle, opened, start, stop, data, chunk_bytes))
+
+    async def _stat(self, key: str) -> ObjectInfo:
+        status, token = await self._workers.call(self._tree.stat, key, timeout=self.timeouts.operation)
+        return _info(key, status, token, published=True)
+
+    async def _discard(self, key: str, *, token: str | None) -> None:
+        await self._workers.call(self._tree.discard, key, token, timeout=self.timeouts.operation)
+
+    async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
+        if self.base_url is None:
+            raise NotSupported("no base_url is given")
+        if expires_in is not None:
+            raise NotSupported("a URL below base_url never expires; serve the file through a view that signs")
+        return self.base_url + quote(key.lstrip("/"), safe="/~!*()'")
+
+    # -- listing
+
+    async def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
+        if delimiter is None or delimiter == "/":
+            async for info in self._walk(prefix, after, roll_up=delimiter is not None):
+                yield info
+            return
+        last = after
+        async for info in self._walk(prefix, after, roll_up=False):
+            at = info.key.find(delimiter, len(prefix))
+            if at < 0:
+                yield info
+            elif (rolled := info.key[: at + len(delimiter)]) != last:
+                last = rolled
+                yield ObjectInfo(rolled, is_prefix=True)
+
+    async def _walk(self, prefix: str, after: str | None, *, roll_up: bool) -> AsyncIterator[ObjectInfo]:
+        base = prefix[: prefix.rfind("/") + 1]
+        if base and self._tree.parts(base[:-1]) is None:
+            return
+        # Directories still to be gone through: the key they stand for, and their children, the next one last.
+        stack = [(base, await self._children(base))]
+        while stack:
+            base, children = stack[-1]
+            files: list[str] = []
+            inner = ""
+            while children and not inner and len(files) < _PAGE:
+                key = base + (name := children.pop())
+                if name[-1] != "/":
+                    if key.startswith(prefix) and (after is None or key > after):
+                        files.append(name)
+                elif key.startswith(prefix) and (after is None or key > after or after.startswith(key)):
+                    inner = key
+            if files:
+                call = self._workers.call(
+                    self._tree.statuses, base.split("/")[:-1], files, timeout=self.timeouts.operation
+                )
+                for name, status in await call:
+                    yield _info(base + name, status)
+            if inner and not roll_up:
+                stack.append((inner, await self._children(inner)))
+            elif inner and inner != after:
+                async for _ in self._walk(inner, after, roll_up=False):
+                    yield ObjectInfo(inner, is_prefix=True)
+                    break
+            elif not children:
+                stack.pop()
+
+    async def _children(self, base: str) -> list[str]:
+        names = base.split("/")[:-1]
+        children = await self._workers.call(self._tree.children, names, timeout=self.timeouts.operation)
+        children.reverse()
+        return children
+
+    # -- life
+
+    async def _aclose(self) -> None:
+        self._tree.leave()
+        self._workers.shutdown(wait=False)
+
+
+class _Chunks:
+    """The chunks of an open file, the next one being read while the consumer has the one before.
+
+    Not an aiofiles handle: its reads cannot be told apart from its position, so that a read that was given up could
+    not be asked for again, and each would need a timer and a task of its own.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        timeout: float | None,
+        opened: Opened,
+        start: int,
+        stop: int,
+        first: bytes,
+        chunk_bytes: int,
+    ) -> None:
+        self._workers = workers
+        self._timeout = timeout
+        self._opened: Opened | None = opened
+        self._at = start
+        self._stop = stop
+        self._chunk_bytes = chunk_bytes
+        self._first: bytes | None = first
+        self._ahead: asyncio.Future[bytes] | None = None
+
+    def __aiter__(self) -> _Chunks:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._at >= self._stop or self._opened is None:
+            raise StopAsyncIteration
+        if self._first is not None:
+            data, self._first = self._first, None
+        else:
+            ahead, self._ahead = self._ahead or self._ask(), None
+            data = await ahead
+        self._at += len(data)
+        if self._at < self._stop:
+            self._ahead = self._ask()
+            self._ahead.add_done_callback(_seen)
+        else:
+            await self.aclose()
+        return data
+
+    def _ask(self) -> asyncio.Future[bytes]:
+        assert self._opened is not None
+        stop = min(self._at + self._chunk_bytes, self._stop)
+        return self._workers.call(self._opened.read, self._at, stop, timeout=self._timeout)
+
+    async def aclose(self) -> None:
+        """Let go of the file; a read that is under way keeps it open until its end."""
+        self._opened = None
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Take note of the error of a step that nobody waits for any more: another one has been raised already."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _joined(chunks: list[bytes]) -> bytes:
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _info(key: str, status: os.stat_result, token: str | None = None, *, published: bool = False) -> ObjectInfo:
+    return ObjectInfo(
+        key,
+        size=status.st_size,
+        modified_at=datetime.fromtimestamp(status.st_mtime, UTC),
+        # Before the file has got its name, its ctime is not the last one.
+        changed_at=datetime.fromtimestamp(status.st_ctime, UTC) if published else None,
+        etag=f"{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}",
+        token=token,
+    )
