@@ -67,6 +67,13 @@ class MemoryMetaBackend(MetaBackend):
         self._put(row)
         return to_record(row)
 
+    async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
+        with self._lock:
+            for place in record.all_places():
+                if self._owners_of.get((place.original, place.key), set()) - {record.path}:
+                    return self._insert(spare, lease)
+            return self._insert(record, lease)
+
     async def _get(self, path: str) -> MetaRecord | None:
         row = self._rows.get(path)
         return None if row is None else to_record(row)
