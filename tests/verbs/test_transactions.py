@@ -1,0 +1,144 @@
+"""J8: inside a caller's transaction the journal is one write, and no byte is removed before the commit."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotFound, ProxyStorage
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.tools.reconcile import reconcile
+
+pytestmark = pytest.mark.asyncio
+
+
+class TransactionalMeta(MemoryMetaBackend):
+    """Stands for Django's ORM, which a later issue brings: one transaction at a time, rolled back by copying."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callbacks: list[Callable[[], Awaitable[None]]] | None = None
+
+    async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
+        return None if self.callbacks is not None else await super()._reserve(record, lease, spare)
+
+    async def after_commit(self, callback: Callable[[], Awaitable[None]]) -> None:
+        if self.callbacks is None:
+            await callback()
+        else:
+            self.callbacks.append(callback)
+
+    @asynccontextmanager
+    async def atomic(self) -> AsyncIterator[None]:
+        before = {path: list(row) for path, row in self._rows.items()}
+        self.callbacks = []
+        try:
+            yield
+        except BaseException:
+            self.callbacks = None
+            for path in list(self._rows):
+                self._drop(self._rows[path])
+            for row in before.values():
+                self._put(row)
+            raise
+        callbacks, self.callbacks = self.callbacks, None
+        for callback in callbacks:
+            await callback()
+
+
+class Rollback(Exception):
+    pass
+
+
+@pytest.fixture
+def meta() -> TransactionalMeta:
+    return TransactionalMeta()
+
+
+@pytest.fixture
+def storage(meta: TransactionalMeta) -> ProxyStorage:
+    return ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+
+
+async def read(storage: ProxyStorage, path: str) -> bytes:
+    async with storage.open(path, verify=True) as file:
+        return await file.read()
+
+
+async def keys(storage: ProxyStorage) -> list[str]:
+    return [info.key async for info in storage.get_original().list()]
+
+
+async def test_save_is_one_write_of_the_record(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+    async with meta.atomic():
+        path = await storage.save("a.txt", b"1")
+        assert await read(storage, path) == b"1"
+        other = await storage.save("a.txt", b"2")
+    record = await storage.get(path)
+    assert (record.version, record.lease, record.size) == (1, None, 1)
+    assert other != path
+    assert await read(storage, other) == b"2"
+
+
+async def test_a_rolled_back_save_leaves_bytes_that_a_scan_finds(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+    with pytest.raises(Rollback):
+        async with meta.atomic():
+            await storage.save("a.txt", b"1")
+            raise Rollback
+    assert not await storage.exists("a.txt")
+    assert await keys(storage) == ["a.txt"]
+    assert (await reconcile(storage, dry_run=False, force=True)).counts == {}
+    assert (await reconcile(storage, dry_run=False, scan=True)).counts == {"young": 1}
+    assert (await reconcile(storage, scan=True, min_age=0)).counts == {"removed": 1}
+    assert await keys(storage) == ["a.txt"]  # that was a dry run
+    await reconcile(storage, dry_run=False, scan=True, min_age=0)
+    assert await keys(storage) == []
+
+
+async def test_delete_and_replace_remove_bytes_only_after_the_commit(
+    storage: ProxyStorage, meta: TransactionalMeta
+) -> None:
+    await storage.save("a.txt", b"1")
+    with pytest.raises(Rollback):
+        async with meta.atomic():
+            await storage.delete("a.txt")
+            assert not await storage.exists("a.txt")
+            raise Rollback
+    assert await read(storage, "a.txt") == b"1"
+    with pytest.raises(Rollback):
+        async with meta.atomic():
+            await storage.replace("a.txt", b"2")
+            assert await read(storage, "a.txt") == b"2"
+            raise Rollback
+    assert await read(storage, "a.txt") == b"1"
+    async with meta.atomic():
+        await storage.delete("a.txt")
+        assert "a.txt" in await keys(storage)
+    assert "a.txt" not in await keys(storage)
+    with pytest.raises(NotFound):
+        await storage.get("a.txt")
+
+
+async def test_a_taken_key_means_a_taken_name(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+    await storage.get_original().write("a.txt", b"foreign")
+    async with meta.atomic():
+        path = await storage.save("a.txt", b"mine")
+        with pytest.raises(AlreadyExists):
+            async with storage.open("a.txt", "xb") as file:
+                await file.write(b"x")
+    assert path != "a.txt"
+    assert sorted(await keys(storage)) == sorted(["a.txt", path])
+
+
+async def test_a_failed_create_takes_its_bytes_back(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+    async def fail(record: MetaRecord, *, lease: float | None = None) -> Any:
+        raise BackendUnavailable("the database went away")
+
+    async with meta.atomic():
+        meta.create = fail  # type: ignore[method-assign]
+        with pytest.raises(BackendUnavailable):
+            await storage.save("a.txt", b"1")
+        del meta.create
+    assert await keys(storage) == []
