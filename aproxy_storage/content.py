@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from .errors import ConfigurationError, ContentError
+from .digest import INLINE_BYTES, Digest, hash_constructor, hash_workers
+from .errors import ContentError
 from .feeds import Feed, InlineFeed, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
-from .threads import Workers
+from .timeouts import IdleWatch
 
-__all__ = ["Chunks", "Source", "Watch", "guess_content_type", "hash_workers"]
+__all__ = ["Chunks", "Source", "guess_content_type", "hash_workers"]
 
 PEEK_BYTES = 64 * 1024
-
-_INLINE_HASH = 64 * 1024  # bytes; hashing as much takes less time than a hop into a thread and back
-
-# hashlib lets go of the GIL, so hashing overlaps with reading and writing, and never holds up the loop.
-hash_workers = Workers("aproxy_storage-hash", max(2, min(4, os.cpu_count() or 2)), max_waiting=1 << 30, share=1)
 
 
 class Source:
@@ -68,7 +63,7 @@ class Source:
         self.name = self.size = self.content_type = self.path = self.temporary_path = self.data = None
         self.replayable = True
         self.algorithm = algorithm
-        self._new_hash = None if algorithm is None else _hash_constructor(algorithm)
+        self._new_hash = None if algorithm is None else hash_constructor(algorithm)
         self._chunk_bytes = chunk_bytes
         self.timeout = timeout
         self.begin: Callable[[int, bool], Feed] | None = None  # (chunk_bytes, ahead) -> a pass from the start
@@ -76,7 +71,7 @@ class Source:
         self._begun = False
         self._live: Feed | None = None
         self._head: bytes | None = None
-        self._watch: Watch | None = None
+        self._watch: IdleWatch | None = None
         self._seen_size: int | None = None
         self._checksum: str | None = None
 
@@ -159,7 +154,7 @@ class Source:
     async def measure(self) -> None:
         """Compute the checksum of `data`, in a worker thread where it is large; nothing for other content."""
         data, new_hash = self.data, self._new_hash
-        if data is None or new_hash is None or self._checksum is not None or len(data) <= _INLINE_HASH:
+        if data is None or new_hash is None or self._checksum is not None or len(data) <= INLINE_BYTES:
             return
         digest = await hash_workers.call(new_hash, data, timeout=None)
         self._checksum = f"{self.algorithm}:{digest.hexdigest()}"
@@ -259,14 +254,21 @@ class Source:
             feed.close()
         return head[:PEEK_BYTES]
 
-    def watched(self, seconds: float | None) -> AbstractAsyncContextManager[Watch]:
+    @asynccontextmanager
+    async def watched(self, seconds: float | None) -> AsyncIterator[IdleWatch]:
         """Limit the time without progress of whoever consumes the chunks.
 
         The async context manager raises TimeoutError when for `seconds` no chunk is asked for: before the first, from
         one handed out to the next, after the last until the block is left. Time spent waiting for the content
         is not counted. ``expired()`` of what it yields tells this TimeoutError from others. None: no limit.
         """
-        return Watch(self, seconds)
+        outer = self._watch
+        self._watch = watch = IdleWatch(seconds, outer)
+        try:
+            async with watch:
+                yield watch
+        finally:
+            self._watch = outer
 
     async def aclose(self) -> None:
         """Release the spool and end a pass under way; idempotent. The caller's file stays open."""
@@ -286,13 +288,12 @@ class Source:
 class Chunks(AsyncIterator[bytes]):
     """One pass over a `Source`. Not a generator: nothing is left to be finalised when it is dropped half-way."""
 
-    __slots__ = ("_count", "_feed", "_hash", "_hashing", "_over", "_source")
+    __slots__ = ("_count", "_digest", "_feed", "_over", "_source")
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._feed: Feed | None = None
-        self._hash = None if source._new_hash is None else source._new_hash()
-        self._hashing: asyncio.Future[None] | None = None
+        self._digest = None if source._new_hash is None else Digest(source._new_hash)
         self._count = 0
         self._over = False
 
@@ -321,29 +322,26 @@ class Chunks(AsyncIterator[bytes]):
         source = self._source
         if self._feed is None:
             self._feed = await source._new_feed()
+        if self._digest is not None:
+            await self._digest.room()
         chunk = await self._feed.read()
-        if self._hashing is not None:
-            await self._hashing  # in order, and never more than one chunk behind
-            self._hashing = None
         size = source.size
         self._count += len(chunk)
         if size is not None and (self._count > size or (not chunk and self._count < size)):
             raise _wrong_size(size, self._count, more=bool(chunk))
-        if not chunk:
-            self._end()
-            source._seen_size = self._count
-            if self._hash is not None:
-                source._checksum = f"{source.algorithm}:{self._hash.hexdigest()}"
-        elif self._hash is None:
-            pass
-        elif len(chunk) <= _INLINE_HASH:
-            self._hash.update(chunk)
-        else:
-            self._hashing = hash_workers.call(self._hash.update, chunk, timeout=None)
-        return chunk
+        if chunk:
+            if self._digest is not None:
+                self._digest.add(chunk)  # while the consumer has it
+            return chunk
+        checksum = None if self._digest is None else f"{source.algorithm}:{await self._digest.hexdigest()}"
+        self._end()
+        source._seen_size, source._checksum = self._count, checksum
+        return b""
 
     def _end(self) -> None:
         self._over = True
+        if self._digest is not None:
+            self._digest.drop()
         if self._feed is not None:
             self._feed.close()
             if self._source._live is self._feed and self._feed.under_way() is None:
@@ -356,71 +354,5 @@ class Chunks(AsyncIterator[bytes]):
             await self._feed.aclose()
 
 
-class Watch(AbstractAsyncContextManager["Watch"]):
-    """See `Source.watched`."""
-
-    __slots__ = ("_outer", "_seconds", "_source", "_timeout")
-
-    def __init__(self, source: Source, seconds: float | None) -> None:
-        self._source = source
-        self._seconds = seconds
-        self._timeout: asyncio.Timeout | None = None
-        self._outer: Watch | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._seconds is not None:
-            self._timeout = await asyncio.timeout(self._seconds).__aenter__()
-        self._outer, self._source._watch = self._source._watch, self
-        return self
-
-    async def __aexit__(self, *exc_info: Any) -> None:
-        self._source._watch = self._outer
-        if self._timeout is None:
-            return
-        try:
-            await self._timeout.__aexit__(*exc_info)
-        except TimeoutError as error:
-            raise TimeoutError(f"no progress for {self._seconds:g} seconds") from error.__cause__
-
-    def expired(self) -> bool:
-        """Return whether the limit was reached."""
-        return self._timeout is not None and self._timeout.expired()
-
-    def pause(self) -> None:
-        """Stop the clock: it is the content that is waited for."""
-        self._set(None)
-
-    def go_on(self) -> None:
-        """Start the clock anew: the consumer has a chunk, or the end."""
-        if self._seconds is not None:
-            self._set(asyncio.get_running_loop().time() + self._seconds)
-
-    def _set(self, when: float | None) -> None:
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(when)
-        if self._outer is not None:
-            self._outer.pause() if when is None else self._outer.go_on()
-
-
 def _wrong_size(declared: int, found: int, *, more: bool = False) -> ContentError:
     return ContentError(f"the content has {'at least ' if more else ''}{found} bytes, not {declared} as declared")
-
-
-_constructors: dict[str, Callable[..., Any]] = {"sha256": hashlib.sha256}
-
-
-def _hash_constructor(algorithm: str) -> Callable[..., Any]:
-    try:
-        return _constructors[algorithm]
-    except KeyError:
-        pass
-    try:
-        known = hashlib.new(algorithm).digest_size > 0  # shake_128 and its like have no length of their own
-    except (ValueError, TypeError):
-        known = False
-    if not known:
-        raise ConfigurationError(f"checksum={algorithm!r}: hashlib has no such algorithm of a fixed length")
-    constructor = _constructors[algorithm] = getattr(hashlib, algorithm, None) or (
-        lambda data=b"": hashlib.new(algorithm, data)
-    )
-    return constructor

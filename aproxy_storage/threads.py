@@ -55,6 +55,10 @@ class Job:
         self.started = True
         try:
             self.value = self.function()
+        except StopIteration as error:
+            # A future refuses it, and a coroutine that raised it would seem to have returned.
+            self.error = RuntimeError("the function raised StopIteration")
+            self.error.__cause__ = error
         except BaseException as error:
             self.error = error
 
@@ -113,6 +117,17 @@ class _Answers:
         self.timer = self.loop.call_later(_TICK, self.tick) if self.watched else None
 
 
+class _Nap:
+    """The sleep of one idle worker."""
+
+    __slots__ = ("dismissed", "signal")
+
+    def __init__(self) -> None:
+        self.signal = threading.Lock()  # held while the worker sleeps, released by whoever wakes it up
+        self.signal.acquire()
+        self.dismissed = False  # woken up in order to end
+
+
 class Workers(concurrent.futures.Executor):
     """At most `max_workers` daemon threads, started on demand, ended when idle, started again after a fork.
 
@@ -139,12 +154,11 @@ class Workers(concurrent.futures.Executor):
     def _fresh(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._work = threading.Condition(self._lock)
         self._jobs: deque[Job] = deque()
-        self._count = 0
-        self._idle = 0
+        self._count = 0  # workers that have not ended and were not asked to
         self._serial = 0
-        self._leaving = 0  # idle workers that were asked to end
+        self._sleepers: list[_Nap] = []  # idle workers, the one that fell asleep last at the end
+        self._looking: set[int] = set()  # threads that have done their batch and will look for the next one at once
         self._running: dict[int, tuple[float, deque[Job]]] = {}  # thread -> when its batch began, what is left of it
 
     # -- the asyncio side
@@ -179,8 +193,12 @@ class Workers(concurrent.futures.Executor):
             self._rouse()
 
     def _rouse(self) -> None:
-        if self._idle > self._leaving:
-            self._work.notify()
+        if len(self._jobs) <= len(self._looking):
+            return  # whoever puts a job because of an answer is often faster than the worker that gave the answer
+        if self._sleepers:
+            # The one that worked last: its memory is warm. Passing on big chunks takes half the time that it takes
+            # with the workers in turn, which is what a condition variable would do.
+            self._sleepers.pop().signal.release()
         elif self._count < self._max_workers:
             self._count += 1
             self._serial += 1
@@ -189,27 +207,41 @@ class Workers(concurrent.futures.Executor):
     # -- the worker side
 
     def _serve(self) -> None:
+        nap = _Nap()
+        me = threading.get_ident()
+        while (batch := self._next_batch(nap)) is not None:
+            try:
+                self.run_batch(batch)
+            except BaseException:  # a bug in a subclass: the thread is lost, its place is not
+                with self._lock:
+                    self._looking.discard(me)
+                    self._count -= 1
+                raise
+            finally:
+                with self._lock:
+                    self._running.pop(me, None)
+
+    def _next_batch(self, nap: _Nap) -> deque[Job] | None:
+        """Wait for jobs and take some; None when the worker is to end."""
         while True:
             with self._lock:
-                while not self._jobs:
-                    if self._leaving:
-                        self._leaving -= 1
+                self._looking.discard(threading.get_ident())
+                if self._jobs:
+                    # A fair part of what waits, so that the other workers find something to do too.
+                    take = min(self._share, -(-len(self._jobs) // self._max_workers))
+                    batch = deque(self._jobs.popleft() for _ in range(take))
+                    self._running[threading.get_ident()] = (time.monotonic(), batch)
+                    return batch
+                self._sleepers.append(nap)
+            if not nap.signal.acquire(timeout=_IDLE):
+                with self._lock:
+                    if nap in self._sleepers:
+                        self._sleepers.remove(nap)
                         self._count -= 1
-                        return
-                    self._idle += 1
-                    woken = self._work.wait(_IDLE)
-                    self._idle -= 1
-                    if not woken and not self._jobs:
-                        self._leaving = min(self._leaving, self._idle)
-                        self._count -= 1
-                        return
-                # A fair part of what waits, so that the other workers find something to do too.
-                take = min(self._share, -(-len(self._jobs) // self._max_workers))
-                batch = deque(self._jobs.popleft() for _ in range(take))
-                self._running[threading.get_ident()] = (time.monotonic(), batch)
-            self.run_batch(batch)
-            with self._lock:
-                self._running.pop(threading.get_ident(), None)
+                        return None
+                nap.signal.acquire()  # woken up just after the time was over
+            if nap.dismissed:
+                return None
 
     def run_batch(self, batch: deque[Job]) -> None:
         """Run the jobs of `batch`, taking each out before it starts, and hand the answers over at the end.
@@ -222,11 +254,20 @@ class Workers(concurrent.futures.Executor):
                 job = batch.popleft()  # atomic: `rescue` takes from the other end
             except IndexError:
                 break
-            if not job.future.done():
+            if self.claim(job):
                 job.run()
                 self.answer(job, answered)
+        if answered:
+            self._looking.add(threading.get_ident())
         for answers in answered:
             answers.wake()
+
+    @staticmethod
+    def claim(job: Job) -> bool:
+        """Return whether `job` is still wanted; from here on a concurrent future cannot be cancelled any more."""
+        if isinstance(job.future, concurrent.futures.Future):
+            return job.future.set_running_or_notify_cancel()
+        return not job.future.done()
 
     @staticmethod
     def answer(job: Job, answered: set[_Answers]) -> None:
@@ -263,9 +304,15 @@ class Workers(concurrent.futures.Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let idle workers end; busy ones end when they become idle. The pool can be used again at once."""
+        """Let idle workers end at once; busy ones end when they have been idle for a while, as always.
+
+        Does not wait, whatever `wait` says. The pool can be used again at once.
+        """
         if self._pid != os.getpid():
             return
         with self._lock:
-            self._leaving = self._idle
-            self._work.notify_all()
+            self._count -= len(self._sleepers)
+            while self._sleepers:
+                nap = self._sleepers.pop()
+                nap.dismissed = True
+                nap.signal.release()
