@@ -60,11 +60,14 @@ class Job:
             self.error = RuntimeError("the function raised StopIteration")
             self.error.__cause__ = error
         except BaseException as error:
+            if error.__traceback__ is not None:
+                # Without this frame, so that there is no cycle: error -> traceback -> frame -> job -> future -> error.
+                error.__traceback__ = error.__traceback__.tb_next
             self.error = error
 
     def resolve(self) -> None:
         """Give the result or error to whoever waits; called where the future may be touched."""
-        error, self.error = self.error, None  # no cycle: error -> traceback -> frame -> job -> error
+        error, self.error = self.error, None
         if self.future.done():  # cancelled, or past its deadline
             return
         if error is None:
