@@ -320,6 +320,7 @@ def machine(directory: Path) -> dict[str, str]:
         "cpu": cpu,
         "cores": str(os.cpu_count()),
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "files": "tmpfs" if directory.is_relative_to("/dev/shm") else "disk",
     }
 
@@ -350,7 +351,8 @@ def write(report: Report, facts: dict[str, Any]) -> None:
     assert start, "benchmarks/README.md has lost its markers"
     assert end, "benchmarks/README.md has lost its markers"
     told = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
-    where = f"{facts['machine']['cpu']}, {facts['machine']['cores']} cores, files on {facts['machine']['files']}"
+    where = f"{facts['machine']['cpu']}, {facts['machine']['cores']} cores, "
+    where += f"load before the run {facts['machine']['load before']}, files on {facts['machine']['files']}"
     heading = f"{facts['date']}, {facts['rounds']} rounds; {told}; {where}.\n\n"
     readme.write_text(f"{before}{start}\n{heading}{table(report)}\n\n{end}{after}")
     print(f"written: results/{name} and the table in README.md")
