@@ -271,7 +271,8 @@ class MetaBackendTests:
             assert (reserved.path, reserved.token, reserved.places) == (path, record.token, expected.places)
             assert reserved.lease is not None
             assert await meta.get(path) == reserved
-            assert (await meta.owners("fs", [expected.original_storage_path])).popitem()[1] == [path]
+            key = expected.original_storage_path
+            assert await meta.owners("fs", [key]) == {key: [path]}
         record, spare = make_reservation("f", places=(Place("s3", "c", "doubtful"),))
         reserved = await meta.reserve(record, lease=60.0, spare=spare)
         assert reserved is not None
@@ -771,6 +772,7 @@ class MetaBackendTests:
             for answer in await asyncio.gather(
                 *(meta.create(make_record(f"{number:03}")) for number in range(50)), return_exceptions=True
             ):
+                assert isinstance(answer, MetaRecord | AlreadyExists), repr(answer)
                 won += isinstance(answer, MetaRecord)
             assert await meta.count() == 50
             await meta.aclose()
@@ -803,7 +805,7 @@ class MetaBackendTests:
             lambda n: meta.get(f"old/{n}"),
             lambda n: meta.create_many([make_record(f"many/{n}/{m}") for m in range(20)]),
             lambda n: listed(meta.list("old/")),
-            lambda n: meta.delete(f"old/{n}"),
+            lambda n: meta.delete(f"old/{n + 32}"),
         ]
         loop = asyncio.get_running_loop()
         for number, work in ((n, work) for work in works for n in range(10)):
@@ -823,16 +825,16 @@ class MetaBackendTests:
 
     async def test_errors_say_what_where_and_by_whom(self, meta: MetaBackend) -> None:
         await meta.create(make_record("a"))
-        failures: list[tuple[str, Coroutine[Any, Any, Any]]] = [
-            ("create", meta.create(make_record("a"))),
-            ("get", meta.get("no")),
-            ("update", meta.update("no", {})),
-            ("delete", meta.delete("no")),
-            ("update", meta.update("a", {}, expect=Revision("x", 1))),
+        failures: list[tuple[str, Callable[[], Coroutine[Any, Any, Any]]]] = [
+            ("create", lambda: meta.create(make_record("a"))),
+            ("get", lambda: meta.get("no")),
+            ("update", lambda: meta.update("no", {})),
+            ("delete", lambda: meta.delete("no")),
+            ("update", lambda: meta.update("a", {}, expect=Revision("x", 1))),
         ]
         for operation, work in failures:
             with pytest.raises(StorageError) as caught:
-                await work
+                await work()
             assert caught.value.operation == operation
             assert caught.value.path in ("a", "no")
             assert repr(caught.value.path) in str(caught.value)
