@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -37,7 +37,7 @@ async def save_many(
     *,
     concurrency: int = 32,
     **options: Any,
-) -> AsyncIterator[Result[str, str]]:
+) -> AsyncGenerator[Result[str, str], None]:
     """Save pairs of (name, content); yield a `Result` (the name, the path) for each as it is done.
 
     At most `concurrency` saves are in flight, and as many results wait to be taken; `items` is read no further ahead,
@@ -45,14 +45,16 @@ async def save_many(
     anything else ends the whole. If the caller stops or is cancelled, saves in flight are cancelled and undone; what
     was yielded is stored.
     """
-    async for result in run_many(
+    results = run_many(
         storage,
         items,
         lambda item: storage.save(item[0], item[1], **options),
         name=lambda item: item[0],
         concurrency=concurrency,
-    ):
-        yield result
+    )
+    async with contextlib.aclosing(results):  # closing a generator does not close the one that it iterates over
+        async for result in results:
+            yield result
     with contextlib.suppress(StorageError):  # the next one does it
         await storage.tidy()
 
@@ -63,16 +65,18 @@ async def delete_many(
     *,
     concurrency: int = 32,
     missing_ok: bool = False,
-) -> AsyncIterator[Result[Path, None]]:
+) -> AsyncGenerator[Result[Path, None], None]:
     """Delete `paths`; yield a `Result` for each as it is done. Bounds and cancellation as `save_many`."""
-    async for result in run_many(
+    results = run_many(
         storage,
         paths,
         lambda path: storage.delete(path, missing_ok=missing_ok),
         name=lambda path: path,
         concurrency=concurrency,
-    ):
-        yield result
+    )
+    async with contextlib.aclosing(results):
+        async for result in results:
+            yield result
 
 
 async def run_many(
@@ -82,7 +86,7 @@ async def run_many(
     *,
     name: Callable[[I], Any],
     concurrency: int,
-) -> AsyncIterator[Result[Any, R]]:
+) -> AsyncGenerator[Result[Any, R], None]:
     """Await `work` for every item, at most `concurrency` at a time; yield results as they come."""
     if concurrency < 1:
         raise ValueError("concurrency must be at least 1")

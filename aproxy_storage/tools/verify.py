@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncGenerator
 
 from ..errors import IntegrityError, NotFound
 from ..proxy import ProxyStorage
@@ -14,7 +15,7 @@ __all__ = ["verify"]
 
 async def verify(
     storage: ProxyStorage, prefix: str = "", *, after: str | None = None, concurrency: int = 8
-) -> AsyncIterator[Result[str, MetaRecord]]:
+) -> AsyncGenerator[Result[str, MetaRecord], None]:
     """Read the files below `prefix` and compare size and checksum; yield a `Result` for each, in no fixed order.
 
     The error of a damaged file is an IntegrityError; of one without a checksum too, unless its size is wrong (then
@@ -30,6 +31,8 @@ async def verify(
         return record
 
     records = storage.list(prefix, after=after)
-    async for result in run_many(storage, records, check, name=lambda record: record.path, concurrency=concurrency):
-        if not isinstance(result.error, NotFound):
-            yield result
+    results = run_many(storage, records, check, name=lambda record: record.path, concurrency=concurrency)
+    async with contextlib.aclosing(results):
+        async for result in results:
+            if not isinstance(result.error, NotFound):
+                yield result
