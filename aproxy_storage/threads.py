@@ -30,6 +30,13 @@ T = TypeVar("T")
 _TICK = 0.05  # seconds between two looks at deadlines and stuck batches, while anything is under way
 _IDLE = 10.0  # seconds after which a worker without work ends
 
+_OVER: concurrent.futures.Future[Any] = concurrent.futures.Future()  # in the place of one that has its answer
+_OVER.set_result(None)
+
+
+def _nothing() -> None:
+    pass
+
 
 class Job:
     """One function to be called in a worker, and where its answer goes."""
@@ -53,27 +60,30 @@ class Job:
     def run(self) -> None:
         """Call the function and keep its result or error; called in the worker."""
         self.started = True
+        # Nothing that the job has held outlives it, although the watch for deadlines holds the job until its next
+        # tick: the arguments and results of a fast stream are many chunks by then.
+        function, self.function = self.function, _nothing
         try:
-            self.value = self.function()
+            self.value = function()
         except StopIteration as error:
             # A future refuses it, and a coroutine that raised it would seem to have returned.
             self.error = RuntimeError("the function raised StopIteration")
             self.error.__cause__ = error
         except BaseException as error:
-            if error.__traceback__ is not None:
-                # Without this frame, so that there is no cycle: error -> traceback -> frame -> job -> future -> error.
-                error.__traceback__ = error.__traceback__.tb_next
             self.error = error
+        del self  # no cycle: error -> traceback -> frame -> job -> future -> error
 
     def resolve(self) -> None:
         """Give the result or error to whoever waits; called where the future may be touched."""
         error, self.error = self.error, None
-        if self.future.done():  # cancelled, or past its deadline
+        value, self.value = self.value, None
+        future, self.future = self.future, _OVER
+        if future.done():  # cancelled, or past its deadline
             return
         if error is None:
-            self.future.set_result(self.value)
+            future.set_result(value)
         else:
-            self.future.set_exception(error)
+            future.set_exception(error)
 
 
 class _Answers:
@@ -260,6 +270,7 @@ class Workers(concurrent.futures.Executor):
             if self.claim(job):
                 job.run()
                 self.answer(job, answered)
+            del job  # see `Job.run`, whose frame leads here
         if answered:
             self._looking.add(threading.get_ident())
         for answers in answered:

@@ -72,6 +72,23 @@ async def test_error_reaches_the_caller_without_a_reference_cycle() -> None:
 
 
 @pytest.mark.asyncio
+async def test_finished_job_keeps_neither_its_arguments_nor_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The watch for deadlines looks at a job until its next tick: at full speed that is many chunks of a stream.
+    monkeypatch.setattr(threads, "_TICK", 3600.0)
+    workers = Workers("t-memory", 1)
+
+    class Chunk:
+        pass
+
+    argument = Chunk()
+    result = await workers.call(lambda _: Chunk(), argument, timeout=5)
+    await workers.call(int, timeout=5)  # the worker has let go of the first job
+    seen = [weakref.ref(argument), weakref.ref(result)]
+    del argument, result
+    assert [reference() for reference in seen] == [None, None]
+
+
+@pytest.mark.asyncio
 async def test_stop_iteration_reaches_the_caller_as_runtime_error() -> None:
     workers = Workers("t-stop", 1)
     with pytest.raises(RuntimeError) as caught:
