@@ -52,6 +52,8 @@ def recognise(source: Source, content: Any) -> None:
             _async_file(source, content)
         else:
             _file(source, content)
+    elif (view := _view(content)) is not None:
+        _buffer(source, view)
     elif hasattr(content, "__aiter__"):
         timeout = source.timeout
         source.replayable = False
@@ -61,11 +63,14 @@ def recognise(source: Source, content: Any) -> None:
     elif hasattr(content, "__iter__"):
         _iterable(source, content)
     else:
-        try:
-            view = memoryview(content)
-        except TypeError:
-            raise _refused(content) from None
-        _buffer(source, view)
+        raise _refused(content)
+
+
+def _view(content: Any) -> memoryview | None:
+    try:
+        return memoryview(content)
+    except TypeError:
+        return None
 
 
 def _refused(content: Any) -> ContentError:
