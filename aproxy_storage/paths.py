@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import string
-from pathlib import PurePosixPath
+from collections import deque
 
 from .errors import InvalidPath
 
@@ -105,8 +104,9 @@ def successor(prefix: str) -> str | None:
 
 def _decorated(path: str, mark: str, limit: int, segment_limit: int | None, *, in_bytes: bool) -> str:
     directory, _, base = path.rpartition("/")
-    extension = "".join(PurePosixPath(base).suffixes)
-    stem = base[: len(base) - len(extension)] if extension else base
+    # The suffixes of PurePath, which Django keeps too: what follows the first dot that does not begin the name.
+    dot = -1 if base.endswith(".") else base.find(".", len(base) - len(base.lstrip(".")))
+    stem, extension = (base, "") if dot < 0 else (base[:dot], base[dot:])
     head = f"{directory}/" if directory else ""
 
     def length(text: str) -> int:
@@ -127,13 +127,26 @@ def _decorated(path: str, mark: str, limit: int, segment_limit: int | None, *, i
     return f"{head}{stem}_{mark}{extension}"
 
 
+_pool: deque[str] = deque()
+_pool_pid = 0
+
+
 def _random(length: int) -> str:
-    value = secrets.randbits(length * 6)  # one system call; 62 < 64 leaves the bias far below the bits needed
-    chars = []
-    for _ in range(length):
-        value, index = divmod(value, len(_ALPHABET))
-        chars.append(_ALPHABET[index])
-    return "".join(chars)
+    """Return random letters and digits, from a pool: the system call lets go of the GIL, and with busy worker
+    threads it takes longer to get it back than to do all the rest of a small save."""
+    global _pool_pid
+    if _pool_pid != os.getpid():  # what a child shares with its parent is not random
+        _pool.clear()
+        _pool_pid = os.getpid()
+    try:
+        return _pool.pop()[:length]
+    except IndexError:
+        drawn = os.urandom(64 * _TOKEN_LENGTH * 2)
+        # 248 = 4 * 62: what is above would make some characters more likely than others.
+        chars = [_ALPHABET[byte % 62] for byte in drawn if byte < 248]
+        for start in range(0, len(chars) - _TOKEN_LENGTH, _TOKEN_LENGTH):
+            _pool.append("".join(chars[start : start + _TOKEN_LENGTH]))
+        return _pool.pop()[:length]
 
 
 def _short(text: str) -> str:

@@ -68,23 +68,10 @@ class Writing:
         storage = self._storage
         for _ in range(_MAX_NAMES):
             token = new_token()
-            keys = {name: self._key(path, token, name) for name in candidates}
-            record = MetaRecord(
-                path=path,
-                proxy_storage_name=storage.name,
-                original_storage_name=candidates[0],
-                original_storage_path=keys[candidates[0]],
-                state=PENDING,
-                token=token,
-                version=1,
-                places=tuple(Place(name, keys[name], "doubtful") for name in candidates[1:]),
-                **fields,
-            )
-            spare = replace(
-                record,
-                original_storage_path=self._token_key(path, token, candidates[0]),
-                places=tuple(Place(name, self._token_key(path, token, name), "doubtful") for name in candidates[1:]),
-            )
+            record = self._reservation(path, token, candidates, fields, keys=storage.keys)
+            spare = record
+            if storage.keys != "token":
+                spare = self._reservation(path, token, candidates, fields, keys="token")
             since = asyncio.get_running_loop().time()
             try:
                 reserved = await storage.meta.reserve(record, lease=storage.lease, spare=spare)
@@ -101,6 +88,23 @@ class Writing:
                 return await self._store_in_transaction(record, candidates, write, exact, max_length)
             return await self._write_reserved(reserved, since, candidates, write, careful)
         raise AlreadyExists(f"no free name for {path!r} in {_MAX_NAMES} tries", operation="save", path=path)
+
+    def _reservation(
+        self, path: str, token: str, candidates: Sequence[str], fields: Mapping[str, Any], *, keys: str
+    ) -> MetaRecord:
+        """Return the pending record that names every place a byte may go to (J1)."""
+        first, *others = candidates
+        return MetaRecord(
+            path=path,
+            proxy_storage_name=self._storage.name,
+            original_storage_name=first,
+            original_storage_path=self._key(path, token, first, keys),
+            state=PENDING,
+            token=token,
+            version=1,
+            places=tuple(Place(name, self._key(path, token, name, keys), "doubtful") for name in others),
+            **fields,
+        )
 
     async def _write_reserved(
         self, record: MetaRecord, since: float, candidates: Sequence[str], write: Write, careful: bool
@@ -202,7 +206,9 @@ class Writing:
             await storage.journal.discard([place], record)
             path = self.next_name(record.path, candidates, max_length)
             token = new_token()
-            record = replace(record, path=path, token=token, original_storage_path=self._key(path, token, name))
+            record = replace(
+                record, path=path, token=token, original_storage_path=self._key(path, token, name, storage.keys)
+            )
         raise AlreadyExists(f"no free name for {record.path!r} in {_MAX_NAMES} tries", path=record.path)
 
     # -- J6: new bytes for an existing file
@@ -325,8 +331,8 @@ class Writing:
             return False
         return True
 
-    def _key(self, path: str, token: str, original: str) -> str:
-        if self._storage.keys == "token":
+    def _key(self, path: str, token: str, original: str, keys: str) -> str:
+        if keys == "token":
             return self._token_key(path, token, original)
         return path[len(self._storage.prefix) :]
 

@@ -80,7 +80,8 @@ async def test_written_file_appears_whole_on_a_clean_exit(storage: ProxyStorage)
             await file.write(CONTENT[start : start + 300_000])
             assert not await storage.exists("new/file.bin")
         assert await file.tell() == len(CONTENT)
-    assert file.record is not None and file.record.path == "new/file.bin"
+    assert file.record is not None
+    assert file.record.path == "new/file.bin"
     assert await content_of(storage, "new/file.bin") == CONTENT
     async with storage.open("new/file.bin", "wb") as file:
         await file.write(b"replaced")

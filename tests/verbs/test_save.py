@@ -40,7 +40,8 @@ async def test_save_stores_content_under_its_name(storage: ProxyStorage) -> None
     assert record.name == "dir/hello.txt"
     assert record.lease is None
     assert record.places == ()
-    assert record.created_at is not None and record.created_at.tzinfo is not None
+    assert record.created_at is not None
+    assert record.created_at.tzinfo is not None
     assert await content_of(storage, path) == b"hello world"
     assert await storage.size(path) == 11
 
@@ -54,7 +55,9 @@ async def test_a_taken_name_gets_the_next_free_one(storage: ProxyStorage) -> Non
     assert await content_of(storage, second) == b"2"
 
 
-@pytest.mark.parametrize("name", ["日本語/ファイル.txt", "nai\u0308ve.txt", "na\u00efve.txt", "a b/ü%_.txt", ".hidden", "…"])
+@pytest.mark.parametrize(
+    "name", ["日本語/ファイル.txt", "nai\u0308ve.txt", "na\u00efve.txt", "a b/ü%_.txt", ".hidden", "…"]
+)
 async def test_names_are_stored_exactly(storage: ProxyStorage, name: str) -> None:
     assert await storage.save(name, b"x") == name
     assert [record.path async for record in storage.list()] == [name]

@@ -82,7 +82,9 @@ async def test_save_is_one_write_of_the_record(storage: ProxyStorage, meta: Tran
     assert await read(storage, other) == b"2"
 
 
-async def test_a_rolled_back_save_leaves_bytes_that_a_scan_finds(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+async def test_a_rolled_back_save_leaves_bytes_that_a_scan_finds(
+    storage: ProxyStorage, meta: TransactionalMeta
+) -> None:
     with pytest.raises(Rollback):
         async with meta.atomic():
             await storage.save("a.txt", b"1")
