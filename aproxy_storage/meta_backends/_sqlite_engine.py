@@ -15,6 +15,8 @@ Three rules keep it safe:
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import os
 import re
 import sqlite3
@@ -59,8 +61,15 @@ class Held:
     def close(self) -> None:
         """Close the connection; called with the lock held. An open transaction is rolled back."""
         cursor, self.cursor, self.broken = self.cursor, None, False
-        if cursor is not None:
-            cursor.connection.close()
+        if cursor is None:
+            return
+        connection = cursor.connection
+        with contextlib.suppress(sqlite3.Error):
+            if connection.in_transaction:
+                connection.rollback()
+        # A cursor that still holds a statement would keep the connection, with its locks, alive behind the scenes.
+        cursor.close()
+        connection.close()
 
 
 class Transaction:
@@ -111,10 +120,9 @@ class Engine:
         self.busy_timeout = busy_timeout
         self.prepare = prepare
         self.ready = False  # the file and its schema are there, as far as this process knows
-        name = f"aproxy-sqlite-{Path(path).name}"
-        self.writer = _Writer(self, f"{name}-writer")
-        self.readers = _Readers(self, f"{name}-reader", readers)
-        self.closer = Workers(f"{name}-closer", 1)
+        self.name = f"aproxy-sqlite-{Path(path).name}"
+        self.writer = _Writer(self, f"{self.name}-writer")
+        self.readers = _Readers(self, f"{self.name}-reader", readers)
         self._hooked = False
         self._of_parents: list[object] = []
         self._fresh()
@@ -159,15 +167,14 @@ class Engine:
     def open_writing(self, held: Held) -> sqlite3.Cursor:
         """Return the cursor of the writer's connection, opened now if need be, with the schema in place."""
         if held.cursor is None:
-            cursor = self._connect("rwc")
+            held.cursor = cursor = self._connect("rwc")
             try:
                 use_wal(cursor, self.busy_timeout)
                 cursor.execute(f"PRAGMA synchronous = {self.synchronous}")
                 self.prepare(cursor)
             except BaseException:
-                cursor.connection.close()
+                held.close()
                 raise
-            held.cursor = cursor
             self.ready = True
         return held.cursor
 
@@ -175,9 +182,12 @@ class Engine:
         """Return the cursor of a reading connection, opened now if need be."""
         if held.cursor is None:
             # Not mode=ro: whoever comes first after a crash recovers the log, and that is a write.
-            cursor = self._connect("rw")
-            cursor.execute("PRAGMA query_only = ON")
-            held.cursor = cursor
+            held.cursor = cursor = self._connect("rw")
+            try:
+                cursor.execute("PRAGMA query_only = ON")
+            except BaseException:
+                held.close()
+                raise
         return held.cursor
 
     def _connect(self, mode: str) -> sqlite3.Cursor:
@@ -214,11 +224,23 @@ class Engine:
 
     async def close(self, within: float) -> None:
         """Close the connections that are not in use within `within` seconds, and let the threads end."""
-        await self.closer.call(self._close, time.monotonic() + within, timeout=within + 1.0)
-        for workers in (self.readers, self.writer, self.closer):
-            workers.shutdown()
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        # A thread of its own: the last one to close moves the log into the database, which takes its time.
+        name = f"{self.name}-closer"
+        threading.Thread(target=self._close, args=(done, time.monotonic() + within), name=name, daemon=True).start()
+        await asyncio.wait_for(asyncio.wrap_future(done), within + 1.0)
 
-    def _close(self, until: float) -> None:
+    def _close(self, done: concurrent.futures.Future[None], until: float) -> None:
+        try:
+            self._close_all(until)
+            self.readers.shutdown()
+            self.writer.shutdown()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    def _close_all(self, until: float) -> None:
         self._check_process()
         with self._lock:
             every = list(self._held)
@@ -301,7 +323,7 @@ class _Writer(Workers):
         failure: StorageError | None = None
         while batch:
             job = batch.popleft()
-            if job.future.done():
+            if not self.claim(job):
                 continue
             job.run()
             ran.append(job)
@@ -380,12 +402,10 @@ def use_wal(cursor: sqlite3.Cursor, within: float) -> None:
 
 def _optimize(cursor: sqlite3.Cursor) -> None:
     """Let SQLite refresh its statistics, if that needs no waiting."""
-    try:
+    with contextlib.suppress(sqlite3.Error):  # a courtesy to later queries: nothing depends on it
         cursor.execute("PRAGMA busy_timeout = 0").fetchall()
         cursor.execute("PRAGMA analysis_limit = 400").fetchall()
         cursor.execute("PRAGMA optimize").fetchall()
-    except sqlite3.Error:
-        pass  # a courtesy to later queries: nothing depends on it
 
 
 def _fail(batch: deque[Job], error: StorageError) -> None:
@@ -393,7 +413,7 @@ def _fail(batch: deque[Job], error: StorageError) -> None:
     answered: set[Any] = set()
     while batch:
         job = batch.popleft()
-        if not job.future.done():
+        if Workers.claim(job):
             job.error = _copy(error)
             Workers.answer(job, answered)
     for answers in answered:
@@ -446,7 +466,9 @@ def sqlite_error(error: BaseException, path: str) -> StorageError:
         cls, reason = ConfigurationError, "its table is not the one this library makes"
     else:
         mapped: StorageError = BackendUnavailable(
-            f"{path}: unexpected {type(error).__name__} ({native})", backend=path, retryable=False, outcome_unknown=True
+            f"{path}: unexpected {type(error).__name__} ({native})",
+            retryable=False,
+            outcome_unknown=not isinstance(error, sqlite3.Error),
         )
         mapped.__cause__ = error
         return mapped

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
+import shutil
 import sqlite3
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
+from aproxy_storage.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    DeadlineExceeded,
+    IntegrityError,
+    NotFound,
+    OutOfSpace,
+    StorageError,
+)
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from aproxy_storage.testing.meta_backends import MetaBackendTests
+from aproxy_storage.paths import new_token
+from aproxy_storage.records import PENDING, MetaRecord, Place
+from aproxy_storage.testing.meta_backends import MetaBackendTests, make_record
+from aproxy_storage.timeouts import Timeouts
 
+ROOT = Path(__file__).parents[2]
 NOW = "(julianday('now') - 2440587.5) * 86400.0"
 
 
@@ -50,3 +72,566 @@ class TestSQLite(MetaBackendTests):
     async def expire_lease_behind(self, meta: SQLiteMetaBackend, path: str, *, ago: float = 1.0) -> None:
         with behind(meta.path) as connection:
             connection.execute(f"UPDATE aproxy_files SET lease = {NOW} - ? WHERE path = ?", (ago, path))
+
+
+# -- group commit
+
+
+@pytest.mark.asyncio
+async def test_a_failed_statement_undoes_only_itself(tmp_path: Path) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        with behind(meta.path) as connection:
+            connection.execute(
+                "CREATE TRIGGER no_evil BEFORE INSERT ON aproxy_files WHEN NEW.path LIKE '%7' "
+                "BEGIN SELECT RAISE(ABORT, 'evil'); END"
+            )
+        answers = await asyncio.gather(
+            *(meta.create(make_record(f"{number:02}")) for number in range(50)), return_exceptions=True
+        )
+        failed = [number for number, answer in enumerate(answers) if isinstance(answer, BaseException)]
+        assert failed == [7, 17, 27, 37, 47]
+        for number in failed:
+            assert isinstance(answers[number], StorageError)
+            assert not answers[number].outcome_unknown
+        assert [record.path async for record in meta.list()] == [f"{n:02}" for n in range(50) if n % 10 != 7]
+
+
+@pytest.mark.asyncio
+async def test_writes_that_wait_together_share_a_transaction(tmp_path: Path) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        began: list[str] = []
+        held = meta._engine.writing()
+        assert held.cursor is not None
+        held.cursor.connection.set_trace_callback(lambda text: began.append(text) if text.startswith("BEGIN") else None)
+        await asyncio.gather(*(meta.create(make_record(str(number))) for number in range(64)))
+        assert len(began) < 16
+        assert await meta.count() == 64
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("fatal", ["statement", "commit"])
+async def test_a_lost_transaction_fails_every_member(tmp_path: Path, fatal: str) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        await meta.create(make_record("before"))
+        with behind(meta.path) as connection:
+            if fatal == "statement":  # a full disk, seen from inside: the whole transaction is rolled back
+                connection.execute(
+                    "CREATE TRIGGER full BEFORE INSERT ON aproxy_files WHEN NEW.path = '40' "
+                    "BEGIN SELECT RAISE(ROLLBACK, 'gone'); END"
+                )
+            else:  # found out when the transaction is to be committed
+                connection.executescript(
+                    "CREATE TABLE parent (id INTEGER PRIMARY KEY);"
+                    "CREATE TABLE child (id REFERENCES parent DEFERRABLE INITIALLY DEFERRED);"
+                    "CREATE TRIGGER bad AFTER INSERT ON aproxy_files WHEN NEW.path = '40' "
+                    "BEGIN INSERT INTO child VALUES (1); END"
+                )
+        held = meta._engine.writing()
+        assert held.cursor is not None
+        held.cursor.execute("PRAGMA foreign_keys = ON")
+        running, release = threading.Event(), threading.Event()
+        # So that all of them wait together, behind a transaction of its own.
+        blocker = meta._engine.writer.call(lambda: running.set() or release.wait(), timeout=None)
+        await asyncio.to_thread(running.wait)
+        tasks = [asyncio.ensure_future(meta.create(make_record(f"{number:02}"))) for number in range(60)]
+        await asyncio.sleep(0.02)
+        release.set()
+        await blocker
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        lost = [number for number, answer in enumerate(answers) if isinstance(answer, BaseException)]
+        assert 40 in lost
+        assert len(lost) >= 41
+        assert all(isinstance(answers[number], StorageError) for number in lost)
+        there = {record.path async for record in meta.list()}
+        assert there == {"before"} | {f"{number:02}" for number in range(60) if number not in lost}
+        assert (await meta.create(make_record("after"))).path == "after"
+
+
+CHILD_THAT_DIES = """
+import asyncio, sys
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+async def main():
+    meta = SQLiteMetaBackend(sys.argv[1])
+    async def work(worker):
+        for number in range(100000):
+            path = f"{worker}/{number}"
+            await meta.create(make_record(path))
+            acknowledged = path
+            if number % 3 == 1:
+                await meta.delete(path)
+                acknowledged = "-" + path
+            print(acknowledged, flush=True)
+    await asyncio.gather(*map(work, range(30)))
+
+asyncio.run(main())
+"""
+
+
+def script(text: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Start a Python process that runs `text`."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", text, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> str:
+    """Wait for a process that must succeed; return what it printed."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.asyncio
+async def test_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    for _ in range(3):
+        process = script(CHILD_THAT_DIES, path)
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            if len(lines) == 500:
+                process.kill()
+        process.wait()
+        process.stdout.close()
+        assert len(lines) >= 500
+        async with SQLiteMetaBackend(path) as meta:
+            there = {record.path async for record in meta.list()}
+            acknowledged = {line for line in lines if line[0] != "-"}
+            assert acknowledged <= there
+            assert not {line[1:] for line in lines if line[0] == "-"} & there
+            with behind(path) as connection:
+                assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+            await meta.delete_many([(name, None) for name in there])
+
+
+# -- several processes
+
+RACER = """
+import asyncio, sys
+from aproxy_storage.errors import AlreadyExists
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+async def main():
+    meta = SQLiteMetaBackend(sys.argv[1])
+    won = []
+    paths = iter([f"{number:03}" for number in range(250)])
+    async def work():
+        for path in paths:
+            try:
+                await meta.create(make_record(path, name=sys.argv[2]))
+                won.append(path)
+            except AlreadyExists:
+                pass
+    await asyncio.gather(*(work() for _ in range(100)))
+    await meta.aclose()
+    print(" ".join(won))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.asyncio
+async def test_processes_race_for_the_schema_and_for_paths(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"  # not there yet: they race for making it, too
+    racers = [script(RACER, path, name) for name in "abcd"]
+    won = {name: finish(racer).split() for name, racer in zip("abcd", racers, strict=True)}
+    assert sorted(path for paths in won.values() for path in paths) == [f"{number:03}" for number in range(250)]
+    async with SQLiteMetaBackend(path) as meta:
+        for name, paths in won.items():
+            assert all(record and record.name == name for record in await meta.get_many(paths))
+
+
+@pytest.mark.asyncio
+async def test_locked_by_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path, timeouts=Timeouts(operation=0.5)) as meta:
+        await meta.create(make_record("a"))
+        with behind(path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            with pytest.raises(BackendUnavailable) as caught:
+                await meta.create(make_record("b"))
+            assert caught.value.retryable
+            assert not caught.value.outcome_unknown
+            assert str(path) in str(caught.value)
+            assert await meta.exists("a")  # a reader waits for no writer
+            assert (await meta.create_many([make_record("b"), make_record("c")])) != []
+            connection.execute("ROLLBACK")
+        await meta.create(make_record("b"))
+        assert await meta.count() == 2
+
+
+@pytest.mark.asyncio
+async def test_what_timed_out_or_was_cancelled_in_the_queue_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path, timeouts=Timeouts(operation=0.3), busy_timeout=20.0) as meta:
+        with behind(path) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            task = asyncio.ensure_future(meta.create(make_record("cancelled")))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(DeadlineExceeded) as caught:
+                await meta.create(make_record("late"))
+            assert not caught.value.outcome_unknown
+            connection.execute("ROLLBACK")
+        await meta.create(make_record("fine"))
+        assert [record.path async for record in meta.list()] == ["fine"]
+
+
+# -- files that are not what they should be
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["", ":memory:", "file:x?mode=memory"])
+async def test_memory_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="MemoryMetaBackend"):
+        SQLiteMetaBackend(name)
+
+
+@pytest.mark.asyncio
+async def test_bad_settings() -> None:
+    for options in ({"table": 'x"; DROP'}, {"table": ""}, {"durability": "maybe"}, {"readers": 0}):
+        with pytest.raises((ConfigurationError, ValueError)):
+            SQLiteMetaBackend("x.db", **options)  # type: ignore[arg-type]
+
+
+async def refused(meta: SQLiteMetaBackend, error: type[StorageError], *, reads: bool = True) -> None:
+    """Assert that every kind of call ends in `error`, which names the file, and in nothing native."""
+    calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+        lambda: meta.create(make_record("b")),
+        lambda: meta.update("a", {"size": 1}),
+        lambda: meta.delete("a"),
+    ]
+    if reads:
+        calls += [meta.setup, lambda: meta.get("a"), lambda: meta.exists("a"), meta.count]
+        calls += [lambda: meta.get_many(["a"]), lambda: meta.owners("fs", ["a"]), meta.list_unfinished]
+    for call in calls:
+        with pytest.raises(error) as caught:
+            await call()
+        assert meta.path in str(caught.value)
+        assert caught.value.__cause__ is not None or error is ConfigurationError
+    answers = await meta.create_many([make_record("b"), make_record("c")])
+    assert [type(answer) for answer in answers] == [error, error]
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_not_a_database(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    path.write_bytes(b"Dear diary, " * 500)
+    await refused(SQLiteMetaBackend(path), ConfigurationError)
+    assert path.read_bytes() == b"Dear diary, " * 500
+
+
+@pytest.mark.asyncio
+async def test_directory_missing_or_in_the_way(tmp_path: Path) -> None:
+    meta = SQLiteMetaBackend(tmp_path / "no" / "meta.db")
+    await refused(meta, BackendUnavailable)
+    (tmp_path / "no").mkdir()
+    await meta.create(make_record("a"))  # it has come: nothing needs to be started again
+    await meta.aclose()
+    await refused(SQLiteMetaBackend(tmp_path), BackendUnavailable)
+
+
+@pytest.mark.asyncio
+async def test_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path) as meta:
+        await meta.create_many([make_record(f"{number:05}", name="x" * 100) for number in range(2000)])
+    data = bytearray(path.read_bytes())
+    for page in range(4096 * 8, len(data) - 4096, 4096):  # the first pages hold the schema
+        data[page : page + 512] = b"\xff" * 512
+    path.write_bytes(data)
+    meta = SQLiteMetaBackend(path)
+    with pytest.raises(IntegrityError, match=r"meta\.db"):
+        [record async for record in meta.list()]
+    answers = await asyncio.gather(
+        *(meta.get(f"{number:05}") for number in range(2000)),
+        *(meta.delete(f"{number:05}") for number in range(2000)),
+        return_exceptions=True,
+    )
+    kinds = {type(answer) for answer in answers}
+    assert IntegrityError in kinds
+    assert kinds <= {IntegrityError, NotFound, MetaRecord, type(None)}
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path) as meta:
+        await meta.create(make_record("a"))
+    with behind(path) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    await refused(SQLiteMetaBackend(path), ConfigurationError)
+    with behind(path) as connection:
+        connection.execute("PRAGMA user_version = 1")
+    async with SQLiteMetaBackend(path) as meta:
+        assert await meta.exists("a")
+
+
+@pytest.mark.asyncio
+async def test_text_in_utf_16_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    with behind(path) as connection:
+        connection.execute("PRAGMA encoding = 'UTF-16'")
+        connection.execute("CREATE TABLE t (x)")
+    await refused(SQLiteMetaBackend(path), ConfigurationError)
+
+
+@pytest.mark.asyncio
+async def test_the_table_is_dropped(tmp_path: Path) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        await meta.create(make_record("a"))
+        with behind(meta.path) as connection:
+            connection.execute("DROP TABLE aproxy_files")
+        await refused(meta, ConfigurationError, reads=False)
+
+
+READ_ONLY = """
+import asyncio, os, sys
+from aproxy_storage.errors import AccessDenied, StorageError
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+if os.geteuid() == 0:  # root may write anything
+    os.setgid(65534)
+    os.setuid(65534)
+
+async def main():
+    meta = SQLiteMetaBackend(sys.argv[1])
+    for call in (meta.setup, lambda: meta.create(make_record("b")), lambda: meta.exists("a")):
+        try:
+            print("answer", await call())
+        except StorageError as error:
+            assert sys.argv[1] in str(error), error
+            print(type(error).__name__, error.retryable)
+    await meta.aclose()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.asyncio
+async def test_read_only_file_or_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = Path(tempfile.mkdtemp(prefix="aproxy-ro-", dir="/tmp"))
+    try:
+        base.chmod(0o755)
+        async with SQLiteMetaBackend(base / "meta.db") as meta:
+            await meta.create(make_record("a"))
+        (base / "meta.db").chmod(0o444)
+        if os.geteuid() != 0:
+            base.chmod(0o555)
+        for target in (base / "meta.db", base / "new.db"):
+            lines = finish(script(READ_ONLY, target)).splitlines()
+            assert lines, target
+            assert lines[1].startswith(("AccessDenied", "BackendUnavailable")), (target, lines)
+            assert "answer None" not in lines[1:], (target, lines)
+    finally:
+        base.chmod(0o755)
+        shutil.rmtree(base)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.asyncio
+async def test_full_disk(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    done = run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount))
+    if done.returncode:
+        pytest.skip(f"cannot mount a small tmpfs: {done.stderr.strip()}")
+    try:
+        meta = SQLiteMetaBackend(mount / "meta.db")
+        kept: list[str] = []
+        failures: list[BaseException] = []
+        for start in range(0, 20000, 64):
+            names = [f"{number:05}" for number in range(start, start + 64)]
+            answers = await asyncio.gather(
+                *(meta.create(make_record(name, name="x" * 200)) for name in names), return_exceptions=True
+            )
+            kept += [name for name, answer in zip(names, answers, strict=True) if isinstance(answer, MetaRecord)]
+            failures += [answer for answer in answers if isinstance(answer, BaseException)]
+            if failures:
+                break
+        assert failures
+        assert {type(failure) for failure in failures} == {OutOfSpace}
+        assert not any(failure.outcome_unknown for failure in failures if isinstance(failure, OutOfSpace))
+        assert [record.path async for record in meta.list()] == kept  # no more and no less than was acknowledged
+        await meta.aclose()
+        assert len(await meta.get_many(kept)) == len(kept)
+        await meta.aclose()
+    finally:
+        run("umount", "-l", str(mount))
+
+
+# -- forks
+
+FORKS = """
+import asyncio, os, sqlite3, sys
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+meta = SQLiteMetaBackend(sys.argv[1])
+
+async def work(name, count):
+    async def one(number):
+        await meta.create(make_record(f"{name}/{number:04}"))
+        assert await meta.exists(f"{name}/{number:04}")
+    await asyncio.gather(*map(one, range(count)))
+
+async def parent():
+    await work("warm", 50)
+    busy = asyncio.ensure_future(work("parent", 400))
+    children = []
+    for number in range(6):
+        await asyncio.sleep(0.01)       # amid the parent's own work
+        pid = os.fork()
+        if not pid:
+            return number
+        children.append(pid)
+    await busy
+    await meta.aclose()                 # the children still use it: their log must not be deleted
+    for pid in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    await work("end", 10)
+    await meta.aclose()
+    return None
+
+def run():
+    loop = asyncio.new_event_loop()
+    number = None
+    try:
+        number = loop.run_until_complete(parent())
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    return number
+
+number = run()
+if number is not None:
+    asyncio._set_running_loop(None)
+    try:
+        asyncio.run(work(f"child{number}", 100))
+        if number % 2:
+            asyncio.run(meta.aclose())
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+connection = sqlite3.connect(sys.argv[1])
+print(connection.execute("PRAGMA integrity_check").fetchone()[0])
+print(connection.execute("SELECT count(*) FROM aproxy_files").fetchone()[0])
+connection.close()
+"""
+
+
+@pytest.mark.asyncio
+async def test_fork_with_warm_connections(tmp_path: Path) -> None:
+    lines = finish(script(FORKS, tmp_path / "meta.db")).split()
+    assert lines == ["ok", str(50 + 400 + 6 * 100 + 10)]
+
+
+# -- several tables, leases, plans, leaks
+
+
+@pytest.mark.asyncio
+async def test_two_tables_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path, table="one") as one, SQLiteMetaBackend(path, table="two") as two:
+        await one.create(make_record("a", places=(Place("s3", "k"),)))
+        await two.create(make_record("a", name="two"))
+        assert (await two.get("a")).name == "two"
+        assert await two.owners("s3", ["k"]) == {}
+        await one.delete("a")
+        assert await two.exists("a")
+
+
+@pytest.mark.asyncio
+async def test_leases_ignore_the_callers_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        await meta.create(make_record("live", state=PENDING), lease=600.0)
+        await meta.create(make_record("over", state=PENDING), lease=-1.0)
+        real = time.time
+        for hours in (-2, 2):
+            monkeypatch.setattr(time, "time", lambda hours=hours: real() + 3600 * hours)
+            assert [record.path for record in await meta.list_unfinished()] == ["over"]
+            await meta.update("live", {}, lease=600.0)
+
+
+@pytest.mark.asyncio
+async def test_every_lookup_uses_an_index(tmp_path: Path) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        sql = meta._sql
+        texts = {
+            "get": (sql.get, 1),
+            "exists": (sql.exists, 1),
+            "delete": (sql.delete_expected, 3),
+            "page": (sql.page_after, 5),
+            "unfinished": (sql.unfinished, 5),
+            "owners": (sql.owners, 2),
+            "count": (sql.count, 4),
+        }
+        with behind(meta.path) as connection:
+            for name, (text, marks) in texts.items():
+                plan = connection.execute(f"EXPLAIN QUERY PLAN {text}", [""] * marks).fetchall()
+                details = [row["detail"] for row in plan]
+                assert not [detail for detail in details if "SCAN aproxy_files" in detail and "INDEX" not in detail], (
+                    name,
+                    details,
+                )
+                if name != "owners":
+                    assert not [detail for detail in details if "TEMP B-TREE" in detail], (name, details)
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_left_after_aclose(tmp_path: Path) -> None:
+    def ours() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if "aproxy-sqlite-leak" in thread.name]
+
+    def descriptors() -> list[str]:
+        links = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(f"/proc/self/fd/{name}"))
+        return [link for link in links if str(tmp_path) in link]
+
+    meta = SQLiteMetaBackend(tmp_path / "leak.db", readers=3)
+    for _ in range(3):
+        await asyncio.gather(*(meta.create(make_record(new_token())) for _ in range(100)))
+        await asyncio.gather(*(meta.count() for _ in range(100)))
+        assert ours()
+        assert descriptors()
+        await meta.aclose()
+        assert descriptors() == []
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["leak.db"]
+        for _ in range(1500):
+            if not ours():
+                break
+            await asyncio.sleep(0.01)
+        assert ours() == []
+
+
+@pytest.mark.asyncio
+async def test_durability(tmp_path: Path) -> None:
+    for durability, durable, level in (("process", False, 1), ("power", True, 2)):
+        async with SQLiteMetaBackend(tmp_path / "meta.db", durability=durability) as meta:  # type: ignore[arg-type]
+            assert meta.durable is durable
+            cursor = meta._engine.writing().cursor
+            assert cursor is not None
+            assert cursor.execute("PRAGMA synchronous").fetchone()[0] == level
+            assert cursor.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+            await meta.create(make_record(durability))
