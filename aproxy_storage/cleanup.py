@@ -62,21 +62,25 @@ class Cleanup:
         return bool(done)
 
     async def drain(self, *, within: float) -> None:
-        """Wait until this loop's cleanup tasks have ended; those that take longer than `within` seconds are cancelled."""
-        tasks = self._tasks.pop()
-        if not tasks:
-            return
-        pending = set(tasks)
-        deadline = asyncio.get_running_loop().time() + within
-        while pending:
-            left = deadline - asyncio.get_running_loop().time()
-            _, pending = await asyncio.wait(pending, timeout=max(left, 0.0))
-            if pending and left <= 0:
+        """Wait until this loop's cleanup tasks have ended, those included that are started meanwhile.
+
+        Those that take longer than `within` seconds are cancelled. May be called from one of them, which then
+        is not waited for.
+        """
+        tasks = self._tasks.get()  # not taken out: a task that nobody holds may be collected while it runs
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + within
+        while pending := tasks - {asyncio.current_task()}:
+            left = deadline - clock()
+            if left <= 0:
                 _log.warning("%s: %d cleanup tasks cut short; reconcile will finish them", self._owner, len(pending))
                 for task in pending:
                     task.cancel()
                 await asyncio.wait(pending, timeout=1.0)
-                return
+                break
+            await asyncio.wait(pending, timeout=left)
+        if not tasks:
+            self._tasks.pop()
 
     def _log_failure(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
