@@ -13,6 +13,16 @@ __all__ = ["PerLoop"]
 
 T = TypeVar("T")
 
+_forgetting = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _forgetting
+    _forgetting = threading.Lock()  # another thread of the parent may have held the old one
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
 
 class PerLoop(Generic[T]):
     """Give each event loop its own instance of what `factory` makes, on first use in that loop.
@@ -25,7 +35,7 @@ class PerLoop(Generic[T]):
 
     def __init__(self, factory: Callable[[], T]) -> None:
         self._factory = factory
-        self._pid = 0
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._items: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, T] = weakref.WeakKeyDictionary()
         self._of_parents: list[object] = []
@@ -55,9 +65,12 @@ class PerLoop(Generic[T]):
             return self._items.pop(loop, None)
 
     def _forget_parent(self) -> None:
-        if self._items:
-            self._of_parents.append(self._items)
-        # A fork may have happened while another thread held the lock.
-        self._lock = threading.Lock()
-        self._items = weakref.WeakKeyDictionary()
-        self._pid = os.getpid()
+        with _forgetting:
+            if self._pid == os.getpid():  # another thread was faster, and its loop may have its instance already
+                return
+            if self._items:
+                self._of_parents.append(self._items)
+            # A fork may have happened while another thread held the lock.
+            self._lock = threading.Lock()
+            self._items = weakref.WeakKeyDictionary()
+            self._pid = os.getpid()
