@@ -90,7 +90,8 @@ class StorageError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         message = self.args[0] if self.args else ""
-        return (type(self), (message,), dict(self.__dict__))
+        # ImportError keeps `path` in a slot of its own, outside of the dictionary.
+        return (type(self), (message,), {**self.__dict__, "path": self.path})
 
 
 class NotFound(StorageError, FileNotFoundError):
