@@ -42,6 +42,12 @@ def _empty() -> Mapping[str, Any]:
     return _EMPTY
 
 
+def _picklable_state(self: Any) -> list[Any]:
+    # In the form of dataclasses' own, which restores it. A read-only mapping cannot be pickled or deep-copied.
+    values = (getattr(self, each.name) for each in fields(self))
+    return [dict(value) if isinstance(value, MappingProxyType) else value for value in values]
+
+
 class Revision(NamedTuple):
     """What every compare-and-set compares: the reservation's token, and the version it has reached."""
 
@@ -130,6 +136,8 @@ class MetaRecord(Mapping[str, Any]):
         """Return the name a human would use for the bytes, e.g. ``/srv/media/om.png``."""
         return self.get_original_storage().full_path(self.original_storage_path)
 
+    __getstate__ = _picklable_state
+
     # Equality is that of the dataclass; only the reading side of Mapping is wanted.
     def __getitem__(self, key: str) -> Any:
         if key in _RECORD_FIELDS:
@@ -181,6 +189,8 @@ class ObjectInfo:
     metadata: Mapping[str, str] = field(default_factory=_empty)
     token: str | None = None
     is_prefix: bool = False
+
+    __getstate__ = _picklable_state
 
 
 @dataclass(frozen=True, slots=True)
