@@ -32,8 +32,11 @@ class Timeouts:
     def __post_init__(self) -> None:
         for name in ("operation", "idle", "source", "cleanup"):
             seconds = getattr(self, name)
-            if seconds is not None and not seconds > 0:
-                raise ValueError(f"Timeouts({name}={seconds!r}): seconds must be positive, or None for no limit")
+            if seconds is None and name != "cleanup":
+                continue
+            if seconds is None or not seconds > 0:
+                rest = "" if name == "cleanup" else ", or None for no limit"
+                raise ValueError(f"Timeouts({name}={seconds!r}): seconds must be positive{rest}")
 
     def but(self, **changes: float | None) -> Timeouts:
         """Return a copy with some limits changed."""
