@@ -853,9 +853,9 @@ async def test_silent_content_fails(kind: str) -> None:
 async def test_time_of_the_consumer_is_not_the_contents(directory: pathlib.Path) -> None:
     for kind in ("generator", "async_generator", "path", "aiofiles_handle"):
         async with made(kind, payload(3 * CHUNK), directory) as it:
-            source = Source.of(it.content, chunk_bytes=CHUNK, timeout=0.1)
+            source = Source.of(it.content, chunk_bytes=CHUNK, timeout=0.3)
             async for _ in source.chunks():
-                await asyncio.sleep(0.15)
+                await asyncio.sleep(0.4)
             assert source.seen_size == 3 * CHUNK
             await source.aclose()
 
@@ -863,22 +863,22 @@ async def test_time_of_the_consumer_is_not_the_contents(directory: pathlib.Path)
 @pytest.mark.asyncio
 async def test_content_that_dribbles_is_not_silent() -> None:
     async def pieces() -> AsyncIterator[bytes]:
-        for _ in range(20):
+        for _ in range(50):
             await asyncio.sleep(0.01)
             yield b"x"
 
-    assert len(await drain(Source.of(pieces(), timeout=0.1))) == 20
+    assert len(await drain(Source.of(pieces(), timeout=0.3))) == 50
 
 
 @pytest.mark.asyncio
 async def test_watch_counts_the_consumer_alone() -> None:
     async def slow() -> AsyncIterator[bytes]:
         for _ in range(3):
-            await asyncio.sleep(0.08)
+            await asyncio.sleep(0.4)
             yield payload(CHUNK)
 
     source = Source.of(slow(), chunk_bytes=CHUNK)
-    async with source.watched(0.06) as watch:
+    async with source.watched(0.3) as watch:
         assert await drain(source) == payload(CHUNK) * 3
     assert not watch.expired()
     async with source.watched(None) as watch:
