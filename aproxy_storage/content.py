@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-from .digest import INLINE_BYTES, Digest, hash_constructor, hash_workers
+from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError
 from .feeds import Feed, InlineFeed, silent
 from .kinds import recognise
@@ -148,7 +148,10 @@ class Source:
     def checksum(self) -> str | None:
         """The checksum of the last complete pass, or of `data`; None where turned off, or before a pass."""
         if self._checksum is None and self.data is not None and self._new_hash is not None:
-            self._checksum = f"{self.algorithm}:{self._new_hash(self.data).hexdigest()}"
+            if len(self.data) <= INLINE_BYTES:
+                self._checksum = f"{self.algorithm}:{digest_inline(self._new_hash, self.data)}"
+            else:
+                self._checksum = f"{self.algorithm}:{self._new_hash(self.data).hexdigest()}"
         return self._checksum
 
     async def measure(self) -> None:

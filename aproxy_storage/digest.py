@@ -13,9 +13,13 @@ from typing import Any
 from .errors import ConfigurationError
 from .threads import Workers
 
-__all__ = ["INLINE_BYTES", "Digest", "hash_constructor", "hash_workers"]
+__all__ = ["INLINE_BYTES", "Digest", "digest_inline", "hash_constructor", "hash_workers"]
 
 INLINE_BYTES = 64 * 1024  # hashing as much takes less time than a hop into a thread and back
+
+# hashlib lets go of the GIL from 2048 bytes on. For small content that costs more than the hash: with busy worker
+# threads, getting it back takes longer than all the rest of a small save.
+_KEEPS_GIL_BYTES = 2047
 
 # hashlib lets go of the GIL, so hashing overlaps with reading and writing, and never holds up the loop.
 hash_workers = Workers("aproxy_storage-hash", max(2, min(4, os.cpu_count() or 2)), max_waiting=1 << 30, share=1)
@@ -91,6 +95,15 @@ class Digest:
         """Forget what still waits: nobody wants the checksum any more."""
         with self._lock:
             self._waiting.clear()
+
+
+def digest_inline(constructor: Callable[[], Any], data: bytes) -> str:
+    """Return the checksum of at most `INLINE_BYTES`, without letting go of the GIL."""
+    hashed = constructor()
+    for start in range(0, len(data), _KEEPS_GIL_BYTES):
+        hashed.update(data[start : start + _KEEPS_GIL_BYTES])
+    digest: str = hashed.hexdigest()
+    return digest
 
 
 def _settle(future: asyncio.Future[None]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from .digest import INLINE_BYTES
 from .errors import Conflict, IntegrityError, NotFound, NotSupported
 from .records import ByteRange, MetaRecord
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["AsyncFile", "AsyncWriter", "Opening"]
 
 F = TypeVar("F", bound="AsyncFile | AsyncWriter")
-
-_HASH_INLINE_BYTES = 1 << 16
 
 
 class AsyncFile:
@@ -206,7 +205,7 @@ class _Verifier:
         self._expected = expected
 
     async def update(self, chunk: bytes) -> None:
-        if len(chunk) <= _HASH_INLINE_BYTES:
+        if len(chunk) <= INLINE_BYTES:
             self._hash.update(chunk)
         else:
             from .content import hash_workers
