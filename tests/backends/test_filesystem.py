@@ -1,0 +1,73 @@
+"""The filesystem backend keeps every promise of the suite, with both ways of making a file unseen."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest_asyncio
+
+from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.records import Capabilities
+from aproxy_storage.testing.backends import BackendTests
+
+
+class FilesBehind:
+    """How the tests look into and change the directory of a `FileSystemBackend`."""
+
+    async def put_behind(self, backend: Any, key: str, data: bytes) -> None:
+        path = Path(backend.root, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    async def get_behind(self, backend: Any, key: str) -> bytes | None:
+        try:
+            return await asyncio.to_thread(Path(backend.root, key).read_bytes)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    async def list_behind(self, backend: Any) -> list[str]:
+        return everything_below(backend.root)
+
+
+def everything_below(root: str | Path) -> list[str]:
+    """Return every name below `root`; directories end in a slash."""
+    found = []
+    for directory, names, files in os.walk(root):
+        base = os.path.relpath(directory, root)
+        found += [os.path.normpath(os.path.join(base, name)) + "/" for name in names]
+        found += [os.path.normpath(os.path.join(base, name)) for name in files]
+    return found
+
+
+class TestUnnamedFiles(FilesBehind, BackendTests):
+    """Files without a name, as Linux makes them on its own file systems."""
+
+    anonymous: bool | None = None
+
+    @pytest_asyncio.fixture
+    async def backend(self, tmp_path: Path) -> AsyncIterator[FileSystemBackend]:
+        async with FileSystemBackend(tmp_path / "root", base_url="/media/") as backend:
+            backend._tree.anonymous = self.anonymous
+            yield backend
+
+
+class TestHiddenFiles(TestUnnamedFiles):
+    """Hidden files beside the object, as elsewhere."""
+
+    anonymous = False
+
+
+def test_capabilities_are_these() -> None:
+    capabilities = {
+        "conditional_create": True,
+        "range_read": True,
+        "list": True,
+        "modified_time": True,
+        "server_copy": True,
+        "tokens": True,
+        "max_segment_bytes": 255,
+    }
+    assert FileSystemBackend.capabilities == Capabilities(**capabilities)
+    assert FileSystemBackend("/x", base_url="/media").capabilities == Capabilities(**capabilities, url=True)
