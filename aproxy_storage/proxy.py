@@ -220,12 +220,14 @@ class ProxyStorage(ReadingVerbs):
             own: dict[str, Any] = {"name": given}
             if content_type is not None:
                 own["content_type"] = content_type
-            data = await self.get_data_for_meta_backend_save(
-                path=path,
-                original_storage_path=path.removeprefix(self.prefix),
-                original_name=given,
-                content=source,
-            )
+            data: Mapping[str, Any] = {}
+            if self._has_hook("get_data_for_meta_backend_save"):
+                data = await self.get_data_for_meta_backend_save(
+                    path=path,
+                    original_storage_path=path.removeprefix(self.prefix),
+                    original_name=given,
+                    content=source,
+                )
             fields = self._fields(own, extra or {}, data)
             return await self._writing.store(
                 path,
@@ -509,11 +511,15 @@ class ProxyStorage(ReadingVerbs):
     async def _candidates(
         self, name: str, source: Source, using: str | None, content_type: str | None, extra: Mapping[str, Any]
     ) -> Sequence[str]:
-        chosen = using or await self.choose_original(name, source)
+        chosen = using
+        if chosen is None and self._has_hook("choose_original"):
+            chosen = await self.choose_original(name, source)
         if chosen is not None:
             self.get_original(chosen)
             return [chosen]
         names = list(self.originals)
+        if type(self.placement) is First:
+            return names[:1]
         candidates = await self.placement.candidates(Request(name, source, content_type, extra), names)
         for candidate in candidates:
             self.get_original(candidate)
@@ -521,7 +527,13 @@ class ProxyStorage(ReadingVerbs):
             raise ConfigurationError(f"the placement of storage {self.name!r} names no original for {name!r}")
         return candidates
 
+    def _has_hook(self, name: str) -> bool:
+        """Return whether a subclass has its own; a small save cannot afford to await what does nothing."""
+        return getattr(type(self), name) is not getattr(ProxyStorage, name)
+
     def _fields(self, own: dict[str, Any], extra: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        if not extra and not data:
+            return own
         merged = dict(extra)
         for key, value in data.items():
             if key not in _RECORD_FIELDS:

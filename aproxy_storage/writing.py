@@ -364,7 +364,8 @@ class Writing:
         async def write(backend: Backend, key: str, token: str) -> Written:
             kind = content_type
             if kind is None:
-                kind = guess_content_type(name, await source.peek()) or source.content_type
+                head = source.data[:4096] if source.data is not None else await source.peek()
+                kind = guess_content_type(name, head) or source.content_type
             await backend.write(key, source, content_type=kind, token=token, durable=storage.durable)
             return Written(source.seen_size, source.checksum, kind)
 
