@@ -84,7 +84,7 @@ class ReadingVerbs(abc.ABC):
                 await reading.__aenter__()
             except NotFound as error:
                 current = await self.get(record.path)  # NotFound if it was deleted meanwhile
-                if current.primary != record.primary:
+                if not current.has_bytes_of(record):
                     record = current  # replaced, moved or saved anew: that is the file now
                     continue
                 raise IntegrityError(
@@ -92,15 +92,22 @@ class ReadingVerbs(abc.ABC):
                     operation="open", path=record.path, backend=str(backend),
                 ) from error  # fmt: skip
             try:
-                if None not in (record.size, reading.info.size) and record.size != reading.info.size:
-                    raise IntegrityError(
-                        f"{record.path!r} has {reading.info.size} bytes in {backend}, its record says {record.size}",
-                        operation="open", path=record.path, backend=str(backend),
-                    )  # fmt: skip
-                return AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify)
+                differs = None not in (record.size, reading.info.size) and record.size != reading.info.size
+                # Deleted and saved anew since the record was read, the bytes may be those of the new file.
+                current = await self.get(record.path) if differs or verify else record
+                if current.has_bytes_of(record):
+                    if differs:
+                        raise IntegrityError(
+                            f"{record.path!r} has {reading.info.size} bytes in {backend}, "
+                            f"its record says {record.size}",
+                            operation="open", path=record.path, backend=str(backend),
+                        )  # fmt: skip
+                    return AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify)
             except BaseException:
                 await reading.__aexit__(None, None, None)
                 raise
+            await reading.__aexit__(None, None, None)
+            record = current
 
     async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.

@@ -118,6 +118,13 @@ class MetaRecord(Mapping[str, Any]):
         primary = self.primary
         return (primary, *(place for place in self.places if place is not primary))
 
+    def has_bytes_of(self, other: MetaRecord) -> bool:
+        """Return whether both stand for the same bytes: the same place, given by the same reservation.
+
+        A key alone does not say so: deleted and saved anew, a file may have the key of the one before.
+        """
+        return (self.token, self.primary) == (other.token, other.primary)
+
     def get_proxy_storage(self) -> ProxyStorage:
         """Return the registered storage that this record belongs to.
 
