@@ -112,7 +112,10 @@ class Journal:
             return max(self.settle, self.lease, self.keep_replaced)
         if "doubtful" in states:
             return max(self.lease, self.keep_replaced)
-        return self.keep_replaced if states else None
+        if not states:
+            return None
+        # Where nothing is kept, whoever has swapped discards it himself, now; others wait for that as for anything.
+        return self.keep_replaced or max(self.settle, self.lease)
 
     # -- J4: the one way to remove
 
@@ -242,8 +245,10 @@ class Journal:
             return "settling" if await self.discard(doubtful, record) else "failed"
         # Moving the version takes the lease: two reconciles do not discard side by side, and with `force` the
         # replace that named a doubtful place loses it.
-        record = await self.change(record, {"places": (*kept, *wanted_gone)}, lease=max(self.settle, self.lease))
-        if not await self.discard(wanted_gone, record):
+        seconds = max(self.settle, self.lease)
+        until = time.monotonic() + seconds
+        record = await self.change(record, {"places": (*kept, *wanted_gone)}, lease=seconds)
+        if not await self.discard(wanted_gone, record, until=until):
             return "failed"
         await self.change(record, {"places": kept}, lease=None)
         return "cleared"
@@ -262,12 +267,13 @@ class _Leases:
         self.seconds = seconds
         self._rounds: PerLoop[_Round] = PerLoop(_Round)
 
-    def hold(self, record: MetaRecord, *, since: float) -> Held:
+    def hold(self, record: MetaRecord, *, since: float, follow: bool = False) -> Held:
         """Return a context manager that keeps the lease of `record` alive.
 
-        `since`: the loop's time before the statement that took the lease was sent.
+        `since`: the loop's time before the statement that took the lease was sent. `follow`: whatever others make
+        of the record meanwhile, as long as it is stored and the same file.
         """
-        return Held(self._rounds.get(), self, record, since)
+        return Held(self._rounds.get(), self, record, since, follow)
 
     def start(self, round_: _Round) -> None:
         round_.timer = asyncio.get_running_loop().call_later(self.seconds / 6, self._tick, round_)
@@ -297,8 +303,19 @@ class _Leases:
             if isinstance(answer, StorageError):
                 # Its commit will find out; nothing is lost. Tried again at the next tick.
                 _log.info("the lease of %r could not be renewed: %s", held.record.path, answer)
+                if held.follow and isinstance(answer, Conflict):
+                    await self._follow(held)
             else:
                 held.since = begun
+
+    async def _follow(self, held: Held) -> None:
+        record = held.record
+        try:
+            current = await self._meta.get(record.path)
+        except NotFound:
+            return
+        if held.record is record and current.token == record.token and current.state == STORED:
+            held.record = current
 
 
 class _Round:
@@ -312,12 +329,13 @@ class _Round:
 class Held:
     """One lease that is being kept alive. Its user sets `record` to what the record has become."""
 
-    __slots__ = ("_leases", "_round", "record", "renewing", "since")
+    __slots__ = ("_leases", "_round", "follow", "record", "renewing", "since")
 
-    def __init__(self, round_: _Round, leases: _Leases, record: MetaRecord, since: float) -> None:
+    def __init__(self, round_: _Round, leases: _Leases, record: MetaRecord, since: float, follow: bool) -> None:
         self._round = round_
         self._leases = leases
         self.record = record
+        self.follow = follow
         self.renewing = False
         self.since = since
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -232,7 +233,7 @@ class Writing:
         backend.check_key(new.key)
         since = asyncio.get_running_loop().time()
         named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, new)})
-        with journal.leases.hold(named, since=since) as held:
+        with journal.leases.hold(named, since=since, follow=not pinned) as held:
             try:
                 written = await write(backend, new.key, named.token)
 
@@ -249,13 +250,14 @@ class Writing:
                         **fields,
                     }
 
+                until = time.monotonic() + max(journal.settle, journal.lease)
                 stored = await self._with_latest(held.record, pinned, swapped)
             except BaseException as error:
                 unsure = outcome_unknown(error)
                 await self._finish(self._take_back(held.record, new, unsure=unsure), "undo of a replacement")
                 raise
         if storage.keep_replaced <= 0:
-            stored = await self._drop_surplus(stored)
+            stored = await self._drop_surplus(stored, until)
         return stored
 
     async def _with_latest(
@@ -291,31 +293,41 @@ class Writing:
         raise Conflict(f"{record.path!r} is changed by others faster than it can be replaced", path=record.path)
 
     async def _take_back(self, record: MetaRecord, place: Place, *, unsure: bool) -> None:
-        """Undo a replacement: its key is its own, so the bytes can go first; then its name leaves the record."""
+        """Undo a replacement: first its place is given up by compare-and-set, so that a swap whose answer was lost
+        cannot take effect any more; then the bytes go, then their name leaves the record."""
         journal = self._storage.journal
-        try:
-            current = await journal.meta.get(record.path)
-        except NotFound:
-            current = None
-        if current is None or current.token != record.token:  # deleted, or renamed after our swap had landed
-            await journal.discard([place], record)
-            return
-        if current.primary.key == place.key:
-            return  # swapped in after all
-        if not await journal.discard([place], record) or unsure or current.state != STORED:
-            return  # the lease runs out, and reconcile discards it again
-        others = tuple(other for other in current.places if other != place)
-        await journal.change(current, {"places": others}, lease=journal.lease_for(others))
+        for _ in range(_MAX_RETRIES):
+            try:
+                current = await journal.meta.get(record.path)
+            except NotFound:
+                current = None
+            if current is None or current.token != record.token or current.state != STORED:
+                await journal.discard([place], record)  # deleted, or renamed: then only if nobody names it
+                return
+            if current.primary.key == place.key:
+                return  # swapped in after all
+            if place not in current.places:  # reconcile has given it up already
+                await journal.discard([place], record)
+                return
+            others = tuple(other for other in current.places if other != place)
+            given_up = (*others, replace(place, state="settling"))
+            try:
+                current = await journal.change(current, {"places": given_up}, lease=journal.lease_for(given_up))
+                if await journal.discard([place], record) and not unsure:
+                    await journal.change(current, {"places": others}, lease=journal.lease_for(others))
+                return  # else the lease runs out, and reconcile discards it again
+            except Conflict:
+                continue
 
-    async def _drop_surplus(self, record: MetaRecord) -> MetaRecord:
+    async def _drop_surplus(self, record: MetaRecord, until: float) -> MetaRecord:
         journal = self._storage.journal
         surplus = [place for place in record.places if place.state == "surplus"]
         others = tuple(place for place in record.places if place.state != "surplus")
         try:
-            if await journal.discard(surplus, record):
+            if await journal.discard(surplus, record, until=until):
                 return await journal.change(record, {"places": others}, lease=journal.lease_for(others))
         except StorageError:
-            pass  # it stays named, with a lease that is over: reconcile does it
+            pass  # it stays named: reconcile does it
         return record
 
     # -- shared
@@ -391,7 +403,9 @@ class Writing:
                         await backend.write(key, source, content_type=kind, token=token, durable=storage.durable)
                     size, checksum = source.seen_size, source.checksum
             except NotFound as error:
+                await self._check_unmoved(record)
                 raise IntegrityError(f"the bytes of {record.path!r} are gone", path=record.path) from error
+            await self._check_unmoved(record)
             if (record.size is not None and size != record.size) or (record.checksum and checksum != record.checksum):
                 raise IntegrityError(
                     f"the bytes of {record.path!r} differ from its record: {size} bytes, {checksum}", path=record.path
@@ -399,6 +413,13 @@ class Writing:
             return Written(size, checksum, kind)
 
         return write
+
+    async def _check_unmoved(self, record: MetaRecord) -> None:
+        """Raise NotFound or Conflict if what was read at the key of `record` need not be its bytes: it was deleted or
+        replaced meanwhile, and the key may be another file's by now."""
+        current = await self._storage.get(record.path)
+        if not current.has_bytes_of(record):
+            raise Conflict(f"{record.path!r} was replaced or moved while it was read", path=record.path)
 
 
 def _note(error: StorageError, earlier: Sequence[StorageError]) -> None:
