@@ -297,8 +297,8 @@ class ProxyStorage(ReadingVerbs):
         Raises:
             NotFound, IntegrityError: of the file that is copied. And as `save`.
         """
-        record = await self._record(path)
         new_path = self._new_path(os.fspath(name), exact=False)
+        record = await self._record(path)
         original = using or record.original_storage_name or next(iter(self.originals))
         self.get_original(original).check_key(new_path.removeprefix(self.prefix))
         fields = {"name": os.fspath(name), "extra": record.extra}
@@ -349,6 +349,8 @@ class ProxyStorage(ReadingVerbs):
         Raises:
             NotFound: there is nothing at that key. AlreadyExists: a record names these bytes already.
         """
+        given = os.fspath(name) if name is not None else original_storage_path
+        path = self._new_path(given, exact=True)
         original = using or next(iter(self.originals))
         backend = self.get_original(original)
         info = await backend.stat(original_storage_path)
@@ -358,8 +360,6 @@ class ProxyStorage(ReadingVerbs):
                 f"the bytes at {original}:{original_storage_path} belong to {owners[0]!r} already",
                 operation="adopt", path=original_storage_path,
             )  # fmt: skip
-        given = os.fspath(name) if name is not None else original_storage_path
-        path = self._new_path(given, exact=True)
         kind = content_type or info.content_type or guess_content_type(given, b"")
         while True:
             record = MetaRecord(
@@ -414,12 +414,15 @@ class ProxyStorage(ReadingVerbs):
         except StorageError as error:
             _log.warning("the removal of %r is left to reconcile: %s", marked.record.path, error)
         except BaseException:
-            work = self.journal.sweep(marked)
+            # A discard that was cancelled may still be under way: the key is not free before `settle` is over.
+            work = self.journal.sweep(marked, certain=False)
             await self.cleanup.finish(work, within=self.timeouts.cleanup, name=f"removal of {marked.record.path!r}")
             raise
 
     async def _open_writer(self, path: Path, mode: str) -> AsyncWriter:
         text = path.path if isinstance(path, MetaRecord) else os.fspath(path)
+        if mode == "xb":
+            self._new_path(text, exact=True)
         if not await self.exists(text):
             self._new_path(text, exact=True)
         elif mode == "xb":
