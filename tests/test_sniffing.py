@@ -1,0 +1,126 @@
+"""The content type from the name, held against the first bytes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import sys
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aproxy_storage.sniffing import guess_content_type
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
+PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n"
+ELF = b"\x7fELF\2\1\1\0"
+MP4 = b"\0\0\0\x18ftypmp42\0\0\0\0"
+HTML = b"<!DOCTYPE html><script>alert(1)</script>"
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
+GZIP = gzip.compress(b"x")
+
+
+def _zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+    return file.getvalue()
+
+
+ZIP = _zip()
+DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "expected"),
+    [
+        # they agree
+        ("a.png", PNG, "image/png"),
+        ("dir.d/A.PNG", PNG, "image/png"),
+        ("a.jpg", JPEG, "image/jpeg"),
+        ("a.pdf", PDF, "application/pdf"),
+        ("a.html", HTML, "text/html"),
+        ("a.svg", SVG, "image/svg+xml"),
+        ("a.txt", b"hello", "text/plain"),
+        ("a.css", b"a {}", "text/css"),
+        ("a.json", b"{}", "application/json"),
+        # containers, and formats built on others
+        ("a.zip", ZIP, "application/zip"),
+        ("a.docx", ZIP, DOCX),
+        ("a.jar", ZIP, "application/java-archive"),
+        ("a.tar.gz", GZIP, "application/gzip"),
+        ("a.tar", b"some" + bytes(300), "application/x-tar"),
+        ("a.tif", b"II*\0", "image/tiff"),
+        ("a.mp4", MP4, "video/mp4"),
+        ("a.mov", MP4, "video/quicktime"),
+        ("a.mp3", b"ID3\x04\0", "audio/mpeg"),
+        ("a.wav", b"RIFF\0\0\0\0WAVEfmt ", "audio/x-wav"),
+        # the bytes are definitely something else
+        ("a.html", PNG, "image/png"),
+        ("a.html", ZIP, "application/zip"),
+        ("a.html", GZIP, "application/gzip"),
+        ("a.svg", PDF, "application/pdf"),
+        ("a.js", ZIP, "application/zip"),
+        ("a.xml", ELF, "application/x-executable"),
+        ("a.png", JPEG, "image/jpeg"),
+        ("a.jpg", ELF, "application/x-executable"),
+        ("a.txt", MP4, "video/mp4"),
+        ("a.png", b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"),
+        # what a browser would run is never taken from the bytes
+        ("a.png", HTML, "image/png"),
+        ("a.jpg", SVG, "image/jpeg"),
+        ("a.pdf", HTML, "application/pdf"),
+        (None, HTML, "text/plain"),
+        ("README", SVG, "text/plain"),
+        # no extension that says anything
+        ("README", b"# hello\n", "text/plain"),
+        ("a.unheard-of", "Grüße\r\n".encode(), "text/plain"),
+        (".bashrc", b"alias x=y\n", "text/plain"),
+        (".png", PNG, "image/png"),
+        ("upload", PNG, "image/png"),
+        (None, PDF, "application/pdf"),
+        ("notes", "text".encode("utf-16"), "text/plain"),
+        # no bytes
+        ("a.png", b"", "image/png"),
+        ("a.txt", b"", "text/plain"),
+        ("README", b"", None),
+        ("", b"", None),
+        (None, b"", None),
+        # a name is not a URL
+        ("data:text/html,x", b"", None),
+        ("http://x/a.png", b"", "image/png"),
+        ("a.b/c", b"", None),
+        ("a.", b"", None),
+    ],
+)
+def test_name_and_bytes(name: str | None, head: bytes, expected: str | None) -> None:
+    assert guess_content_type(name, head) == expected
+
+
+def test_nameless_binary_content_is_left_to_puremagic(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("puremagic")
+    flash = b"FLV\x01\0\0"  # which the short table does not know
+    assert guess_content_type(None, flash) == "video/x-flv"
+    assert guess_content_type("a.bin", flash) == "application/octet-stream"
+    monkeypatch.setitem(sys.modules, "puremagic", None)
+    assert guess_content_type(None, flash) is None
+    assert guess_content_type(None, b"\0\1\2\3") is None
+
+
+@given(st.none() | st.text(max_size=40), st.binary(max_size=100))
+def test_any_input_has_an_answer(name: str | None, head: bytes) -> None:
+    answer = guess_content_type(name, head)
+    assert answer is None or "/" in answer
+    assert guess_content_type(name, head) == answer
+
+
+@given(st.sampled_from([PNG, JPEG, PDF, ELF, MP4, HTML, SVG, GZIP, ZIP]), st.binary(max_size=50))
+def test_bytes_alone_never_make_a_page(start: bytes, rest: bytes) -> None:
+    answer = guess_content_type(None, start + rest)
+    if answer is not None:
+        assert answer == "text/plain" or not answer.startswith("text/")
+        assert "xml" not in answer
+        assert "html" not in answer
