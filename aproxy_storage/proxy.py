@@ -49,6 +49,7 @@ class Health:
 
     @property
     def ok(self) -> bool:
+        """Whether it answered."""
         return self.error is None
 
 
@@ -69,6 +70,7 @@ class ProxyStorage(ReadingVerbs):
         lease: seconds after which a save that gives no sign of life may be undone by others.
         settle: seconds after which an operation without an answer can no longer take effect.
         keep_replaced: seconds that replaced bytes stay, for those who read them or hold a signed URL to them.
+        max_path_bytes: how long a new path may be, in UTF-8.
 
     A subclass may give `name`, `originals`, `meta` and `placement` as class attributes instead. The constructor only
     stores; an instance is a module-level constant, to be used from any event loop and after a fork. No verb keeps

@@ -28,6 +28,7 @@ class Result(Generic[I, R]):
 
     @property
     def ok(self) -> bool:
+        """Whether it was done."""
         return self.error is None
 
 

@@ -42,6 +42,7 @@ class Report:
     max_findings: int = 10_000
 
     def add(self, finding: Finding) -> None:
+        """Count a finding, and keep it while there is room."""
         self.counts[finding.action] = self.counts.get(finding.action, 0) + 1
         if len(self.findings) < self.max_findings:
             self.findings.append(finding)
