@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..errors import AlreadyExists, Conflict, ContentError
 from ._posix import Handle, Opened, Tree, close_all, mark, temporary_name, write_all
 
-__all__ = ["CallersFile", "Draft", "Withdrawn"]
+__all__ = ["CallersFile", "Draft", "Withdrawn", "hash_part"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EISDIR, errno.EINVAL}
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EIO}
 _STEP = 1 << 20  # bytes read at once where the kernel cannot copy by itself
+_PIECE = 256 << 10  # bytes hashed at once: what a core's cache holds
 
 
 class Withdrawn(Exception):
@@ -61,7 +62,7 @@ class Draft:
         self._temporary: str | None = None  # its name, where the file has one already
         self._moved: str | None = None  # the path that the file had before, where it is moved in
         self._made: list[str] = []
-        self._identity: tuple[int, int] | None = None
+        self._status: os.stat_result  # of the whole file
         self._lock = threading.Lock()
         self._busy = False
         self._withdrawn = False
@@ -84,6 +85,13 @@ class Draft:
     def left(self) -> bool:
         """Whether there is something that `remove` must remove, or a step under way that will."""
         return self._busy or self._anything
+
+    @property
+    def handle(self) -> Handle:
+        """The open file, for reading; whoever keeps the reference keeps it open."""
+        if self._handle is None:
+            raise Withdrawn
+        return self._handle
 
     def when_idle(self, callback: Callable[[], None]) -> bool:
         """Have `callback` called by the worker at the end of the step under way; return False if there is none."""
@@ -188,7 +196,7 @@ class Draft:
     def write(self, data: bytes) -> None:
         """Append `data`."""
         self.begin()
-        write_all(self._fd, data)
+        write_all(self.handle.fd, data)
 
     def finish(self, data: bytes) -> os.stat_result:
         """Append `data` and give the file its name.
@@ -198,7 +206,7 @@ class Draft:
         """
         self.begin()
         if data:
-            write_all(self._fd, data)
+            write_all(self.handle.fd, data)
         self._complete()
         return self._finished(self._publish_at)
 
@@ -227,18 +235,18 @@ class Draft:
         """Share the blocks of `source`, or else copy its first `count` bytes; return the bytes that are there now."""
         self.begin()
         try:
-            fcntl.ioctl(self._fd, _FICLONE, source.fd)
+            fcntl.ioctl(self.handle.fd, _FICLONE, source.fd)
         except OSError:
             return self.copy(source, count)
-        return os.lseek(self._fd, 0, os.SEEK_END)
+        return os.lseek(self.handle.fd, 0, os.SEEK_END)
 
     def copy(self, source: Opened, count: int) -> int:
         """Append up to `count` further bytes of `source`; return the bytes that are there now."""
-        at = os.lseek(self._fd, 0, os.SEEK_CUR)
+        at = os.lseek(self.handle.fd, 0, os.SEEK_CUR)
         stop = at + count
         try:
             while at < stop:
-                step = os.copy_file_range(source.fd, self._fd, stop - at, at)
+                step = os.copy_file_range(source.fd, self.handle.fd, stop - at, at)
                 if step == 0:  # the end; or a special file system that cannot do it and does not say so
                     break
                 at += step
@@ -246,7 +254,7 @@ class Draft:
             if error.errno not in _NO_COPY_RANGE:
                 raise
         while at < stop and (data := source.pread(min(_STEP, stop - at), at)):
-            write_all(self._fd, data)
+            write_all(self.handle.fd, data)
             at += len(data)
         return at
 
@@ -267,21 +275,7 @@ class Draft:
         self._handle, self._moved = taken, path
         return taken.status.st_size
 
-    def hash(self, state: Any, start: int, count: int) -> int:
-        """Feed up to `count` bytes of what is written from `start` on to a hash; return where it has come to."""
-        stop = start + count
-        while start < stop and (data := os.pread(self._fd, min(_STEP, stop - start), start)):
-            state.update(data)
-            start += len(data)
-        return start
-
     # -- the parts of the steps
-
-    @property
-    def _fd(self) -> int:
-        if self._handle is None:
-            raise Withdrawn
-        return self._handle.fd
 
     def _finished(self, work: Callable[[int, int, list[int]], os.stat_result]) -> os.stat_result:
         status = self._tree.below(self._names, self._made, work)
@@ -323,17 +317,16 @@ class Draft:
 
     def _complete(self) -> None:
         """All of the file but its name: token, mode, and the way to the disk."""
-        fd = self._fd
+        fd = self.handle.fd
         mark(fd, self._token)
         mode = self._tree.file_mode
-        if mode is not None and stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        self._status = os.fstat(fd)
+        if mode is not None and stat.S_IMODE(self._status.st_mode) != mode:
             os.fchmod(fd, mode)
         if self._durable:
             os.fsync(fd)
 
     def _publish_at(self, at: int, root: int, directories: list[int]) -> os.stat_result:
-        status = os.fstat(self._fd)
-        self._identity = (status.st_dev, status.st_ino)
         with self._lock:
             if self._withdrawn:
                 raise Withdrawn
@@ -349,7 +342,7 @@ class Draft:
             self._temporary = None
         if self._durable:
             self._tree.sync(root, directories)  # should that fail, `run` removes the file again
-        return status
+        return self._status
 
     def _link(self, at: int) -> None:
         name = self._names[-1]
@@ -359,7 +352,7 @@ class Draft:
                     raise Conflict(f"another attempt of the write {self._token} of {self.key!r} has taken over")
                 os.link(self._temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
             elif _links_descriptors():
-                os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=at, follow_symlinks=True)
+                os.link(f"/proc/self/fd/{self.handle.fd}", name, dst_dir_fd=at, follow_symlinks=True)
             else:
                 os.link(self._moved or "", name, dst_dir_fd=at, follow_symlinks=False)
         except FileNotFoundError:
@@ -373,10 +366,19 @@ class Draft:
 
     def _lies_at(self, at: int, name: str | None = None) -> bool:
         try:
-            status = os.stat(self._names[-1] if name is None else name, dir_fd=at, follow_symlinks=False)
+            found = os.stat(self._names[-1] if name is None else name, dir_fd=at, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        return (status.st_dev, status.st_ino) == self._identity
+        return os.path.samestat(found, self._status)
+
+
+def hash_part(handle: Handle, state: Any, start: int, stop: int) -> None:
+    """Feed the bytes from `start` to `stop` of an open file on to a hash."""
+    # One buffer: fresh memory for each piece would cost more than the reading.
+    buffer = memoryview(bytearray(min(_PIECE, stop - start)))
+    while start < stop and (count := os.preadv(handle.fd, [buffer[: stop - start]], start)):
+        state.update(buffer[:count])
+        start += count
 
 
 class CallersFile(Opened):

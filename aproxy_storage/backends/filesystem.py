@@ -19,7 +19,7 @@ from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts
-from ._draft import Draft
+from ._draft import Draft, hash_part
 from ._posix import HIDDEN, Opened, Tree
 from .base import Backend, Reader
 
@@ -28,7 +28,7 @@ __all__ = ["FileSystemBackend"]
 T = TypeVar("T")
 
 _SMALL = 256 << 10  # bytes that are written in one hop, and gathered for one
-_SLICE = 64 << 20  # bytes copied by the kernel, or hashed, between two looks at the event loop
+_SLICE = 4 << 20  # bytes copied by the kernel, or hashed, in one hop
 _PAGE = 500  # files whose sizes are looked up in one hop
 _GRACE = 0.5  # seconds that a failed write waits for its rests to go when they cannot be seen any more
 
@@ -126,7 +126,7 @@ class FileSystemBackend(Backend):
     async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
         async def fill(draft: Draft) -> os.stat_result:
             opened = await self._workers.call(self._tree.open, key, timeout=self.timeouts.idle)
-            await self._copy_file(draft, opened)
+            await self._copy_file(draft, opened, None)
             return await self._step(draft, draft.finish, b"")
 
         return await self._drafted("copy", new_key, token, durable, fill)
@@ -184,7 +184,7 @@ class FileSystemBackend(Backend):
         if source.temporary_path is not None:
             size = await self._step(draft, draft.take, source.temporary_path)
             if size is not None:
-                await self._measure(draft, source, size)
+                source.measured(*await self._follow(draft, None, size, size, source.algorithm))
                 return await self._step(draft, draft.finish, b"")
         path = source.temporary_path or source.path
         if path is None:
@@ -196,36 +196,38 @@ class FileSystemBackend(Backend):
             status, checksum = found
             source.measured(status.st_size, checksum)
             return status
-        size = await self._copy_file(draft, found)
-        await self._measure(draft, source, size)
+        source.measured(*await self._copy_file(draft, found, source.algorithm))
         return await self._step(draft, draft.finish, b"")
 
-    async def _measure(self, draft: Draft, source: Source, size: int) -> None:
-        """Tell the source what was found in the file, having hashed it if that is wanted."""
-        checksum = None
-        if source.algorithm is not None:
-            state = hashlib.new(source.algorithm)
-            done = 0
-            while done < size:
-                reached = await self._step(draft, draft.hash, state, done, _SLICE)
-                if reached == done:
-                    break
-                done = reached
-            size, checksum = done, f"{source.algorithm}:{state.hexdigest()}"
-        source.measured(size, checksum)
-
-    async def _copy_file(self, draft: Draft, source: Opened) -> int:
-        """Copy a whole file into the draft; return its size."""
+    async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None]:
+        """Copy a whole file into the draft; return its size and checksum."""
         done = await self._step(draft, draft.copy_from, source, _SLICE)
-        size = source.status.st_size
-        while done < size:
-            reached = await self._step(draft, draft.copy, source, _SLICE)
-            if reached == done:
-                break
-            done = reached
-        if done != size:
+        return await self._follow(draft, source, done, source.status.st_size, algorithm)
+
+    async def _follow(
+        self, draft: Draft, source: Opened | None, done: int, size: int, algorithm: str | None
+    ) -> tuple[int, str | None]:
+        """Copy what is left of `source` from `done` on, while what is there already is hashed, a slice behind."""
+        state = hashlib.new(algorithm) if algorithm is not None else None
+        handle = draft.handle
+        hashed = 0
+        hashing: asyncio.Future[None] | None = None
+        while done < size or (state is not None and hashed < done):
+            if state is not None and hashed < done:
+                if hashing is not None:
+                    await hashing
+                start, hashed = hashed, min(done, hashed + _SLICE)
+                hashing = self._workers.call(hash_part, handle, state, start, hashed, timeout=self.timeouts.idle)
+                hashing.add_done_callback(_seen)
+            if source is not None and done < size:
+                before, done = done, await self._step(draft, draft.copy, source, _SLICE)
+                if done == before:
+                    break
+        if hashing is not None:
+            await hashing
+        if source is not None and done != size:
             raise source.changed_error(f"{source.key!r} has changed while it was copied")
-        return done
+        return done, None if state is None else f"{algorithm}:{state.hexdigest()}"
 
     async def _stream(self, source: Source, draft: Draft) -> os.stat_result:
         """Write what the source yields: while one hop writes, the source is asked for more."""
