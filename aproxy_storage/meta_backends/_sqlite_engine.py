@@ -18,34 +18,24 @@ import asyncio
 import concurrent.futures
 import contextlib
 import os
-import re
 import sqlite3
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from ..errors import (
-    AccessDenied,
-    BackendUnavailable,
-    ConfigurationError,
-    IntegrityError,
-    NotSupported,
-    OutOfSpace,
-    StorageError,
-)
-from ..threads import Job, Workers
+from ..errors import ConfigurationError
+from ._sqlite_errors import code_of
+from ._sqlite_threads import Readers, Writer
 
-__all__ = ["Engine", "Transaction", "sqlite_error"]
+__all__ = ["Engine", "Held"]
 
 T = TypeVar("T")
 
 _FORK_WAIT = 5.0  # seconds that a fork waits for a statement under way
-_SHARE = 256  # jobs in one transaction at most
 
 
 class Held:
@@ -72,29 +62,6 @@ class Held:
         connection.close()
 
 
-class Transaction:
-    """The write transaction under way: the cursor, and the database's time, which is read once and only if needed."""
-
-    __slots__ = ("_now", "cursor")
-
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
-        self.cursor = cursor
-        self._now: float | None = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether it goes on: a full disk or failed I/O ends the whole transaction with the statement."""
-        return self.cursor.connection.in_transaction
-
-    @property
-    def now(self) -> float:
-        """Seconds since 1970 by SQLite's clock, in milliseconds as it keeps it."""
-        if self._now is None:
-            row = self.cursor.execute("SELECT round((julianday('now') - 2440587.5) * 86400.0, 3)").fetchone()
-            self._now = float(row[0])
-        return self._now
-
-
 class Engine:
     """The threads and connections of one database file in this process; made again by itself after a fork.
 
@@ -102,7 +69,8 @@ class Engine:
         path: absolute path of the file.
         synchronous: SQLite's level, ``"NORMAL"`` or ``"FULL"``.
         busy_timeout: seconds that a statement waits for the locks of other processes.
-        readers: reader threads at most, each with a connection of its own.
+        readers: reader threads at most, each with a connection of its own. One does all that takes microseconds:
+            several would only fight for the interpreter's lock. The others do what may take longer.
         prepare: called with the writer's connection once it is open: makes or checks the schema.
     """
 
@@ -121,8 +89,9 @@ class Engine:
         self.prepare = prepare
         self.ready = False  # the file and its schema are there, as far as this process knows
         self.name = f"aproxy-sqlite-{Path(path).name}"
-        self.writer = _Writer(self, f"{self.name}-writer")
-        self.readers = _Readers(self, f"{self.name}-reader", readers)
+        self.writer = Writer(self, f"{self.name}-writer")
+        self.lookups = Readers(self, f"{self.name}-lookup", 1)
+        self.scans = Readers(self, f"{self.name}-scan", readers - 1) if readers > 1 else self.lookups
         self._hooked = False
         self._of_parents: list[object] = []
         self._fresh()
@@ -218,9 +187,13 @@ class Engine:
         """Call ``function(transaction, *args)`` in the writer; return the future of its answer after the COMMIT."""
         return self.writer.call(self.writer.run, function, args, timeout=timeout)
 
-    def read(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
-        """Call ``function(cursor, *args)`` in a reader; return the future of its answer."""
-        return self.readers.call(self.readers.run, function, args, timeout=timeout)
+    def look_up(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
+        """Call ``function(cursor, *args)``, a matter of microseconds, in a reader; return the future of its answer."""
+        return self.lookups.call(self.lookups.run, function, args, timeout=timeout)
+
+    def scan(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
+        """Call ``function(cursor, *args)``, which may take longer, in a reader; return the future of its answer."""
+        return self.scans.call(self.scans.run, function, args, timeout=timeout)
 
     async def close(self, within: float) -> None:
         """Close the connections that are not in use within `within` seconds, and let the threads end."""
@@ -233,7 +206,8 @@ class Engine:
     def _close(self, done: concurrent.futures.Future[None], until: float) -> None:
         try:
             self._close_all(until)
-            self.readers.shutdown()
+            self.lookups.shutdown()
+            self.scans.shutdown()
             self.writer.shutdown()
         except BaseException as error:
             done.set_exception(error)
@@ -285,106 +259,6 @@ class Engine:
         self._fresh()
 
 
-class _Writer(Workers):
-    """One thread, where the writes that wait together share a transaction."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        super().__init__(name, 1, max_waiting=100_000, share=_SHARE)
-        self._engine = engine
-        self._transaction: Transaction
-
-    def run(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        return function(self._transaction, *args)
-
-    def rescue(self) -> None:
-        """Do nothing: there is no other thread that could take what waits behind a slow transaction."""
-
-    def run_batch(self, batch: deque[Job]) -> None:
-        while batch:
-            try:
-                held = self._engine.writing()
-            except StorageError as error:
-                _fail(batch, error)
-                return
-            with held.lock:
-                self._run_transaction(held, batch)
-
-    def _run_transaction(self, held: Held, batch: deque[Job]) -> None:
-        try:
-            cursor = self._engine.open_writing(held)
-            cursor.execute("BEGIN IMMEDIATE")
-        except Exception as error:
-            held.close()
-            _fail(batch, sqlite_error(error, self._engine.path))
-            return
-        self._transaction = Transaction(cursor)
-        connection = cursor.connection
-        ran: list[Job] = []
-        failure: StorageError | None = None
-        while batch:
-            job = batch.popleft()
-            if not self.claim(job):
-                continue
-            job.run()
-            ran.append(job)
-            if job.error is not None and not connection.in_transaction:
-                # Full disk, failed I/O and the like end the whole transaction, not only the statement.
-                failure = sqlite_error(job.error, self._engine.path)
-                break
-        if failure is None:
-            try:
-                cursor.execute("COMMIT")
-            except Exception as error:
-                failure = sqlite_error(error, self._engine.path)
-                # A log that could not be written is not committed; one that could not be synced may be found again.
-                failure.outcome_unknown = _code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)
-        if failure is not None:
-            held.close()  # rolls back what is open
-        answered: set[Any] = set()
-        for job in ran:
-            if failure is not None and job.error is None:
-                job.error = _copy(failure)
-            self.answer(job, answered)
-        for answers in answered:
-            answers.wake()
-
-
-class _Readers(Workers):
-    """A few threads with a read-only connection each, which see the last commit and wait for no writer."""
-
-    def __init__(self, engine: Engine, name: str, count: int) -> None:
-        super().__init__(name, count, max_waiting=100_000, share=64)
-        self._engine = engine
-        self._mine = threading.local()
-
-    def run(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
-        held = self._mine.held
-        try:
-            return function(held.cursor, *args)
-        except sqlite3.Error:
-            held.broken = True
-            raise
-
-    def run_batch(self, batch: deque[Job]) -> None:
-        try:
-            held = self._mine.held = self._engine.reading()
-            with held.lock:
-                self._engine.open_reading(held)
-                try:
-                    super().run_batch(batch)
-                finally:
-                    if held.broken:
-                        held.close()
-        except Exception as error:
-            _fail(batch, sqlite_error(error, self._engine.path))
-
-    def _serve(self) -> None:
-        try:
-            super()._serve()
-        finally:
-            self._engine.leave()
-
-
 def use_wal(cursor: sqlite3.Cursor, within: float) -> None:
     """Switch the database to a write-ahead log, if it is not; that needs it alone for a moment."""
     until = time.monotonic() + within
@@ -393,7 +267,7 @@ def use_wal(cursor: sqlite3.Cursor, within: float) -> None:
             cursor.execute("PRAGMA journal_mode = WAL").fetchall()
         except sqlite3.OperationalError as error:
             # Where waiting might be a deadlock SQLite does not wait: two that open a new file at once meet here.
-            if _code(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
+            if code_of(error) != sqlite3.SQLITE_BUSY or time.monotonic() >= until:
                 raise
             time.sleep(0.01)
         else:
@@ -406,75 +280,6 @@ def _optimize(cursor: sqlite3.Cursor) -> None:
         cursor.execute("PRAGMA busy_timeout = 0").fetchall()
         cursor.execute("PRAGMA analysis_limit = 400").fetchall()
         cursor.execute("PRAGMA optimize").fetchall()
-
-
-def _fail(batch: deque[Job], error: StorageError) -> None:
-    """Answer all of `batch` with `error`, none of them having run."""
-    answered: set[Any] = set()
-    while batch:
-        job = batch.popleft()
-        if Workers.claim(job):
-            job.error = _copy(error)
-            Workers.answer(job, answered)
-    for answers in answered:
-        answers.wake()
-
-
-def _copy(error: StorageError) -> StorageError:
-    """Return a copy: an exception that several tasks raise would collect the tracebacks of all of them."""
-    copy = type(error)(
-        str(error.args[0]) if error.args else "", retryable=error.retryable, outcome_unknown=error.outcome_unknown
-    )
-    copy.__cause__ = error.__cause__
-    return copy
-
-
-_BY_CODE: dict[int, tuple[type[StorageError], str]] = {
-    sqlite3.SQLITE_BUSY: (BackendUnavailable, "another process keeps it locked"),
-    sqlite3.SQLITE_LOCKED: (BackendUnavailable, "it is locked"),
-    sqlite3.SQLITE_READONLY: (AccessDenied, "the file or its directory is not writable"),
-    sqlite3.SQLITE_PERM: (AccessDenied, "no permission"),
-    sqlite3.SQLITE_CORRUPT: (IntegrityError, "the file is damaged; restore it, or rescue it with sqlite3's .recover"),
-    sqlite3.SQLITE_NOTADB: (ConfigurationError, "the file is not an SQLite database"),
-    sqlite3.SQLITE_FULL: (OutOfSpace, "the disk or the quota is full"),
-    sqlite3.SQLITE_CANTOPEN: (BackendUnavailable, "it cannot be opened; does its directory exist, is it writable?"),
-    sqlite3.SQLITE_IOERR: (BackendUnavailable, "the disk failed"),
-    sqlite3.SQLITE_TOOBIG: (NotSupported, "a value is too big for SQLite"),
-}
-
-
-def _code(error: BaseException) -> int | None:
-    code: int | None = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF  # the rest says more, but no more that we act on
-
-
-def sqlite_error(error: BaseException, path: str) -> StorageError:
-    """Return our error for one of sqlite3's about the file at `path`; the native one becomes its cause.
-
-    A failed statement has undone itself, so the outcome is known; a failed COMMIT is judged where it happens.
-    """
-    if isinstance(error, StorageError):
-        return error
-    code = _code(error)
-    native = str(error)
-    cls: type[StorageError]
-    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_READONLY_DBMOVED:
-        cls, reason = BackendUnavailable, "the file was moved or deleted"
-    elif code in _BY_CODE:
-        cls, reason = _BY_CODE[code]
-    elif re.search(r"no such (table|column|index)|has no column", native):
-        cls, reason = ConfigurationError, "its table is not the one this library makes"
-    else:
-        mapped: StorageError = BackendUnavailable(
-            f"{path}: unexpected {type(error).__name__} ({native})",
-            retryable=False,
-            outcome_unknown=not isinstance(error, sqlite3.Error),
-        )
-        mapped.__cause__ = error
-        return mapped
-    mapped = cls(f"{path}: {reason} ({native})")
-    mapped.__cause__ = error
-    return mapped
 
 
 # -- forks

@@ -12,8 +12,10 @@ from ..paths import successor
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ._rows import changed, to_record, to_row, values_of
-from ._sqlite_engine import Engine, Transaction, sqlite_error
+from ._sqlite_engine import Engine
+from ._sqlite_errors import sqlite_error
 from ._sqlite_schema import Statements, prepare
+from ._sqlite_threads import Transaction
 from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
 
 __all__ = ["SQLiteMetaBackend"]
@@ -77,6 +79,8 @@ class SQLiteMetaBackend(MetaBackend):
             )
         if durability not in ("process", "power"):
             raise ConfigurationError(f"durability is 'process' or 'power', not {durability!r}")
+        if readers < 1:
+            raise ConfigurationError(f"readers must be at least 1, not {readers}")
         self.path = os.path.abspath(name)
         super().__init__(timeouts=timeouts)
         if busy_timeout is None:
@@ -97,14 +101,17 @@ class SQLiteMetaBackend(MetaBackend):
     # -- hops: a write goes to the writer, a read to a reader, once the tables are there
 
     async def _write(self, function: Callable[..., A], *args: Any) -> A:
-        answer: A = await self._engine.write(function, args, self.timeouts.operation)
-        return answer
+        return await self._engine.write(function, args, self.timeouts.operation)
 
-    async def _read(self, function: Callable[..., A], *args: Any) -> A:
+    async def _look_up(self, function: Callable[..., A], *args: Any) -> A:
         if not self._engine.ready:
             await self._setup()
-        answer: A = await self._engine.read(function, args, self.timeouts.operation)
-        return answer
+        return await self._engine.look_up(function, args, self.timeouts.operation)
+
+    async def _scan(self, function: Callable[..., A], *args: Any) -> A:
+        if not self._engine.ready:
+            await self._setup()
+        return await self._engine.scan(function, args, self.timeouts.operation)
 
     async def setup(self) -> None:
         await self._call("setup", None, self._setup())
@@ -154,7 +161,7 @@ class SQLiteMetaBackend(MetaBackend):
         return self._insert(transaction, record, lease)
 
     async def _get(self, path: str) -> MetaRecord | None:
-        return await self._read(self._select, path)
+        return await self._look_up(self._select, path)
 
     def _select(self, cursor: sqlite3.Cursor, path: str) -> MetaRecord | None:
         try:
@@ -164,7 +171,7 @@ class SQLiteMetaBackend(MetaBackend):
         return None if row is None else to_record(row)
 
     async def _exists(self, path: str, state: State | None, proxy_storage_name: str | None) -> bool:
-        row = await self._read(self._look, path)
+        row = await self._look_up(self._look, path)
         return (
             row is not None
             and (state is None or row[0] == state)
@@ -298,7 +305,7 @@ class SQLiteMetaBackend(MetaBackend):
         found: list[MetaRecord | None] = []
         for start in range(0, len(paths), _CHUNK):
             chunk = paths[start : start + _CHUNK]
-            found += await self._call("get_many", None, self._read(self._select_each, chunk))
+            found += await self._call("get_many", None, self._scan(self._select_each, chunk))
         return found
 
     def _select_each(self, cursor: sqlite3.Cursor, paths: Sequence[str]) -> list[MetaRecord | None]:
@@ -316,13 +323,13 @@ class SQLiteMetaBackend(MetaBackend):
         state: State | None,
     ) -> Sequence[MetaRecord]:
         text = self._sql.page_from if inclusive else self._sql.page_after
-        return await self._read(self._rows, text, (lower, _upper(prefix), proxy_storage_name, state, limit))
+        return await self._scan(self._rows, text, (lower, _upper(prefix), proxy_storage_name, state, limit))
 
     async def _list_unfinished(
         self, proxy_storage_name: str | None, older_than: float, after: str | None, limit: int, force: bool
     ) -> Sequence[MetaRecord]:
         text = self._sql.unfinished_from_start if after is None else self._sql.unfinished
-        return await self._read(self._rows, text, (after or "", proxy_storage_name, force, older_than, limit))
+        return await self._scan(self._rows, text, (after or "", proxy_storage_name, force, older_than, limit))
 
     def _rows(self, cursor: sqlite3.Cursor, text: str, values: tuple[Any, ...]) -> list[MetaRecord]:
         try:
@@ -333,7 +340,7 @@ class SQLiteMetaBackend(MetaBackend):
     async def _owners(self, original_storage_name: str, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
         owners: dict[str, Sequence[str]] = {}
         for start in range(0, len(keys), _CHUNK):
-            owners |= await self._read(self._owning, original_storage_name, keys[start : start + _CHUNK])
+            owners |= await self._scan(self._owning, original_storage_name, keys[start : start + _CHUNK])
         return owners
 
     def _owning(self, cursor: sqlite3.Cursor, original: str, keys: Sequence[str]) -> dict[str, Sequence[str]]:
@@ -348,7 +355,7 @@ class SQLiteMetaBackend(MetaBackend):
         return owners
 
     async def _count(self, prefix: str, proxy_storage_name: str | None, state: State | None) -> int:
-        return await self._read(self._number, (prefix, _upper(prefix), proxy_storage_name, state))
+        return await self._scan(self._number, (prefix, _upper(prefix), proxy_storage_name, state))
 
     def _number(self, cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> int:
         try:
