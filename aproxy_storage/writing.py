@@ -241,7 +241,12 @@ class Writing:
                     if new not in now.places:  # reconcile took it for abandoned
                         raise Conflict(f"the replacement of {now.path!r} took longer than its lease", path=now.path)
                     old = replace(now.primary, state="surplus")
-                    others = tuple(place for place in now.places if place != new and place.key != old.key)
+                    others = tuple(
+                        place
+                        for place in now.places
+                        # The same key in another original is another place.
+                        if place != new and (place.original, place.key) != (old.original, old.key)
+                    )
                     return {
                         "original_storage_name": new.original,
                         "original_storage_path": new.key,
