@@ -280,6 +280,19 @@ class Tree:
             except OSError:  # not empty, gone already, or not ours to remove: in any case the end
                 return
 
+    def _prune_rest(self, root: int, names: Sequence[str]) -> None:
+        """Remove what a write of the file `names` has left that was killed before all its directories were made."""
+        for depth in range(len(names) - 2, 0, -1):
+            try:
+                directories = self.descend(root, names[:depth])
+            except (FileNotFoundError, NotADirectoryError, AccessDenied):
+                continue
+            try:
+                self.prune(root, names, directories)
+            finally:
+                close_all(directories)
+            return
+
     def sync(self, root: int, directories: Sequence[int]) -> None:
         """Write the directories and the root to the disk.
 
@@ -377,7 +390,10 @@ class Tree:
             return
         try:
             directories = self.descend(root.fd, names[:-1])
-        except (FileNotFoundError, NotADirectoryError, AccessDenied):
+        except FileNotFoundError:
+            self._prune_rest(root.fd, names)
+            return
+        except (NotADirectoryError, AccessDenied):
             return  # never written there: not even through a link
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
