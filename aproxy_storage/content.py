@@ -30,7 +30,7 @@ class Source:
     asynchronous is read in a worker thread, with the context variables of the caller of the first `chunks`.
 
     A backend may write `data` in one go instead of iterating, where it is not None: `seen_size` and `checksum` are
-    then computed when asked for, inline; above 256 KiB it should await `measure` first, or iterate `chunks`.
+    then computed when asked for, inline; above 64 KiB it should await `measure` first, or iterate `chunks`.
 
     Attributes:
         name: the name that the content itself carries (Django's ``File.name``, a path's last part), or None.

@@ -1,8 +1,9 @@
 """The contract of an original backend, and everything that all of them share.
 
 To write a backend, subclass `Backend`, set `capabilities`, implement the hooks ``_write _read _stat _discard`` and
-those of ``_list _copy _url`` that the capabilities promise, and hold it to ``aproxy_storage.testing.BackendTests``.
-The public methods check the key, apply the deadline, map native errors and say where they happened, once, here.
+those of ``_list _copy _url`` that the capabilities promise, and hold it to
+``aproxy_storage.testing.backends.BackendTests``. The public methods check the key, apply the deadline, map native errors and
+say where they happened, once, here.
 """
 
 from __future__ import annotations
@@ -125,9 +126,7 @@ class Backend(abc.ABC):
             if prepared is not source:
                 await prepared.aclose()
 
-    def read(
-        self, key: str, *, byte_range: ByteRange | None = None, chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    ) -> Reading:
+    def read(self, key: str, *, byte_range: ByteRange | None = None, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Reading:
         """Return an async context manager that gives a `Reader` of the object's bytes.
 
         Bounded memory, one round trip where the service allows it, pinned to one version of the object: if that

@@ -1,7 +1,7 @@
 """The contract of a meta-backend, and everything that all of them share.
 
 To write one, subclass `MetaBackend`, implement the underscored hooks, and hold it to
-``aproxy_storage.testing.MetaBackendTests``.
+``aproxy_storage.testing.meta_backends.MetaBackendTests``.
 """
 
 from __future__ import annotations
