@@ -2,8 +2,8 @@
 
 To write a backend, subclass `Backend`, set `capabilities`, implement the hooks ``_write _read _stat _discard`` and
 those of ``_list _copy _url`` that the capabilities promise, and hold it to
-``aproxy_storage.testing.backends.BackendTests``. The public methods check the key, apply the deadline, map native errors and
-say where they happened, once, here.
+``aproxy_storage.testing.backends.BackendTests``. The public methods check the key, apply the deadline, map native
+errors and say where they happened, once, here.
 """
 
 from __future__ import annotations
