@@ -161,7 +161,8 @@ class Writer(_Gathering):
             held.close()  # rolls back what is open
         answered: set[Any] = set()
         for job in ran:
-            if failure is not None and job.error is None:
+            # An AlreadyExists or Conflict may be about a row that has gone with the transaction: it is no answer.
+            if failure is not None and not isinstance(job.error, sqlite3.Error):
                 job.error = copy_of(failure)
             self.answer(job, answered)
         for answers in answered:
