@@ -59,6 +59,7 @@ PUBLIC_MODULES = {
     "meta_backends.sqlite": ["SQLiteMetaBackend"],
     "registry": ["get_storage", "register", "registered_names", "unregister"],
     "testing.backends": ["BackendTests"],
+    "testing.meta_backends": ["MetaBackendTests", "make_record"],
     "tools.bulk": ["Result", "delete_many", "run_many", "save_many"],
     "tools.reconcile": ["Finding", "Report", "reconcile"],
     "tools.verify": ["verify"],
