@@ -121,10 +121,13 @@ class _Answers:
             if job.future.done():
                 continue
             if job.deadline is not None and now >= job.deadline:
-                where = "running in" if job.started else "waiting for"
-                job.future.set_exception(
-                    DeadlineExceeded(f"no answer in time while {where} a worker thread", outcome_unknown=job.started)
-                )
+                # First done, then the look at `started`; `claim` does it the other way round. So of two that meet
+                # at least one sees the other: what is said not to have begun is never run.
+                error = DeadlineExceeded(outcome_unknown=True)
+                job.future.set_exception(error)
+                error.outcome_unknown = job.started
+                where = "running in" if error.outcome_unknown else "waiting for"
+                error.args = (f"no answer in time while {where} a worker thread",)
             else:
                 self.watched.append(job)
         self.timer = self.loop.call_later(_TICK, self.tick) if self.watched else None
@@ -281,6 +284,7 @@ class Workers(concurrent.futures.Executor):
         """Return whether `job` is still wanted; from here on a concurrent future cannot be cancelled any more."""
         if isinstance(job.future, concurrent.futures.Future):
             return job.future.set_running_or_notify_cancel()
+        job.started = True  # before the look, see `_Answers.tick`
         return not job.future.done()
 
     @staticmethod
