@@ -53,6 +53,7 @@ class Unchanged:
 UNCHANGED = Unchanged()
 
 _PAGE = 500
+_FEW = 4
 
 
 class MetaBackend(abc.ABC):
@@ -243,8 +244,10 @@ class MetaBackend(abc.ABC):
                     return
                 lower, inclusive = skip, True
         left = limit
+        # Of a page that begins with a "directory" only the first record is used: ask for little until files follow.
+        room = _PAGE if delimiter is None else _FEW
         while left is None or left > 0:
-            size = _PAGE if left is None else min(_PAGE, left)
+            size = room if left is None else min(room, left)
             page = await self._call(
                 "list",
                 prefix,
@@ -263,10 +266,12 @@ class MetaBackend(abc.ABC):
                 if skip is None:
                     return
                 lower, inclusive = skip, True
+                room = _FEW
                 break  # what is left of the page may lie below the common prefix
             else:
                 if len(page) < size:
                     return
+                room = min(4 * room, _PAGE)
 
     async def list_unfinished(
         self,
