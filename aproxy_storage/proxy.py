@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
@@ -377,9 +378,27 @@ class ProxyStorage(ReadingVerbs):
                 extra=dict(extra or {}),
             )
             try:
-                return (await self.meta.create(record)).path
+                adopted = await self.meta.create(record)
             except AlreadyExists:
                 path = alternative(path, max_bytes=self.max_path_bytes)
+                continue
+            await self._give_way_to_rivals(adopted)
+            return adopted.path
+
+    async def _give_way_to_rivals(self, adopted: MetaRecord) -> None:
+        """Withdraw a record if somebody else has adopted its bytes at the same time: of two at least one sees the
+        other. Bytes of two files they must not be, for the end of one would be the end of both."""
+        original, key = adopted.original_storage_name, adopted.original_storage_path
+        owners = (await self.meta.owners(original, [key])).get(key, ())
+        rivals = [owner for owner in owners if owner != adopted.path]
+        if not rivals:
+            return
+        with contextlib.suppress(Conflict):
+            await self.meta.delete(adopted.path, expect=adopted.revision)
+        raise AlreadyExists(
+            f"the bytes at {original}:{key} were taken for {rivals[0]!r} at the same time",
+            operation="adopt", path=key,
+        )  # fmt: skip
 
     async def update(self, path: Path, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; return the new record. The version does not move."""
