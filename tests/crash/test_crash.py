@@ -1,0 +1,66 @@
+"""Kill the process at every step of the journal, and at random moments: nothing acknowledged is lost, nothing is left.
+
+The seed is printed; `APROXY_CRASH_SEED=…` repeats a run as far as the scheduling of processes allows.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.crash.steps import CHILD_STEPS, RECONCILE_STEPS
+from tests.crash.theatre import AT_RANDOM, play
+
+STEPS = [*CHILD_STEPS, *RECONCILE_STEPS]
+
+
+def keeps_attributes(directory: Path) -> bool:
+    """Return whether files here keep the token of their write; without it reconcile leaves what it cannot tell."""
+    probe = directory / "probe"
+    probe.touch()
+    try:
+        os.setxattr(probe, "user.aproxy.token", b"x")
+    except OSError:
+        return False
+    finally:
+        probe.unlink()
+    return True
+
+
+async def crash(root: Path, capsys: pytest.CaptureFixture[str], *, each: int, at_random: int, at_least: int) -> None:
+    if not keeps_attributes(root):
+        pytest.skip(f"{root} keeps no extended attributes; point --basetemp at a file system that does")
+    seed = int(os.environ.get("APROXY_CRASH_SEED", random.randrange(1 << 20)))
+    steps = STEPS * each + [AT_RANDOM] * at_random
+    random.Random(seed).shuffle(steps)
+    began = time.monotonic()
+    kills: Counter[str] = Counter()
+    try:
+        kills, acknowledged = await play(root, steps, seed=seed)
+    finally:
+        with capsys.disabled():
+            print(f"\ncrash, seed {seed}: {kills.total()} kills in {time.monotonic() - began:.0f} s")
+    with capsys.disabled():
+        print(f"{acknowledged} acknowledgements held to; kills per step:")
+        for step in [AT_RANDOM, *STEPS]:
+            print(f"{kills[step]:6}  {step}")
+    assert kills.total() >= at_least
+    assert not {step: kills[step] for step in STEPS if kills[step] < 5}
+
+
+@pytest.mark.asyncio
+async def test_a_kill_loses_nothing_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    await crash(tmp_path, capsys, each=5, at_random=40, at_least=100)
+
+
+@pytest.mark.soak
+@pytest.mark.asyncio
+async def test_a_thousand_kills_lose_nothing_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await crash(tmp_path, capsys, each=14, at_random=300, at_least=1000)
