@@ -201,7 +201,8 @@ class Engine:
         # A thread of its own: the last one to close moves the log into the database, which takes its time.
         name = f"{self.name}-closer"
         threading.Thread(target=self._close, args=(done, time.monotonic() + within), name=name, daemon=True).start()
-        await asyncio.wait_for(asyncio.wrap_future(done), within + 1.0)
+        with contextlib.suppress(TimeoutError):  # it goes on by itself
+            await asyncio.wait_for(asyncio.wrap_future(done), within + 1.0)
 
     def _close(self, done: concurrent.futures.Future[None], until: float) -> None:
         try:

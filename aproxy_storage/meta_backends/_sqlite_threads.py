@@ -88,7 +88,7 @@ class _Gathering(Workers):
             if len(self._jobs) + len(gathered.jobs) >= self._max_waiting:
                 raise BackendUnavailable(f"{self._name}: {self._max_waiting} calls wait already")
             gathered.jobs.append(job)
-        elif not self._jobs and not self._running:
+        elif not self._jobs and len(self._running) <= len(self._looking):
             self.put_all([job])  # all quiet: who asks for one thing after the other is not kept waiting
         else:
             gathered.jobs.append(job)
@@ -165,6 +165,8 @@ class Writer(_Gathering):
             if failure is not None and not isinstance(job.error, sqlite3.Error):
                 job.error = copy_of(failure)
             self.answer(job, answered)
+        if answered and not batch:
+            self._looking.add(threading.get_ident())
         for answers in answered:
             answers.wake()
 

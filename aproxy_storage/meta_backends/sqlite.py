@@ -33,9 +33,12 @@ class SQLiteMetaBackend(MetaBackend):
     statement that fails undoes only itself. A few reader threads see the last commit and never wait for a writer.
     At most `readers` + 1 threads and connections, opened on first use; memory is that of the answers.
 
-    The file and its tables are made on first use. A fork closes the connections on both sides for a moment, see
-    `_sqlite_engine`. Times and leases are by SQLite's clock, which is that of the host: several hosts must not share
-    the file (SQLite's WAL forbids it anyway).
+    The file and its tables are made on first use. Before an ``os.fork`` the connections are closed, for which it may
+    wait 5 seconds for a statement under way; where that is not enough the child gets ConfigurationError from every
+    call, and the parent goes on. `_sqlite_engine` says why.
+
+    Times and leases are by SQLite's clock, which is that of the host: several hosts must not share the file (SQLite's
+    WAL forbids it anyway).
 
     Cancelled or timed out before it began, a call does nothing; after that its outcome is unknown, and the
     transaction it is part of ends all or nothing.

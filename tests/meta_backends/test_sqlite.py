@@ -546,6 +546,52 @@ async def test_fork_with_warm_connections(tmp_path: Path) -> None:
     assert lines == ["ok", str(50 + 400 + 6 * 100 + 10)]
 
 
+FORK_AMID_A_STATEMENT = """
+import asyncio, os, sqlite3, sys
+from aproxy_storage.errors import ConfigurationError
+from aproxy_storage.meta_backends import _sqlite_engine
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+_sqlite_engine._FORK_WAIT = 0.05
+meta = SQLiteMetaBackend(sys.argv[1])
+
+async def child():
+    for call in (meta.setup, lambda: meta.exists("a"), lambda: meta.create(make_record("c"))):
+        try:
+            await call()
+        except ConfigurationError:
+            pass
+        else:
+            return 1
+    return 0
+
+async def parent():
+    await meta.create(make_record("a"))
+    locker = sqlite3.connect(sys.argv[1], isolation_level=None)
+    locker.execute("BEGIN IMMEDIATE")
+    waiting = asyncio.ensure_future(meta.create(make_record("b")))
+    await asyncio.sleep(0.2)            # the writer waits for the lock, in the middle of SQLite
+    pid = os.fork()
+    if not pid:
+        asyncio._set_running_loop(None)
+        os._exit(asyncio.run(child()))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    locker.execute("ROLLBACK")
+    locker.close()
+    await waiting
+    print(await meta.count())
+    await meta.aclose()
+
+asyncio.run(parent())
+"""
+
+
+@pytest.mark.asyncio
+async def test_fork_amid_a_statement_is_refused_in_the_child(tmp_path: Path) -> None:
+    assert finish(script(FORK_AMID_A_STATEMENT, tmp_path / "meta.db")).split() == ["2"]
+
+
 # -- several tables, leases, plans, leaks
 
 
