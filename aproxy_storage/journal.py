@@ -51,6 +51,7 @@ class Journal:
         original: gives the original backend of a place.
         cleanup: the owner's; renewals of leases run in it.
         lease, settle, keep_replaced: in seconds, see `ProxyStorage`.
+        durable: bytes stay removed after the loss of power, before their name leaves the record.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Journal:
         lease: float,
         settle: float,
         keep_replaced: float,
+        durable: bool = False,
     ) -> None:
         self.meta = meta
         self.lease = lease
         self.settle = settle
         self.keep_replaced = keep_replaced
+        self._durable = durable
         self._original = original
         self.leases = _Leases(meta, cleanup, lease)
 
@@ -170,7 +173,7 @@ class Journal:
             if token is not None and await self._is_named_elsewhere(place, record.path):
                 continue
             try:
-                await self._original(place.original).discard(place.key, token=token)
+                await self._original(place.original).discard(place.key, token=token, durable=self._durable)
             except StorageError as error:
                 gone = False
                 _log.warning(

@@ -137,7 +137,13 @@ class ProxyStorage(ReadingVerbs):
         self.max_path_bytes = max_path_bytes
         self.cleanup = Cleanup(f"storage {self.name!r}")
         self.journal = Journal(
-            meta, self.get_original, self.cleanup, lease=lease, settle=settle, keep_replaced=keep_replaced
+            meta,
+            self.get_original,
+            self.cleanup,
+            lease=lease,
+            settle=settle,
+            keep_replaced=keep_replaced,
+            durable=self.durable,
         )
         self._writing = Writing(self)
 

@@ -411,6 +411,26 @@ class Tree:
         finally:
             close_all(directories)
 
+    def sync_discard(self, key: str) -> None:
+        """Write to the disk what is left of the directories of the file `key`, up to the root.
+
+        All of them: what was pruned may be back already, made anew by another write.
+        """
+        names = self.parts(key)
+        root = self.enter()
+        for depth in range(len(names or ()) - 1, -1, -1):
+            try:
+                directories = self.descend(root.fd, (names or ())[:depth])
+            except (FileNotFoundError, NotADirectoryError, AccessDenied):
+                continue
+            try:
+                self.sync(root.fd, directories)
+            except FileNotFoundError:  # pruned at this moment
+                continue
+            finally:
+                close_all(directories)
+            return
+
     def _may_remove(self, at: int, name: str, key: str, token: str | None) -> bool:
         try:
             if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):

@@ -147,16 +147,19 @@ class Backend(abc.ABC):
         """
         return await self._call("stat", key, self._stat(key), self.timeouts.operation)
 
-    async def discard(self, key: str, *, token: str | None = None) -> None:
+    async def discard(self, key: str, *, token: str | None = None, durable: bool = False) -> None:
         """Remove the object and whatever a broken write of it left; idempotent.
 
         With `token`, only what that write may have left: an object known to carry another token, or none where
         the service could have kept one, stays. Names that could never have been written are silently gone already.
+        `durable`: the object does not come back after a power failure from the moment of the return on.
 
         Raises:
             AccessDenied, BackendUnavailable, DeadlineExceeded.
         """
         await self._call("discard", key, self._discard(key, token=token), self.timeouts.operation)
+        if durable:
+            await self._call("discard", key, self._sync_discard(key), self.timeouts.operation)
 
     def list(
         self, prefix: str = "", *, after: str | None = None, delimiter: str | None = None
@@ -233,6 +236,9 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     async def _discard(self, key: str, *, token: str | None) -> None: ...
+
+    async def _sync_discard(self, key: str) -> None:
+        """Make the discard of `key` survive a power failure, where its answer alone does not promise that."""
 
     def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
         raise NotImplementedError

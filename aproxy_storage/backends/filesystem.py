@@ -267,6 +267,9 @@ class FileSystemBackend(Backend):
     async def _discard(self, key: str, *, token: str | None) -> None:
         await self._workers.call(self._tree.discard, key, token, timeout=self.timeouts.operation)
 
+    async def _sync_discard(self, key: str) -> None:
+        await self._workers.call(self._tree.sync_discard, key, timeout=self.timeouts.operation)
+
     async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
         if self.base_url is None:
             raise NotSupported("no base_url is given")
