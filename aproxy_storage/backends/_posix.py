@@ -161,6 +161,8 @@ class Tree:
                 if self._seen or not self._create:
                     raise
                 self._make_directory(self.root, None)
+                with contextlib.suppress(PermissionError):  # it may be written to, but not be read: nothing to be done
+                    self._sync(os.path.dirname(self.root))
                 fd = os.open(self.root, flags)
         except OSError as error:
             raise self._no_root(error) from error
@@ -299,11 +301,15 @@ class Tree:
         All of them: who made one of them may not have synced it.
         """
         for fd in (*reversed(directories), root):
-            listed = os.open(".", _LISTED, dir_fd=fd)
-            try:
-                os.fsync(listed)
-            finally:
-                os.close(listed)
+            self._sync(".", fd)
+
+    @staticmethod
+    def _sync(path: str, at: int | None = None) -> None:
+        listed = os.open(path, _LISTED if at is not None else _LISTED & ~os.O_NOFOLLOW, dir_fd=at)
+        try:
+            os.fsync(listed)
+        finally:
+            os.close(listed)
 
     def _make_directory(self, name: str, at: int | None) -> bool:
         try:
@@ -324,9 +330,12 @@ class Tree:
     @staticmethod
     def refuse_link(name: str, at: int) -> None:
         """Raise AccessDenied if `name` is a link."""
-        with contextlib.suppress(OSError):
-            if stat.S_ISLNK(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-                raise AccessDenied(f"{name!r} is a symbolic link; links below the root are not followed")
+        try:
+            mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+        except OSError:
+            return
+        if stat.S_ISLNK(mode):
+            raise AccessDenied(f"{name!r} is a symbolic link; links below the root are not followed")
 
     # -- looking
 
