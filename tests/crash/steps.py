@@ -96,10 +96,10 @@ class SteppedFiles(FileSystemBackend):
     async def copy(self, key: str, new_key: str, **options: Any) -> ObjectInfo:
         return await self.fuse.around(f"{verb.get()}: on the server", super().copy(key, new_key, **options))
 
-    async def discard(self, key: str, *, token: str | None = None) -> None:
+    async def discard(self, key: str, **options: Any) -> None:
         who = {"": "undo", "replace": "surplus", "move": "surplus"}.get(verb.get(), verb.get())
         what = "discard the surplus" if clearing.get() else "discard"
-        await self.fuse.around(f"{who}: {what}", super().discard(key, token=token))
+        await self.fuse.around(f"{who}: {what}", super().discard(key, **options))
 
 
 #: Whether reconcile is at the surplus of a stored record.

@@ -48,10 +48,10 @@ class SlowFiles(FileSystemBackend):
         await self._wait("copy")
         return await super().copy(key, new_key, **options)
 
-    async def discard(self, key: str, *, token: str | None = None) -> None:
+    async def discard(self, key: str, **options: Any) -> None:
         async def discard() -> None:
             await self._wait("discard")
-            await super(SlowFiles, self).discard(key, token=token)
+            await super(SlowFiles, self).discard(key, **options)
 
         # As a request on its way to a server: who sent it may go away, and it arrives all the same.
         self.late = asyncio.get_running_loop().create_task(discard())
