@@ -395,7 +395,11 @@ class ProxyStorage(ReadingVerbs):
         """Withdraw a record if somebody else has adopted its bytes at the same time: of two at least one sees the
         other. Bytes of two files they must not be, for the end of one would be the end of both."""
         original, key = adopted.original_storage_name, adopted.original_storage_path
-        owners = (await self.meta.owners(original, [key])).get(key, ())
+        try:
+            owners = (await self.meta.owners(original, [key])).get(key, ())
+        except StorageError as error:
+            error.outcome_unknown = True  # the question has failed, but the file is adopted
+            raise
         rivals = [owner for owner in owners if owner != adopted.path]
         if not rivals:
             return
