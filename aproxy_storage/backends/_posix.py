@@ -224,7 +224,7 @@ class Tree:
         """Call ``work(parent, root, directories)``, all descriptors, for the file `names`.
 
         Missing directories are made and named in `made`; where one is pruned before `work` has put something into
-        it, all is done again, so `work` must bear being repeated after a FileNotFoundError.
+        it, all is done again, so `work` must bear being repeated after an OSError.
         """
         for _ in range(_TRIES):
             root = self.enter()
@@ -236,10 +236,15 @@ class Tree:
                 raise InvalidPath(
                     f"a file lies where {'/'.join(names)!r} needs a directory; choose another key"
                 ) from error
+            at = directories[-1] if directories else root.fd
             try:
-                return work(directories[-1] if directories else root.fd, root.fd, directories)
+                return work(at, root.fd, directories)
             except FileNotFoundError:
                 continue
+            except OSError:
+                if os.fstat(at).st_nlink:
+                    raise
+                continue  # ext4 does not say "no such directory" of one that was removed, but "not permitted"
             finally:
                 close_all(directories)
         raise BackendUnavailable(f"the directory of {'/'.join(names)!r} was removed {_TRIES} times while it was needed")

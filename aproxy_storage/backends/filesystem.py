@@ -363,6 +363,7 @@ class _Chunks:
         self._chunk_bytes = chunk_bytes
         self._first: bytes | None = first
         self._ahead: asyncio.Future[bytes] | None = None
+        self._reading = False
 
     def __aiter__(self) -> _Chunks:
         return self
@@ -374,7 +375,9 @@ class _Chunks:
             data, self._first = self._first, None
         else:
             ahead, self._ahead = self._ahead or self._ask(), None
+            self._reading = True  # and for good, if this is cancelled: the worker may go on
             data = await ahead
+            self._reading = False
         self._at += len(data)
         if self._at < self._stop:
             self._ahead = self._ask()
@@ -390,10 +393,12 @@ class _Chunks:
 
     async def aclose(self) -> None:
         """Let go of the file; a read that is under way keeps it open until its end."""
-        self._opened = None
-        if self._ahead is not None:
-            self._ahead.cancel()
-            self._ahead = None
+        opened, self._opened = self._opened, None
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not ahead.done():
+            ahead.cancel()
+        elif opened is not None and not self._reading:
+            opened.close()
 
 
 def _seen(future: asyncio.Future[Any]) -> None:
