@@ -44,6 +44,7 @@ class LifeTests(BackendHooks):
             info = await backend.copy(key, f"copies/{key}")
             assert isinstance(info, ObjectInfo)
             assert (info.key, info.size) == (f"copies/{key}", size)
+            assert await self.get_behind(backend, key) == data, "the original is gone or changed"
             await backend.discard(key)
             assert await self.get_behind(backend, f"copies/{key}") == data
 
@@ -110,7 +111,9 @@ class LifeTests(BackendHooks):
             finally:
                 await backend.aclose()
 
-        ended = await asyncio.gather(*(asyncio.to_thread(asyncio.run, elsewhere(number)) for number in range(4)))
+        ended = await asyncio.gather(
+            *(asyncio.to_thread(lambda number: asyncio.run(elsewhere(number)), number) for number in range(4))
+        )
         assert all(ended)
         for number in range(4):
             assert await self.content(backend, f"from/{number}") == pattern(1000, seed=number)
@@ -123,12 +126,12 @@ class LifeTests(BackendHooks):
                 pass
 
         for operation, key, call in (
-            ("write", "taken", backend.write("taken", b"y")),
-            ("read", "missing", read("missing")),
-            ("stat", "missing", backend.stat("missing")),
+            ("write", "taken", lambda: backend.write("taken", b"y")),
+            ("read", "missing", lambda: read("missing")),
+            ("stat", "missing", lambda: backend.stat("missing")),
         ):
             with pytest.raises(StorageError) as caught:
-                await call
+                await call()
             error = caught.value
             assert (error.operation, error.path, error.backend) == (operation, key, str(backend))
             assert key in str(error), "the message does not say what it is about"
