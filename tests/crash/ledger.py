@@ -154,7 +154,10 @@ class Ledger:
             elif do in ("replace", "rename", "move", "delete"):
                 file = self.files.get(intent["path"])
                 if file is None or file.born != intent["born"]:
-                    continue  # over, and its name somebody else's: only the line is missing
+                    # It is done, and somebody else has got the name already: only the line is missing.
+                    if do == "rename":
+                        slots.append(Slot(why, ((re.escape(intent["to"]), sha),), required=True))
+                    continue
                 del self.files[intent["path"]]
                 shapes = [(re.escape(intent["path"]), file.sha)]
                 if do == "replace":
