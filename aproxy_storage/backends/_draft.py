@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import AlreadyExists, Conflict, ContentError
-from ._posix import Handle, Opened, Tree, close_all, mark, temporary_name, write_all
+from ._handles import Handle, Opened, close_all, mark, temporary_name, write_all
+from ._posix import Tree
 
 __all__ = ["CallersFile", "Draft", "Withdrawn", "hash_part"]
 
@@ -245,7 +246,7 @@ class Draft:
         at = os.lseek(self.handle.fd, 0, os.SEEK_CUR)
         stop = at + count
         try:
-            while at < stop:
+            while at < stop and hasattr(os, "copy_file_range"):  # Python has it on Linux only
                 step = os.copy_file_range(source.fd, self.handle.fd, stop - at, at)
                 if step == 0:  # the end; or a special file system that cannot do it and does not say so
                     break

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import stat
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import AccessDenied, BackendUnavailable, Conflict, InvalidPath, NotFound, StorageError
+from ..errors import AccessDenied, BackendUnavailable, InvalidPath, NotFound
 from ..records import ByteRange
+from ._handles import HIDDEN, Handle, NoXattrs, Opened, close_all, read_token, temporary_name
 
-__all__ = ["HIDDEN", "TOKEN_XATTR", "Handle", "Opened", "Tree", "write_all"]
+__all__ = ["Tree"]
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-HIDDEN = ".aproxy-"  # begins the names of temporaries; no key may have a part that begins so
-TOKEN_XATTR = "user.aproxy.token"
 
 # O_PATH needs no right to read the directory, and works on it without waking an automounter's listing.
 _DIRECTORY = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
@@ -35,29 +31,7 @@ _LISTED = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_RDONLY
 # O_NONBLOCK: opening a FIFO that lies where a file should be must not wait for its writer.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
-_NO_XATTRS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _TRIES = 1000  # how often a directory may be pruned under one write; a limit only against an endless loop
-
-
-class Handle:
-    """An open descriptor, closed with the last reference: a job that still runs in a worker keeps it open.
-
-    Closing a descriptor that another thread is using would let the kernel give its number to another file.
-    """
-
-    __slots__ = ("fd",)
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self, _suppress: type[contextlib.suppress] = contextlib.suppress) -> None:
-        with _suppress(Exception):
-            self.close()
 
 
 class _Root(Handle):
@@ -69,40 +43,6 @@ class _Root(Handle):
         super().__init__(fd)
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
-
-
-class Opened(Handle):
-    """A file open for reading, as it was when it was opened."""
-
-    __slots__ = ("key", "status")
-
-    changed_error: type[StorageError] = Conflict
-
-    def __init__(self, key: str, fd: int) -> None:
-        super().__init__(fd)
-        self.key = key
-        self.status = os.fstat(fd)
-
-    def pread(self, count: int, offset: int) -> bytes:
-        """Return `count` bytes, fewer only at the end."""
-        data = os.pread(self.fd, count, offset)
-        while len(data) < count and (more := os.pread(self.fd, count - len(data), offset + len(data))):
-            data += more  # Linux reads at most 2 GiB a call, a network file system what it likes
-        return data
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Return the bytes from `start` to `stop`.
-
-        Raises:
-            Conflict: the file has changed since it was opened.
-        """
-        data = self.pread(stop - start, start)
-        if len(data) < stop - start:
-            raise Conflict(f"{self.key!r} has become shorter while it was read", path=self.key)
-        now, then = os.fstat(self.fd), self.status
-        if (now.st_mtime_ns, now.st_size) != (then.st_mtime_ns, then.st_size):
-            raise Conflict(f"{self.key!r} was written to while it was read", path=self.key)
-        return data
 
 
 class Tree:
@@ -386,7 +326,9 @@ class Tree:
             except PermissionError:  # it can be seen, but its token cannot be read
                 return status, None
             try:
-                return os.fstat(handle.fd), read_token(handle.fd)
+                with contextlib.suppress(NoXattrs):
+                    return os.fstat(handle.fd), read_token(handle.fd)
+                return os.fstat(handle.fd), None
             finally:
                 handle.close()
 
@@ -459,22 +401,18 @@ class Tree:
                 return False
             raise
         try:
-            found = os.getxattr(handle.fd, TOKEN_XATTR)
-        except OSError as error:
-            if error.errno == errno.ENODATA:
-                return False
-            if error.errno in _NO_XATTRS:
-                _log.warning(
-                    "%r below %r stays: the file system keeps no extended attributes, so that it cannot be told "
-                    "whether the write that is undone left it, or somebody else",
-                    key,
-                    self.root,
-                )
-                return False
-            raise
+            found = read_token(handle.fd)
+        except NoXattrs:
+            _log.warning(
+                "%r below %r stays: the file system keeps no extended attributes, so that it cannot be told "
+                "whether the write that is undone left it, or somebody else",
+                key,
+                self.root,
+            )
+            return False
         finally:
             handle.close()
-        return found == token.encode()
+        return found == token
 
     # -- listing
 
@@ -533,47 +471,6 @@ class Tree:
         finally:
             close_all(directories)
         return found
-
-
-def close_all(descriptors: Sequence[int]) -> None:
-    """Close directories."""
-    for fd in descriptors:
-        os.close(fd)
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write all of `data`."""
-    written = os.write(fd, data)
-    if written < len(data):
-        view = memoryview(data)
-        while written < len(data):
-            written += os.write(fd, view[written:])
-
-
-def read_token(fd: int) -> str | None:
-    """Return the token of an open file, None where it has none or the file system keeps none."""
-    try:
-        return os.getxattr(fd, TOKEN_XATTR).decode(errors="replace")
-    except OSError as error:
-        if error.errno == errno.ENODATA or error.errno in _NO_XATTRS:
-            return None
-        raise
-
-
-def mark(fd: int, token: str) -> None:
-    """Keep the token with an open file, where the file system can."""
-    try:
-        os.setxattr(fd, TOKEN_XATTR, token.encode())
-    except OSError as error:
-        if error.errno not in _NO_XATTRS:
-            raise
-
-
-def temporary_name(name: str, token: str) -> str:
-    """Return the name of the temporary of one write: short, whatever the length of `name`, and known to `discard`."""
-    if not (token.isascii() and token.isalnum() and len(token) <= 64):
-        token = hashlib.blake2b(token.encode(errors="replace"), digest_size=12).hexdigest()
-    return f"{HIDDEN}{token}-{zlib.crc32(os.fsencode(name)):08x}.part"
 
 
 def _is_text(name: str) -> bool:

@@ -20,7 +20,8 @@ from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts
 from ._draft import Draft, hash_part
-from ._posix import HIDDEN, Opened, Tree
+from ._handles import HIDDEN, Opened
+from ._posix import Tree
 from .base import Backend, Reader
 
 __all__ = ["FileSystemBackend"]

@@ -1,6 +1,8 @@
 """The filesystem backend keeps every promise of the suite, with both ways of making a file unseen."""
 
 import asyncio
+import contextlib
+import gc
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -39,6 +41,33 @@ def everything_below(root: str | Path) -> list[str]:
         found += [os.path.normpath(os.path.join(base, name)) + "/" for name in names]
         found += [os.path.normpath(os.path.join(base, name)) for name in files]
     return found
+
+
+async def content(backend: FileSystemBackend, key: str, **options: Any) -> bytes:
+    """Return the bytes of an object."""
+    async with backend.read(key, **options) as reader:
+        return b"".join([chunk async for chunk in reader])
+
+
+def descriptors(backend: FileSystemBackend) -> list[str]:
+    """Return what this process holds open at or below the root."""
+    gc.collect()
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith(backend.root):
+                found.append(target.replace(" (deleted)", ""))
+    return sorted(found)
+
+
+async def until_open(backend: FileSystemBackend, *expected: str) -> None:
+    """Wait until only these are open: a job that nobody waits for lets go of its file within a tick of the workers."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(10):
+            while descriptors(backend) != sorted(expected):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    assert descriptors(backend) == sorted(expected)
 
 
 class TestUnnamedFiles(FilesBehind, BackendTests):

@@ -1,0 +1,363 @@
+"""A disk that is full, read-only, broken or hung, and one without extended attributes."""
+
+import asyncio
+import contextlib
+import errno
+import multiprocessing
+import os
+import stat
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aproxy_storage.backends import _draft, _posix
+from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.errors import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    Conflict,
+    DeadlineExceeded,
+    OutOfSpace,
+    outcome_unknown,
+)
+from aproxy_storage.testing._backend_hooks import BIG, pattern, pieces
+from aproxy_storage.timeouts import Timeouts
+from tests.backends.test_filesystem import content, descriptors, everything_below, until_open
+
+pytestmark = pytest.mark.asyncio
+
+
+# -- faults of the disk
+
+
+@contextlib.contextmanager
+def mounted(directory: Path, *options: str) -> Iterator[None]:
+    directory.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", *options, "tmpfs", str(directory)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs mount(8)")
+    if done.returncode:
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def remount_read_only(directory: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+
+
+async def test_full_disk(backend: FileSystemBackend, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.write_bytes(pattern(BIG))
+    with mounted(Path(backend.root), "-o", "size=1m,nr_inodes=20"):
+        await backend.write("kept", b"x" * 100_000)
+        for body in (b"y" * 1_000_000, pieces(pattern(BIG)), big):
+            with pytest.raises(OutOfSpace) as caught:
+                await backend.write("dir/new", body)
+            assert not caught.value.outcome_unknown
+            assert everything_below(backend.root) == ["kept"]
+        for number in range(30):
+            try:
+                await backend.write(f"small/{number}", b"")
+            except OutOfSpace:
+                break
+        else:
+            pytest.fail("thirty files on twenty inodes")
+        assert await content(backend, "kept") == b"x" * 100_000
+        await backend.aclose()
+
+
+async def test_read_only_disk(backend: FileSystemBackend) -> None:
+    root = Path(backend.root)
+    with mounted(root):
+        await backend.write("dir/kept", b"x")
+        remount_read_only(root)
+        for key in ("new", "dir/new", "new/new"):
+            for body in (b"y", pieces(pattern(BIG))):
+                with pytest.raises(BackendUnavailable) as caught:
+                    await backend.write(key, body)
+                assert not caught.value.outcome_unknown
+        with pytest.raises(BackendUnavailable):
+            await backend.discard("dir/kept")
+        await backend.discard("dir/missing")
+        assert await content(backend, "dir/kept") == b"x"
+        await backend.aclose()
+
+
+async def test_unmounted_disk(backend: FileSystemBackend) -> None:
+    with mounted(Path(backend.root)):
+        await backend.write("a", b"x")
+    with pytest.raises(BackendUnavailable, match="different directory"):
+        await backend.write("b", b"x")
+    assert os.listdir(backend.root) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EIO, BackendUnavailable), (errno.EROFS, BackendUnavailable), (errno.ESTALE, BackendUnavailable),
+     (errno.EDQUOT, OutOfSpace), (errno.EACCES, AccessDenied)],
+)  # fmt: skip
+async def test_errors_of_the_system_calls_are_mapped(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    await backend.write("kept", b"x")
+    for call in ("write", "link"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_posix.os, call, broken)
+            for body in (b"y", pieces(pattern(BIG))):
+                with pytest.raises(error) as caught:
+                    await backend.write("dir/new", body)
+                assert isinstance(caught.value.__cause__, OSError)
+                assert not outcome_unknown(caught.value), "nothing of it can be there"
+        assert everything_below(backend.root) == ["kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_posix.os, "pread", broken)
+        with pytest.raises(error):
+            await content(backend, "kept")
+        patch.setattr(_posix.os, "unlink", broken)
+        with pytest.raises(error):
+            await backend.discard("kept")
+
+
+async def test_answer_of_the_link_is_lost(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: the link is made, the answer lost, and the repeated call finds its own work."""
+    link = os.link
+
+    def twice(*args: Any, **options: Any) -> None:
+        link(*args, **options)
+        link(*args, **options)
+
+    monkeypatch.setattr(_posix.os, "link", twice)
+    await backend.write("a", b"x")
+    assert await content(backend, "a") == b"x"
+
+
+async def test_durable_write_fails_with_the_sync_of_the_directory(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await backend.write("kept", b"x")
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "no disk")
+        fsync(fd)
+
+    monkeypatch.setattr(_posix.os, "fsync", failing)
+    with pytest.raises(BackendUnavailable):
+        await backend.write("dir/a", b"x", durable=True)
+    assert everything_below(backend.root) == ["kept"]
+
+
+async def test_order_of_a_durable_write(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, link = os.fsync, os.link
+
+    def noted_fsync(fd: int) -> None:
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), backend.root) if is_directory(fd) else "file")
+        fsync(fd)
+
+    def is_directory(fd: int) -> bool:
+        return stat.S_ISDIR(os.fstat(fd).st_mode)
+
+    def noted_link(*args: Any, **options: Any) -> None:
+        events.append("link")
+        link(*args, **options)
+
+    monkeypatch.setattr(_posix.os, "fsync", noted_fsync)
+    monkeypatch.setattr(_posix.os, "link", noted_link)
+    await backend.write("root/is", b"made")
+    await backend.discard("root/is")
+    for body in (b"x", pieces(pattern(BIG))):
+        events.clear()
+        await backend.write("a/b/c", body, durable=True)
+        assert events == ["file", "link", "a/b", "a", "."]
+        await backend.discard("a/b/c")
+    events.clear()
+    await backend.write("a", b"x")
+    assert events == ["link"]
+
+
+# -- extended attributes
+
+
+@pytest.fixture
+def no_xattrs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(_posix.os, "setxattr", unsupported)
+    monkeypatch.setattr(_posix.os, "getxattr", unsupported)
+
+
+@pytest.mark.usefixtures("no_xattrs")
+async def test_without_extended_attributes(backend: FileSystemBackend, caplog: pytest.LogCaptureFixture) -> None:
+    await backend.write("a", b"x", token="tokenOfA0000")
+    assert (await backend.stat("a")).token is None
+    await backend.discard("a", token="tokenOfA0000")
+    assert await content(backend, "a") == b"x", "it might have been somebody else's"
+    assert "cannot be told" in caplog.text
+    await backend.discard("a")
+    assert everything_below(backend.root) == []
+
+
+async def test_discard_removes_the_temporary_of_a_killed_write(tmp_path: Path) -> None:
+    made = FileSystemBackend(tmp_path / "root")
+    made._tree.anonymous = False
+    token = "tokenOfKill0"
+    process = multiprocessing.get_context("spawn").Process(target=_killed_write, args=(made.root, token))
+    process.start()
+    await asyncio.to_thread(process.join)
+    (directory, left) = sorted(everything_below(made.root))
+    assert directory == "dir/"
+    assert left.endswith(".part")
+    assert [info.key async for info in made.list()] == []
+    await made.discard("dir/other", token=token)
+    await made.discard("dir/key", token="anotherToken")
+    assert sorted(everything_below(made.root)) == [directory, left]
+    await made.discard("dir/key", token=token)
+    assert everything_below(made.root) == []
+
+
+def _killed_write(root: str, token: str) -> None:
+    async def dying() -> AsyncIterator[bytes]:
+        yield pattern(BIG)
+        yield pattern(BIG)
+        yield pattern(BIG)
+        os.kill(os.getpid(), 9)
+        yield b""
+
+    made = FileSystemBackend(root)
+    made._tree.anonymous = False
+    asyncio.run(made.write("dir/key", dying(), token=token))
+
+
+async def test_earlier_attempt_that_is_still_alive_does_not_publish(tmp_path: Path) -> None:
+    """Two attempts with one token share the hidden name: the later one takes over, the earlier one notices."""
+    made = FileSystemBackend(tmp_path / "root")
+    made._tree.anonymous = False
+    under_way = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield pattern(BIG, seed=1)
+        yield pattern(BIG, seed=1)
+        under_way.set()
+        await second
+        yield b"end"
+
+    first = asyncio.ensure_future(made.write("key", slow(), token="sameToken000"))
+    second = asyncio.ensure_future(_after(under_way, made))
+    with pytest.raises((Conflict, AlreadyExists)):
+        await first
+    assert await content(made, "key") == b"second"
+    assert everything_below(made.root) == ["key"]
+
+
+async def _after(event: asyncio.Event, made: FileSystemBackend) -> None:
+    await event.wait()
+    await made.write("key", b"second", token="sameToken000")
+
+
+# -- hung threads
+
+
+class Stuck:
+    """Blocks whoever calls it in a thread, as a disk that does not answer."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.reached = threading.Event()
+        self.release = threading.Event()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.reached.set()
+        assert self.release.wait(60)
+        return self.real(*args, **options)
+
+
+async def until(event: threading.Event) -> None:
+    await asyncio.to_thread(event.wait, 60)
+
+
+async def test_hung_write_ends_at_its_deadline_and_starves_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = FileSystemBackend(tmp_path / "hung", timeouts=Timeouts(idle=0.1, operation=0.1), max_workers=2)
+    healthy = FileSystemBackend(tmp_path / "healthy")
+    await hung.write("kept", b"x")
+    stuck = Stuck(_draft.write_all)
+    monkeypatch.setattr(_draft, "write_all", stuck)
+    try:
+        for number in range(3):  # the third finds no thread at all
+            with pytest.raises(DeadlineExceeded) as caught:
+                await hung.write(f"dir/{number}", b"x")
+            assert not caught.value.outcome_unknown, "it will look at the flag before it publishes"
+        with pytest.raises(DeadlineExceeded):
+            await hung.stat("kept")
+        monkeypatch.setattr(_draft, "write_all", stuck.real)
+        await healthy.write("a", b"x")
+    finally:
+        stuck.release.set()
+    await hung.write("other", b"x")
+    await hung.aclose()
+    assert sorted(everything_below(hung.root)) == ["kept", "other"]
+
+
+async def test_write_that_hangs_in_the_link_is_taken_back(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stuck = Stuck(os.link)
+    monkeypatch.setattr(_posix.os, "link", stuck)
+    task = asyncio.ensure_future(backend.write("dir/a", b"x"))
+    await until(stuck.reached)
+    task.cancel()
+    await asyncio.sleep(0)
+    stuck.release.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert not outcome_unknown(caught.value)
+    assert everything_below(backend.root) == []
+
+
+async def test_write_that_hangs_in_the_link_for_ever_is_unknown(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.timeouts = Timeouts(idle=0.1, cleanup=0.1)
+    stuck = Stuck(os.link)
+    monkeypatch.setattr(_posix.os, "link", stuck)
+    try:
+        with pytest.raises(DeadlineExceeded) as caught:
+            await backend.write("dir/a", b"x")
+        assert caught.value.outcome_unknown
+    finally:
+        stuck.release.set()
+    backend.timeouts = Timeouts()
+    await backend.aclose()
+    assert everything_below(backend.root) == []
+
+
+async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await backend.write("a", pattern(BIG))
+    before = descriptors(backend)
+    async with backend.read("a", chunk_bytes=1 << 16) as reader:
+        stuck = Stuck(os.pread)
+        monkeypatch.setattr(_posix.os, "pread", stuck)
+        await anext(reader)  # was read when the file was opened; the next one is read ahead
+        await until(stuck.reached)
+    assert len(descriptors(backend)) > len(before), "closed under a thread that reads from it"
+    stuck.release.set()
+    await until_open(backend, *before)
