@@ -23,15 +23,19 @@ SAFETY = 60  # seconds after which a test that hangs fails
 
 def storage_in(
     directory: Path,
-    *,
+    *further: str,
     original: FileSystemBackend | None = None,
     meta: SQLiteMetaBackend | None = None,
     **options: Any,
 ) -> ProxyStorage:
-    """Return a storage with its files in ``directory/files`` and its records in ``directory/meta.sqlite3``."""
+    """Return a storage with its files in ``directory/files`` and its records in ``directory/meta.sqlite3``.
+
+    `further`: names of originals in the same directory.
+    """
+    originals = {"fs": original or FileSystemBackend(directory / "files")}
     return ProxyStorage(
         "media",
-        originals={"fs": original or FileSystemBackend(directory / "files")},
+        originals=originals | {name: FileSystemBackend(directory / "files") for name in further},
         meta=meta or SQLiteMetaBackend(directory / "meta.sqlite3"),
         **options,
     )
@@ -52,13 +56,15 @@ async def contents(storage: ProxyStorage) -> dict[str, bytes]:
     return found
 
 
-async def assert_sound(directory: Path) -> dict[str, bytes]:
+async def assert_sound(directory: Path, *further: str, **options: Any) -> dict[str, bytes]:
     """Reconcile by force (nothing else may be alive), and hold that nothing is left over; return all contents.
+
+    `further`: names of originals in the same directory.
 
     Nothing lost: every stored file can be read and has its checksum. Nothing untracked: what is on the disk is
     exactly what the records name. The database is whole.
     """
-    async with storage_in(directory) as storage:
+    async with storage_in(directory, *further, **options) as storage:
         report = await reconcile(storage, dry_run=False, force=True)
         assert report.counts.get("failed", 0) == 0, report.findings
         assert (await reconcile(storage, dry_run=True, force=True)).counts == {}
