@@ -142,9 +142,12 @@ class _DiesAfter(Fault):
 
 
 KINDS = ("fail", "lie", "late", "hang", "cancel", "down", "crash", "crash after")
+one_fault = st.tuples(st.sampled_from(range(1, 9)), st.sampled_from(KINDS))
 faults = st.one_of(
     st.just({}),
-    st.dictionaries(st.integers(1, 9), st.sampled_from(KINDS), max_size=2),
+    one_fault.map(lambda fault: dict([fault])),
+    one_fault.map(lambda fault: dict([fault])),
+    st.tuples(one_fault, one_fault).map(dict),
 )
 
 # No name is the directory of another: on a file system there can be only one of them.
@@ -192,6 +195,8 @@ class StorageMachine(RuleBasedStateMachine):
         self.plan = Schedule()
         self.keys, self.keep_replaced = keys, keep_replaced
         self.storage = self.new_storage()
+        self.save("a.txt", b"first", False, None, {})
+        self.save("d/a.txt", b"second", False, None, {})
 
     def new_storage(self) -> ProxyStorage:
         return ProxyStorage(
@@ -319,6 +324,7 @@ class StorageMachine(RuleBasedStateMachine):
             self.maybe.append((name, file))
         self.look()
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, content=contents, using=st.none() | originals, version=st.integers(-1, 2), plan=faults)
     def replace(self, at: int, content: bytes, using: str | None, version: int, plan: dict[int, str]) -> None:
         path = self.pick(at)
@@ -367,6 +373,7 @@ class StorageMachine(RuleBasedStateMachine):
             assert blocked or mode == "xb"
         self.look()
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, missing_ok=st.booleans(), plan=faults)
     def delete(self, at: int, missing_ok: bool, plan: dict[int, str]) -> None:
         path = self.pick(at)
@@ -382,6 +389,7 @@ class StorageMachine(RuleBasedStateMachine):
             self.may_be(path, None)
         self.look()
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, goal=names, plan=faults)
     def rename(self, at: int, goal: str, plan: dict[int, str]) -> None:
         path = self.pick(at, certain=True)
@@ -406,6 +414,7 @@ class StorageMachine(RuleBasedStateMachine):
                 assert taken or (path in self.files) != (goal in self.files)
         self.look()
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, name=names, using=st.none() | originals, plan=faults)
     def copy(self, at: int, name: str, using: str | None, plan: dict[int, str]) -> None:
         path = self.pick(at, certain=True)
@@ -421,6 +430,7 @@ class StorageMachine(RuleBasedStateMachine):
             self.maybe.append((name, file))
         self.look()
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, using=originals, plan=faults)
     def move(self, at: int, using: str, plan: dict[int, str]) -> None:
         path = self.pick(at, certain=True)
@@ -466,6 +476,7 @@ class StorageMachine(RuleBasedStateMachine):
 
     # -- reading
 
+    @precondition(lambda self: self.files)
     @rule(at=any_index, start=st.integers(0, 1600), length=st.none() | st.integers(0, 1600), plan=faults)
     def read(self, at: int, start: int, length: int | None, plan: dict[int, str]) -> None:
         path = self.pick(at)
@@ -523,22 +534,30 @@ class StorageMachine(RuleBasedStateMachine):
 
     # -- what goes on between
 
-    @rule(plan=faults)
+    @rule(what=st.sampled_from(["reconcile", "leases", "settle", "restart", "alone"]), plan=faults)
+    def meanwhile(self, what: str, plan: dict[int, str]) -> None:
+        if what == "leases" and self.in_memory:
+            self.leases_run_out(plan)
+        elif what == "settle" and self.in_memory:
+            self.everything_settles(plan)
+        elif what == "restart":
+            self.restart()
+        elif what == "alone":
+            self.reconcile_alone()
+        else:
+            self.reconcile_beside(plan)
+
     def reconcile_beside(self, plan: dict[int, str]) -> None:
         """No file changes by it, whatever it finds."""
         _, error = self.attempt(lambda: reconcile(self.storage, dry_run=False), plan)
         assert error is None or plan
         self.look()
 
-    @precondition(lambda self: self.in_memory)
-    @rule(plan=faults)
     def leases_run_out(self, plan: dict[int, str]) -> None:
         """What is on its way may be late, but no later than `settle`."""
         self.passed += LEASE + 1
         self.reconcile_beside(plan)
 
-    @precondition(lambda self: self.in_memory)
-    @rule(plan=faults)
     def everything_settles(self, plan: dict[int, str]) -> None:
         self.land()
         self.passed += SETTLE + 1
@@ -551,12 +570,10 @@ class StorageMachine(RuleBasedStateMachine):
         self.run(self.plan.land())
         self.look()
 
-    @rule()
     def restart(self) -> None:
         self.storage = self.new_storage()
         self.look()
 
-    @rule()
     def reconcile_alone(self) -> None:
         self.land()
         self.run(reconcile(self.storage, dry_run=False, force=True))
@@ -618,7 +635,7 @@ def case(machine: type[StorageMachine], examples: int, steps: int) -> Any:
 
 SOAK = 10 if os.environ.get("APROXY_SOAK") else 1
 
-TestInMemory = case(StorageMachine, 150, 30)
+TestInMemory = case(StorageMachine, 250, 30)
 TestOnDisk = case(FilesMachine, 20, 25)
 TestInMemoryForLong = pytest.mark.soak(case(StorageMachine, 100 * SOAK, 50))
 TestOnDiskForLong = pytest.mark.soak(case(FilesMachine, 15 * SOAK, 50))
