@@ -8,7 +8,7 @@ from collections import deque
 
 from .errors import InvalidPath
 
-__all__ = ["MAX_PATH_BYTES", "alternative", "check_path", "new_token", "successor", "token_key"]
+__all__ = ["MAX_PATH_BYTES", "alternative", "check_path", "new_token", "shown", "successor", "token_key"]
 
 MAX_PATH_BYTES = 1024
 
@@ -53,7 +53,7 @@ def check_path(
         if part in ("", ".", ".."):
             raise _invalid(text, "empty, '.' and '..' parts are not allowed")
         if max_segment_bytes is not None and len(part.encode()) > max_segment_bytes:
-            raise _invalid(text, f"the part {_short(part)} is longer than {max_segment_bytes} bytes")
+            raise _invalid(text, f"the part {shown(part)} is longer than {max_segment_bytes} bytes")
     return text
 
 
@@ -63,8 +63,18 @@ def new_token() -> str:
 
 
 def token_key(path: str, token: str, *, max_bytes: int = MAX_PATH_BYTES, max_segment_bytes: int | None = None) -> str:
-    """Return the key ``dir/stem_TOKEN.ext`` for `path`; the stem, then the extension give way where it is too long."""
-    return _decorated(path, token, max_bytes, max_segment_bytes, in_bytes=True)
+    """Return the key ``dir/stem_TOKEN.ext`` for `path`. Where that is too long the stem, then the extension give way,
+    and in the end directories: a key need not look like its path, but every path must have one."""
+    *directories, base = path.split("/")
+    if max_segment_bytes is not None:
+        directories = [part for part in directories if len(part.encode()) <= max_segment_bytes]
+    while True:
+        try:
+            return _decorated("/".join([*directories, base]), token, max_bytes, max_segment_bytes, in_bytes=True)
+        except InvalidPath:
+            if not directories:
+                raise
+            directories.pop()
 
 
 def alternative(
@@ -149,9 +159,10 @@ def _random(length: int) -> str:
         return _pool.pop()[:length]
 
 
-def _short(text: str) -> str:
+def shown(text: str) -> str:
+    """Return `text` as messages show it: escaped, and of bounded length."""
     return repr(text if len(text) <= 80 else f"{text[:60]}…{text[-12:]}")
 
 
 def _invalid(text: str, reason: str) -> InvalidPath:
-    return InvalidPath(f"{_short(text)} is not a legal path: {reason}", path=text if len(text) <= 2048 else text[:2048])
+    return InvalidPath(f"{shown(text)} is not a legal path: {reason}", path=text if len(text) <= 2048 else text[:2048])

@@ -12,6 +12,7 @@ from .backends.base import Backend
 from .errors import ConfigurationError, IntegrityError, NotFound, NotSupported
 from .files import AsyncFile, AsyncWriter, Opening
 from .meta_backends.base import MetaBackend
+from .paths import shown
 from .records import STORED, ByteRange, CommonPrefix, MetaRecord
 
 __all__ = ["Path", "ReadingVerbs"]
@@ -132,7 +133,7 @@ class ReadingVerbs(abc.ABC):
             record = None
         if record is None or record.state != STORED or record.proxy_storage_name != self.name:
             raise NotFound(
-                f"storage {self.name!r} has no file {text!r}", operation="get", path=text, backend=repr(self)
+                f"storage {self.name!r} has no file {shown(text)}", operation="get", path=text, backend=repr(self)
             )
         return record
 
