@@ -287,6 +287,36 @@ async def test_a_replacement_that_lands_after_its_undo(tmp_path: Path) -> None:
 # -- what is replaced
 
 
+class LateDiscard(FileSystemBackend):
+    """Its next discard ends without an answer and lands when told to."""
+
+    armed = False
+
+    async def discard(self, key: str, **kwargs: Any) -> None:
+        if not self.armed:
+            return await super().discard(key, **kwargs)
+        self.armed = False
+        self.land = lambda: super(LateDiscard, self).discard(key, **kwargs)
+        raise DeadlineExceeded(f"no answer to the discard of {key!r}", outcome_unknown=True)
+
+
+async def test_a_discard_of_replaced_bytes_that_lands_late_hits_no_other_file(tmp_path: Path) -> None:
+    """The key of the first bytes is as the path was; once the file has another path, a new one would like it."""
+    original = LateDiscard(tmp_path / "files")
+    async with asyncio.timeout(SAFETY), storage_in(tmp_path, original=original, keep_replaced=0.0) as storage:
+        await storage.save("a.txt", b"old")
+        original.armed = True
+        await storage.replace("a.txt", b"new")
+        async with storage_in(tmp_path, keep_replaced=0.0) as other:
+            await reconcile(other, dry_run=False)
+            await other.rename("a.txt", "b.txt")
+            assert await other.save("a.txt", b"another") == "a.txt"
+        await original.land()
+        async with storage.open("a.txt") as file:
+            assert await file.read() == b"another"
+    assert await assert_sound(tmp_path) == {"a.txt": b"another", "b.txt": b"new"}
+
+
 async def test_replaced_bytes_stay_for_open_handles_and_go_afterwards(tmp_path: Path) -> None:
     async with asyncio.timeout(SAFETY), storage_in(tmp_path, chunk_bytes=4) as storage:
         path = await storage.save("a.txt", b"old bytes of the file")
