@@ -1,0 +1,169 @@
+"""reconcile, tidy and verify: what crashed callers left, bytes without a record, damaged files."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from aproxy_storage import Backend, IntegrityError, MetaRecord, NotFound, ObjectInfo, Place, ProxyStorage, Revision
+from aproxy_storage.backends.memory import MemoryBackend, _Object
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.tools.reconcile import Finding, reconcile
+from aproxy_storage.tools.verify import verify
+from tests.verbs.conftest import Make, content_of, keys_of
+
+pytestmark = pytest.mark.asyncio
+
+
+async def leave_pending(storage: ProxyStorage, path: str, *, lease: float, token: str = "tokenOfADead") -> MetaRecord:
+    """Do what a save has done when it dies between its write and its commit."""
+    record = MetaRecord(
+        path=path,
+        proxy_storage_name=storage.name,
+        original_storage_name="a",
+        original_storage_path=path,
+        state="pending",
+        token=token,
+        version=1,
+    )
+    reserved = await storage.meta.create(record, lease=lease)
+    await storage.get_original("a").write(path, b"half a save", token=token)
+    return reserved
+
+
+def put_foreign(backend: Backend, key: str, data: bytes) -> None:
+    """Put an object there as another program would: with no token."""
+    if isinstance(backend, MemoryBackend):
+        now = datetime.now(UTC)
+        backend._objects[key] = _Object(ObjectInfo(key, size=len(data), modified_at=now, changed_at=now), data)
+    else:
+        target = Path(backend.full_path(key))
+        target.parent.mkdir(exist_ok=True)  # the root is made by the backend's first write
+        target.write_bytes(data)
+
+
+async def test_a_dead_save_is_undone_in_two_rounds(make: Make) -> None:
+    storage = make(settle=0.0, lease=0.5, keep_replaced=0.0)
+    await leave_pending(storage, "x", lease=0.0)
+    dry = await reconcile(storage)
+    assert (dry.counts, dry.findings) == ({"undone": 1}, [Finding("undone", "x", "a")])
+    assert await keys_of(storage.get_original("a")) == ["x"]
+    first = await reconcile(storage, dry_run=False)
+    assert first.counts == {"settling": 1}
+    assert not first.clean
+    assert await keys_of(storage.get_original("a")) == []
+    await storage.get_original("a").write("x", b"late", token="tokenOfADead")  # it lands after its undo
+    while not (second := await reconcile(storage, dry_run=False)).counts:  # until the shortest of leases is over
+        pass
+    assert second.counts == {"deleted": 1}
+    assert second.clean
+    assert await keys_of(storage.get_original("a")) == []
+    assert await storage.meta.count() == 0
+
+
+async def test_a_live_lease_is_respected_unless_forced(storage: ProxyStorage) -> None:
+    await leave_pending(storage, "x", lease=60.0)
+    assert (await reconcile(storage, dry_run=False)).counts == {}
+    assert (await reconcile(storage, dry_run=False, force=True, older_than=3600.0)).counts == {"undone": 1}
+    assert await storage.save("x", b"new") == "x"
+
+
+async def test_older_than_leaves_what_ran_out_just_now(storage: ProxyStorage) -> None:
+    await leave_pending(storage, "x", lease=-100.0)
+    assert (await reconcile(storage, older_than=200.0)).counts == {}
+    assert (await reconcile(storage, older_than=50.0)).counts == {"undone": 1}
+
+
+async def test_undo_leaves_a_foreign_object_at_the_key(storage: ProxyStorage) -> None:
+    original = storage.get_original("a")
+    put_foreign(original, "x", b"was here before, with no token")
+    record = MetaRecord("x", "media", "a", "x", state="pending", token="tokenOfADead", version=1)
+    await storage.meta.create(record, lease=0.0)
+    await reconcile(storage, dry_run=False, force=True)
+    assert await storage.meta.count() == 0
+    assert await keys_of(original) == ["x"]
+
+
+async def test_undo_leaves_the_bytes_of_a_renamed_file(storage: ProxyStorage) -> None:
+    await storage.save("x", b"kept")
+    record = await storage.rename("x", "y")
+    ghost = replace(record, path="x", state="pending", token=record.token, version=1)
+    await storage.meta.create(ghost, lease=0.0)  # a reservation that a driver sent twice
+    await reconcile(storage, dry_run=False, force=True)
+    assert await content_of(storage, "y") == b"kept"
+
+
+async def test_an_interrupted_delete_is_finished(make: Make) -> None:
+    storage = make(settle=0.0, lease=0.5, keep_replaced=0.0)
+    for path in ("saved", "adopted"):
+        await storage.get_original("a").write(path, b"x") if path == "adopted" else await make().save(path, b"x")
+    await storage.adopt("adopted")
+    for path in ("saved", "adopted"):
+        await storage.journal.mark(await storage.get(path))
+        with pytest.raises(NotFound):
+            await storage.delete(path)  # the second deleter touches nothing
+    assert await keys_of(storage.get_original("a")) == ["adopted", "saved"]
+    while await storage.meta.count():
+        await storage.tidy()
+    assert await keys_of(storage.get_original("a")) == []
+
+
+async def test_an_abandoned_replacement_is_cleared(make: Make) -> None:
+    storage = make(settle=0.0, lease=0.5, keep_replaced=0.0)
+    record = await storage.get(await make().save("x", b"old"))
+    abandoned = Place("b", "x_abandoned", "doubtful")
+    named = await storage.journal.change(record, {"places": (abandoned,)}, lease=0.0)
+    await storage.get_original("b").write("x_abandoned", b"new", token=record.token)
+    assert (await reconcile(storage, dry_run=False)).counts == {"settling": 1}
+    while (await storage.get("x")).lease is not None:
+        await storage.tidy()
+    after = await storage.get("x")
+    assert (after.places, after.version > named.version) == ((), True)
+    assert await keys_of(storage.get_original("b")) == []
+    assert await content_of(storage, "x") == b"old"
+
+
+async def test_scan_removes_only_what_nobody_knows_and_this_library_wrote(make: Make) -> None:
+    storage = make()
+    other_meta = MemoryMetaBackend()
+    other = ProxyStorage("other", originals=storage.originals, meta=other_meta)
+    original = storage.get_original("a")
+    await storage.save("known", b"1")
+    await other.save("of another", b"2")
+    await original.write("orphan", b"3", token="tokenOfADead")
+    put_foreign(original, "foreign", b"4")
+    young = await reconcile(storage, scan=True)
+    assert young.counts == {"young": 3}
+    report = await reconcile(storage, scan=True, min_age=0.0, dry_run=False, metas=[other_meta])
+    assert {(finding.action, finding.path) for finding in report.findings} == {
+        ("removed", "orphan"),
+        ("foreign", "foreign"),
+    }
+    assert not report.clean
+    assert sorted(await keys_of(original)) == ["foreign", "known", "of another"]
+
+
+async def test_verify_reports_every_file(storage: ProxyStorage) -> None:
+    for name in ("good", "flipped", "gone"):
+        await storage.save(name, b"content")
+    original = storage.get_original("a")
+    await original.write("adopted", b"no checksum")
+    await storage.adopt("adopted")
+    await original.discard("flipped")
+    await original.write("flipped", b"c0ntent")
+    await original.discard("gone")
+    results = {result.item: result.error async for result in verify(storage)}
+    assert results.keys() == {"good", "flipped", "gone", "adopted"}
+    assert results["good"] is None
+    for name, word in (("flipped", "differ"), ("gone", "gone"), ("adopted", "no checksum")):
+        error = results[name]
+        assert isinstance(error, IntegrityError)
+        assert word in str(error)
+
+
+async def test_a_reconcile_that_is_overtaken_moves_on(storage: ProxyStorage) -> None:
+    record = await leave_pending(storage, "x", lease=0.0)
+    await storage.meta.update("x", {"version": 2}, expect=Revision(record.token, 1))
+    assert await storage.journal.finish(record) == "moved on"
+    assert await keys_of(storage.get_original("a")) == ["x"]
