@@ -22,7 +22,7 @@ test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_AR
 	$(PY) -m pytest --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
 
 soak: $(STAMP) ## run the tests that take minutes
-	APROXY_SOAK=1 $(PY) -m pytest -m soak --durations=15 $(PYTEST_ARGS)
+	APROXY_SOAK=1 $(PY) -m pytest -m soak -o faulthandler_timeout=0 --durations=15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 	$(PY) -m ruff check .
@@ -33,5 +33,5 @@ bench: $(STAMP) ## compare with hand-made floors and django-proxy-storage (BENCH
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that the other targets made
-	rm -rf .venv dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf aproxy-data .venv dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
