@@ -361,8 +361,7 @@ class ProxyStorage(ReadingVerbs):
         given = os.fspath(name) if name is not None else original_storage_path
         path = self._new_path(given, exact=True)
         original = using or next(iter(self.originals))
-        backend = self.get_original(original)
-        info = await backend.stat(original_storage_path)
+        info = await self.get_original(original).stat(original_storage_path)
         owners = (await self.meta.owners(original, [original_storage_path])).get(original_storage_path, ())
         if owners:
             raise AlreadyExists(
@@ -452,11 +451,9 @@ class ProxyStorage(ReadingVerbs):
 
     async def _open_writer(self, path: Path, mode: str) -> AsyncWriter:
         text = path.path if isinstance(path, MetaRecord) else os.fspath(path)
-        if mode == "xb":
+        if mode == "xb" or not await self.exists(text):
             self._new_path(text, exact=True)
-        if not await self.exists(text):
-            self._new_path(text, exact=True)
-        elif mode == "xb":
+        if mode == "xb" and await self.exists(text):
             raise AlreadyExists(f"{text!r} exists", operation="open", path=text, backend=repr(self))
         return AsyncWriter(self, text, mode, self.chunk_bytes)
 
