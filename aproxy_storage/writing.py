@@ -193,6 +193,7 @@ class Writing:
         for _ in range(_MAX_NAMES):
             key = record.original_storage_path
             place = Place(name, key, "doubtful")
+            written: Written | None = None
             try:
                 written = await write(backend, key, record.token)
                 return await storage.meta.create(replace(record, state=STORED, places=(), **written.fields()))
@@ -200,8 +201,10 @@ class Writing:
                 if exact:
                     await self._finish(storage.journal.discard([place], record), "removal of bytes without a record")
                     raise
-            except BaseException:
-                await self._finish(storage.journal.discard([place], record), "removal of bytes without a record")
+            except BaseException as error:
+                # A record that may still come to be keeps its bytes; without one, a scan finds them.
+                if written is None or not outcome_unknown(error):
+                    await self._finish(storage.journal.discard([place], record), "removal of bytes without a record")
                 raise
             # Whichever was taken, bytes of ours at the key would have no record; another's do not carry our token.
             await storage.journal.discard([place], record)

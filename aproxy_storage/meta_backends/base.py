@@ -294,9 +294,9 @@ class MetaBackend(abc.ABC):
             self._list_unfinished(proxy_storage_name, older_than, after[0] if after else None, limit, force),
         )
 
-    async def owners(self, original_storage_name: str, keys: Iterable[str]) -> Mapping[str, Sequence[str]]:
-        """Return, for each of `keys` that a record of any storage and state names as a place in that original, the
-        paths of those records. Keys that nobody names are absent from the answer."""
+    async def owners(self, original_storage_name: str | None, keys: Iterable[str]) -> Mapping[str, Sequence[str]]:
+        """Return, for each of `keys` that a record of any storage and state names as a place in that original (None:
+        in any), the paths of those records. Keys that nobody names are absent from the answer."""
         return await self._call("owners", None, self._owners(original_storage_name, list(dict.fromkeys(keys))))
 
     async def count(
@@ -383,7 +383,7 @@ class MetaBackend(abc.ABC):
     ) -> Sequence[MetaRecord]: ...
 
     @abc.abstractmethod
-    async def _owners(self, original_storage_name: str, keys: Sequence[str]) -> Mapping[str, Sequence[str]]: ...
+    async def _owners(self, original_storage_name: str | None, keys: Sequence[str]) -> Mapping[str, Sequence[str]]: ...
 
     @abc.abstractmethod
     async def _count(self, prefix: str, proxy_storage_name: str | None, state: State | None) -> int: ...

@@ -141,9 +141,12 @@ class MemoryMetaBackend(MetaBackend):
             )
             return [to_record(row) for row in islice(wanted, limit)]
 
-    async def _owners(self, original_storage_name: str, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    async def _owners(self, original_storage_name: str | None, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
         with self._lock:
-            found = ((key, self._owners_of.get((original_storage_name, key))) for key in keys)
+            originals = (
+                {original_storage_name} if original_storage_name is not None else {o for o, _ in self._owners_of}
+            )
+            found = ((key, {p for o in originals for p in self._owners_of.get((o, key), ())}) for key in keys)
             return {key: sorted(paths) for key, paths in found if paths}
 
     async def _count(self, prefix: str, proxy_storage_name: str | None, state: State | None) -> int:

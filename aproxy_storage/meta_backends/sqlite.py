@@ -340,13 +340,13 @@ class SQLiteMetaBackend(MetaBackend):
         except UnicodeEncodeError:
             return []
 
-    async def _owners(self, original_storage_name: str, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    async def _owners(self, original_storage_name: str | None, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
         owners: dict[str, Sequence[str]] = {}
         for start in range(0, len(keys), _CHUNK):
             owners |= await self._scan(self._owning, original_storage_name, keys[start : start + _CHUNK])
         return owners
 
-    def _owning(self, cursor: sqlite3.Cursor, original: str, keys: Sequence[str]) -> dict[str, Sequence[str]]:
+    def _owning(self, cursor: sqlite3.Cursor, original: str | None, keys: Sequence[str]) -> dict[str, Sequence[str]]:
         owners: dict[str, Sequence[str]] = {}
         for key in keys:  # in SQLite a statement costs no round trip
             try:

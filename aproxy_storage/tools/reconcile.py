@@ -96,7 +96,7 @@ async def reconcile(
     if scan:
         known = [storage.meta, *metas]
         for name, backend in storage.originals.items():
-            await _scan(name, backend, known, report, dry_run=dry_run, min_age=min_age)
+            await _scan(storage.name, name, backend, known, report, dry_run=dry_run, min_age=min_age)
     return report
 
 
@@ -111,33 +111,52 @@ async def _finish(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool, f
 
 
 async def _scan(
-    name: str, backend: Backend, metas: list[MetaBackend], report: Report, *, dry_run: bool, min_age: float
-) -> None:
-    batch: list[ObjectInfo] = []
-    async for info in backend.list():
-        batch.append(info)
-        if len(batch) == _BATCH:
-            await _look_up(name, backend, batch, metas, report, dry_run=dry_run, min_age=min_age)
-            batch = []
-    await _look_up(name, backend, batch, metas, report, dry_run=dry_run, min_age=min_age)
-
-
-async def _look_up(
+    storage_name: str,
     name: str,
     backend: Backend,
-    listed: list[ObjectInfo],
     metas: list[MetaBackend],
     report: Report,
     *,
     dry_run: bool,
     min_age: float,
 ) -> None:
-    """The listing came first, the records come after: what was saved in between is found in them."""
-    unknown = {info.key: info for info in listed}
+    batch: dict[str, ObjectInfo] = {}
+
+    async def look_up() -> None:
+        # The listing came first, the records come after: what was saved in between is found in them.
+        unknown = await _unknown(storage_name, name, batch, metas)
+        await _remove(name, backend, unknown, report, dry_run=dry_run, min_age=min_age)
+        batch.clear()
+
+    async for info in backend.list():
+        batch[info.key] = info
+        if len(batch) == _BATCH:
+            await look_up()
+    await look_up()
+
+
+async def _unknown(storage_name: str, name: str, keys: Iterable[str], metas: list[MetaBackend]) -> list[str]:
+    """Return those of `keys` in the original `name` that no record names.
+
+    Another storage may know the same original by another name, so a key that its records name in whatever original
+    counts as known. This storage's own names are exact: the same key in its other originals is another object.
+    """
+    unknown = dict.fromkeys(keys)
     for meta in metas:
-        if unknown:
-            for key in await meta.owners(name, unknown):
+        for key in await meta.owners(name, unknown):
+            unknown.pop(key, None)
+        elsewhere = await meta.owners(None, unknown)
+        paths = sorted({path for owners in elsewhere.values() for path in owners})
+        records = dict(zip(paths, await meta.get_many(paths), strict=True))
+        for key, owners in elsewhere.items():
+            if any((record := records[path]) is None or record.proxy_storage_name != storage_name for path in owners):
                 unknown.pop(key, None)
+    return list(unknown)
+
+
+async def _remove(
+    name: str, backend: Backend, unknown: list[str], report: Report, *, dry_run: bool, min_age: float
+) -> None:
     limit = datetime.now(UTC) - timedelta(seconds=min_age)
     for key in unknown:
         try:

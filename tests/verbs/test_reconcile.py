@@ -144,6 +144,19 @@ async def test_scan_removes_only_what_nobody_knows_and_this_library_wrote(make: 
     assert sorted(await keys_of(original)) == ["foreign", "known", "of another"]
 
 
+async def test_scan_spares_a_storage_that_knows_the_original_by_another_name(make: Make) -> None:
+    first = make("first")
+    second = make("second", originals={"disk": first.get_original("a")})
+    await first.save("x", b"1")
+    await second.save("y", b"2")
+    await first.get_original("b").write("x", b"orphan", token="tokenOfADead")  # the same key, another object
+    for storage in (first, second):
+        report = await reconcile(storage, scan=True, min_age=0.0, dry_run=False)
+        assert report.counts == ({"removed": 1} if storage is first else {})
+    assert await content_of(first, "x") == b"1"
+    assert await content_of(second, "y") == b"2"
+
+
 async def test_verify_reports_every_file(storage: ProxyStorage) -> None:
     for name in ("good", "flipped", "gone"):
         await storage.save(name, b"content")

@@ -144,3 +144,18 @@ async def test_a_failed_create_takes_its_bytes_back(storage: ProxyStorage, meta:
             await storage.save("a.txt", b"1")
         del meta.create
     assert await keys(storage) == []
+
+
+async def test_a_create_without_an_answer_keeps_its_bytes(storage: ProxyStorage, meta: TransactionalMeta) -> None:
+    create = meta.create
+
+    async def lose_the_answer(record: MetaRecord, *, lease: float | None = None) -> Any:
+        await create(record, lease=lease)
+        raise BackendUnavailable("the answer was lost", outcome_unknown=True)
+
+    async with meta.atomic():
+        meta.create = lose_the_answer  # type: ignore[method-assign]
+        with pytest.raises(BackendUnavailable):
+            await storage.save("a.txt", b"1")
+        del meta.create
+    assert await read(storage, "a.txt") == b"1"
