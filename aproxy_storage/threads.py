@@ -27,6 +27,7 @@ __all__ = ["Job", "Workers"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_PATIENCE = 0.01  # seconds that a batch of small jobs takes at most, while nothing waits for a disk or a network
 _TICK = 0.05  # seconds between two looks at deadlines and stuck batches, while anything is under way
 _IDLE = 10.0  # seconds after which a worker without work ends
 
@@ -206,7 +207,21 @@ class Workers(concurrent.futures.Executor):
                     f"{self._name}: {self._max_waiting} jobs wait for {self._max_workers} worker threads already"
                 )
             self._jobs.append(job)
-            self._rouse()
+            if job.answers is None or self._share == 1 or self._is_slow():  # nobody would come back to rouse later
+                self._rouse()
+
+    def _is_slow(self) -> bool:
+        """Return whether no worker will look at the jobs soon.
+
+        Small jobs are mostly system calls, each of which lets go of the GIL; several workers at them, and the loop,
+        take longer to get it back than the calls take. So one does them all, until it is seen to be slow: then the
+        jobs wait for something (a disk, a network), and more workers help. `rescue` looks again at every tick.
+        """
+        awake = self._count - len(self._sleepers)
+        if awake > len(self._running):
+            return False
+        late = time.monotonic() - _PATIENCE
+        return all(began < late for began, _ in self._running.values())
 
     def _rouse(self) -> None:
         if len(self._jobs) <= len(self._looking):
@@ -242,9 +257,11 @@ class Workers(concurrent.futures.Executor):
         while True:
             with self._lock:
                 self._looking.discard(threading.get_ident())
+                if len(self._jobs) > self._share and self._is_slow():
+                    self._rouse()
                 if self._jobs:
-                    # A fair part of what waits, so that the other workers find something to do too.
-                    take = min(self._share, -(-len(self._jobs) // self._max_workers))
+                    # A fair part of what waits, so that the others who are awake find something to do too.
+                    take = min(self._share, -(-len(self._jobs) // (self._count - len(self._sleepers))))
                     batch = deque(self._jobs.popleft() for _ in range(take))
                     self._running[threading.get_ident()] = (time.monotonic(), batch)
                     return batch
@@ -310,7 +327,7 @@ class Workers(concurrent.futures.Executor):
                         self._jobs.appendleft(batch.pop())
                     except IndexError:
                         break
-            if self._jobs:
+            if self._jobs and self._is_slow():
                 self._rouse()
 
     # -- concurrent.futures.Executor, for aiofiles

@@ -101,7 +101,8 @@ class Statements:
             ORDER BY path LIMIT ?5"""
         self.unfinished_from_start = self.unfinished.replace("AND path > ?1", "AND path >= ?1")
         self.owners = f"""
-            SELECT path FROM {t} WHERE path = ?1 AND original_storage_path = ?1 AND (?2 IS NULL OR original_storage_name = ?2)
+            SELECT path FROM {t} WHERE path = ?1
+              AND original_storage_path = ?1 AND (?2 IS NULL OR original_storage_name = ?2)
             UNION
             SELECT path FROM {t} INDEXED BY "{table}_owner" WHERE original_storage_path <> path
               AND original_storage_path = ?1 AND (?2 IS NULL OR original_storage_name = ?2)
