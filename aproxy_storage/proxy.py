@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -479,20 +480,20 @@ class ProxyStorage(ReadingVerbs):
 
     async def health(self) -> Sequence[Health]:
         """Ask every original and the meta-backend a small question; return their answers, ``"meta"`` last."""
-        answers = []
         probe = f".health-{new_token()}"
-        for name, backend in self.originals.items():
-            answers.append(await _probe(name, backend.stat(probe)))
-        answers.append(await _probe("meta", self.meta.exists(probe)))
-        return answers
+        answers = [await _probe(name, backend.stat(probe)) for name, backend in self.originals.items()]
+        return [*answers, await _probe("meta", self.meta.exists(probe))]
 
     async def tidy(self, *, limit: int = 500) -> int:
         """Finish what crashed or cancelled callers left and whose lease has run out; return how many records.
 
-        A small `tools.reconcile.reconcile`, called by `save_many` and `aclose` too.
+        A small `tools.reconcile.reconcile`, called by `save_many` and `aclose` too. Begins no further record after
+        ``timeouts.cleanup`` seconds: with an original out of reach, each may take as long as its deadline.
         """
-        done = 0
+        done, until = 0, time.monotonic() + self.timeouts.cleanup
         for record in await self.meta.list_unfinished(proxy_storage_name=self.name, limit=limit):
+            if time.monotonic() >= until:
+                break
             await self.journal.finish(record)
             done += 1
         return done
@@ -500,8 +501,7 @@ class ProxyStorage(ReadingVerbs):
     async def aclose(self) -> None:
         """Let cleanup end, finish what is left from crashes, release what the running loop holds; idempotent.
 
-        The storage can be used again afterwards. Its originals and meta-backend are closed too: they, like it, open
-        again on the next use, so another storage that shares them loses nothing.
+        Its originals and meta-backend are closed too; all open again on the next use, also for others who share them.
         """
         await self.cleanup.drain(within=self.timeouts.cleanup)
         try:

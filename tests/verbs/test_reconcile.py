@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from aproxy_storage import Backend, IntegrityError, MetaRecord, NotFound, ObjectInfo, Place, ProxyStorage, Revision
+from aproxy_storage import (
+    Backend,
+    IntegrityError,
+    MetaRecord,
+    NotFound,
+    ObjectInfo,
+    Place,
+    ProxyStorage,
+    Revision,
+    Timeouts,
+)
 from aproxy_storage.backends.memory import MemoryBackend, _Object
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import Finding, reconcile
@@ -180,3 +190,11 @@ async def test_a_reconcile_that_is_overtaken_moves_on(storage: ProxyStorage) -> 
     await storage.meta.update("x", {"version": 2}, expect=Revision(record.token, 1))
     assert await storage.journal.finish(record) == "moved on"
     assert await keys_of(storage.get_original("a")) == ["x"]
+
+
+async def test_tidy_begins_nothing_when_its_time_is_over(make: Make) -> None:
+    storage = make(timeouts=Timeouts(cleanup=1e-9))
+    await leave_pending(storage, "x", lease=0.0)
+    assert await storage.tidy() == 0
+    assert await keys_of(storage.get_original("a")) == ["x"]
+    assert await make().tidy() == 1
