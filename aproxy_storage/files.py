@@ -17,7 +17,7 @@ from .records import ByteRange, MetaRecord
 
 if TYPE_CHECKING:
     from .backends.base import Backend, Reading
-    from .proxy import ProxyStorage
+    from .proxy_writing import WritingVerbs
 
 __all__ = ["AsyncFile", "AsyncWriter", "Opening"]
 
@@ -238,7 +238,7 @@ class AsyncWriter:
     nothing. Holds at most three chunks in memory.
     """
 
-    def __init__(self, storage: ProxyStorage, path: str, mode: str, chunk_bytes: int) -> None:
+    def __init__(self, storage: WritingVerbs, path: str, mode: str, chunk_bytes: int) -> None:
         self.name = path
         self.mode = mode
         self.closed = False

@@ -21,7 +21,7 @@ PURE = [
     {"placement", "breaker"},
 ]
 BASES = {"backends.base", "meta_backends.base"}
-CORE = {"registry", "journal", "files", "writing", "proxy_reading", "proxy"}
+CORE = {"registry", "journal", "files", "writing", "adopting", "health", "proxy_reading", "proxy_writing", "proxy"}
 ROOT_MODULE = ""  # aproxy_storage itself
 PUBLIC_API = set().union(*PURE, BASES, CORE, {ROOT_MODULE})
 

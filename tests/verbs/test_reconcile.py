@@ -3,11 +3,14 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from aproxy_storage import (
     Backend,
+    BackendUnavailable,
+    ConfigurationError,
     IntegrityError,
     MetaRecord,
     NotFound,
@@ -198,3 +201,35 @@ async def test_tidy_begins_nothing_when_its_time_is_over(make: Make) -> None:
     assert await storage.tidy() == 0
     assert await keys_of(storage.get_original("a")) == ["x"]
     assert await make().tidy() == 1
+
+
+@pytest.mark.parametrize("verb", ["save", "replace", "delete"])
+async def test_a_period_tidies_up_while_the_storage_is_in_use(make: Make, verb: str) -> None:
+    plain, busy = make(), make(tidy_every=3600.0)
+    await plain.save("x", b"")
+    for name in ("left", "behind"):
+        await leave_pending(plain, name, lease=0.0)
+        # The first verb begins one at once, further ones not before the hour is over.
+        await (busy.delete("x") if verb == "delete" else getattr(busy, verb)("x", b"new"))
+        await busy.cleanup.drain(within=30.0)
+        if verb == "delete":
+            await plain.save("x", b"")
+    assert [await plain.meta.count(state=state) for state in ("pending", "deleting")] == [1, 1]
+
+
+async def test_a_period_that_is_none_or_fails_leaves_the_verbs_alone(make: Make) -> None:
+    with pytest.raises(ConfigurationError, match="tidy_every=0"):
+        make(tidy_every=0)
+    quiet, failing = make(), make(tidy_every=1e-9)
+    await leave_pending(quiet, "left", lease=0.0)
+    await quiet.save("x", b"")
+    await quiet.cleanup.drain(within=30.0)
+    assert await quiet.meta.count(state="pending") == 1
+
+    async def fails(**options: Any) -> Any:
+        raise BackendUnavailable("gone")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failing.meta, "list_unfinished", fails)
+        assert await failing.save("x", b"") != "x"
+        await failing.cleanup.drain(within=30.0)

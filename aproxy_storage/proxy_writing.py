@@ -1,0 +1,380 @@
+"""The writing verbs of a ProxyStorage, and the hooks by which a subclass takes part in them."""
+
+from __future__ import annotations
+
+import abc
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+from .adopting import adopt
+from .cleanup import Cleanup
+from .content import Source
+from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
+from .files import AsyncWriter
+from .journal import Journal, Marked
+from .meta_backends.base import UNCHANGED
+from .paths import check_path
+from .placement import First, Placement, Request
+from .proxy_reading import Path, ReadingVerbs
+from .records import MetaRecord
+from .timeouts import Timeouts
+from .writing import Writing
+
+__all__ = ["WritingVerbs"]
+
+_log = logging.getLogger(__name__)
+
+_RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
+
+
+class WritingVerbs(ReadingVerbs):
+    """What changes the files of a storage. Each verb is done wholly or not at all."""
+
+    placement: Placement
+    keys: str
+    timeouts: Timeouts
+    checksum: str | None
+    max_path_bytes: int
+    tidy_every: float | None
+    cleanup: Cleanup
+    journal: Journal
+    _writing: Writing
+    _tidy_at: float
+
+    #: Fields of the record that `get_data_for_meta_backend_save` of a subclass may set, e.g. {"content_type"}.
+    hook_may_set: ClassVar[frozenset[str]] = frozenset()
+
+    # -- hooks for subclasses
+
+    async def choose_original(self, name: str, source: Source, **kwargs: Any) -> str | None:
+        """Return the name of the original for a new file, or None to let the placement decide."""
+        return None
+
+    async def get_data_for_meta_backend_save(
+        self, *, path: str, original_storage_path: str, original_name: str, content: Source, **kwargs: Any
+    ) -> Mapping[str, Any]:
+        """Return further fields for the record of a new file; they go to ``extra``, or to a model's own columns.
+
+        Called once, before the reservation. ``await content.peek(n)`` shows up to 64 KiB of the content. The
+        library's own fields win unless the class lists them in `hook_may_set`.
+        """
+        return {}
+
+    # -- writing
+
+    async def save(
+        self,
+        name: str | os.PathLike[str] | None,
+        content: Any,
+        *,
+        using: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        size: int | None = None,
+    ) -> str:
+        """Store `content` under `name`, or under the next free name; return the path.
+
+        Args:
+            name: the wished path; None takes the name that the content carries.
+            content: bytes, text, a path, a sync or async file, Django's File, an iterator of bytes (see `Source`).
+                Never closed, a path never moved.
+            using: the original to use, instead of what the placement says.
+            content_type: by default guessed from the name, checked against the first bytes.
+            extra: further fields for the record.
+            max_length: of the returned path, in characters.
+            size: the declared length in bytes.
+
+        All or nothing: the file appears whole or, after an error, a cancellation or a crash, not at all.
+
+        Raises:
+            InvalidPath, ConfigurationError: before anything is written.
+            ContentError: the content failed, or was shorter or longer than declared.
+            OutOfSpace, AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        record = await self._save(
+            name, content, using=using, content_type=content_type, extra=extra, max_length=max_length, size=size
+        )
+        return record.path
+
+    async def _save(
+        self,
+        name: str | os.PathLike[str] | None,
+        content: Any,
+        *,
+        using: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        size: int | None = None,
+        exact: bool = False,
+    ) -> MetaRecord:
+        source = self._source(content, size)
+        try:
+            given = os.fspath(name) if name is not None else source.name
+            if given is None:
+                raise InvalidPath("the content carries no name, so save() needs one")
+            path = self._new_path(given, exact=exact)
+            candidates = await self._candidates(given, source, using, content_type, extra or {})
+            if max_length is not None and len(path) > max_length:
+                path = self._writing.next_name(path, candidates, max_length)
+            for candidate in candidates:
+                self.get_original(candidate).check_key(path.removeprefix(self.prefix))
+            own: dict[str, Any] = {"name": given}
+            if content_type is not None:
+                own["content_type"] = content_type
+            data: Mapping[str, Any] = {}
+            if self._has_hook("get_data_for_meta_backend_save"):
+                data = await self.get_data_for_meta_backend_save(
+                    path=path,
+                    original_storage_path=path.removeprefix(self.prefix),
+                    original_name=given,
+                    content=source,
+                )
+            fields = self._fields(own, extra or {}, data)
+            return await self._writing.store(
+                path,
+                candidates,
+                self._writing.write_of(source, given, fields.get("content_type")),
+                fields,
+                exact=exact,
+                max_length=max_length,
+                careful=not source.replayable and self.keys == "path",
+            )
+        except StorageError as error:
+            error.located(operation="save", path=str(name) if name is not None else None, backend=repr(self))
+            raise
+        finally:
+            await source.aclose()
+            self._tidy_when_due()
+
+    async def replace(
+        self,
+        path: str | os.PathLike[str],
+        content: Any,
+        *,
+        using: str | None = None,
+        content_type: str | None = None,
+        expect_version: int | None = None,
+        size: int | None = None,
+    ) -> MetaRecord:
+        """Give an existing file new bytes; return its new record.
+
+        Readers get the old or the new file, never a mixture: the new bytes go under a new key, the record changes
+        over in one step, the old ones go after `keep_replaced` seconds. Of simultaneous replacements the last to
+        finish wins, unless `expect_version` (the ``version`` of the record that was looked at) pins one.
+
+        Raises:
+            NotFound: there is no such file. Conflict: it was deleted meanwhile, or is not at `expect_version`.
+            And as `save`; the file is unchanged then.
+        """
+        source = self._source(content, size)
+        try:
+            record = await self.get(path)
+            if expect_version is not None and record.version != expect_version:
+                raise Conflict(
+                    f"{record.path!r} is at version {record.version}, not {expect_version}",
+                    operation="replace", path=record.path,
+                )  # fmt: skip
+            original = using or (await self._candidates(record.path, source, None, content_type, record.extra))[0]
+            self.get_original(original)
+            write = self._writing.write_of(source, record.path, content_type)
+            return await self._writing.swap(record, original, write, {}, pinned=expect_version is not None)
+        finally:
+            await source.aclose()
+            self._tidy_when_due()
+
+    async def write_to(self, path: str, content: Any, *, exclusive: bool) -> MetaRecord:
+        """Store at exactly `path`: a new file, or, unless `exclusive`, new bytes for the one there."""
+        if not exclusive and await self.exists(path):
+            return await self.replace(path, content)
+        try:
+            return await self._save(path, content, exact=True)
+        except AlreadyExists:
+            # Raised by the reservation, before any content was read.
+            if exclusive or not await self.exists(path):
+                raise
+            return await self.replace(path, content)
+
+    async def copy(self, path: Path, name: str | os.PathLike[str], *, using: str | None = None) -> str:
+        """Copy a file to `name`, or to the next free name; return the path. The copy has bytes of its own.
+
+        Raises:
+            NotFound, IntegrityError: of the file that is copied. And as `save`.
+        """
+        new_path = self._new_path(os.fspath(name), exact=False)
+        record = await self._record(path)
+        original = using or record.original_storage_name or next(iter(self.originals))
+        self.get_original(original).check_key(new_path.removeprefix(self.prefix))
+        fields = {"name": os.fspath(name), "extra": record.extra}
+        stored = await self._writing.store(new_path, [original], self._writing.transfer_of(record), fields)
+        return stored.path
+
+    async def move(self, path: Path, using: str) -> MetaRecord:
+        """Move the bytes of a file into the original `using`; the path stays. Return the new record.
+
+        Raises:
+            NotFound, IntegrityError, Conflict (deleted or replaced meanwhile); the file is where it was then.
+        """
+        self.get_original(using)
+        record = await self._record(path)
+        if record.original_storage_name == using:
+            return record
+        return await self._writing.swap(record, using, self._writing.transfer_of(record), {}, pinned=True)
+
+    async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:
+        """Give a file another path; no byte moves. Return the new record.
+
+        Raises:
+            NotFound; AlreadyExists: `new_path` is taken; Conflict: changed by somebody else meanwhile.
+        """
+        target = self._new_path(os.fspath(new_path), exact=True)
+        record = await self._record(path)
+        if target == record.path:
+            return record
+        return await self.journal.publish(
+            record,
+            {"path": target, "original_storage_path": record.original_storage_path},
+            lease=UNCHANGED,
+        )
+
+    async def adopt(
+        self,
+        original_storage_path: str,
+        *,
+        name: str | os.PathLike[str] | None = None,
+        using: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Take in a file that is in an original already; return its path. Its bytes are not touched.
+
+        From then on it is a file like any other: `delete` removes its bytes. No checksum is recorded.
+
+        Raises:
+            NotFound: there is nothing at that key. AlreadyExists: a record names these bytes already.
+        """
+        given = os.fspath(name) if name is not None else original_storage_path
+        path = self._new_path(given, exact=True)
+        original = using or next(iter(self.originals))
+        adopted = await adopt(
+            self, original, original_storage_path, path, given, content_type=content_type, extra=extra or {}
+        )
+        return adopted.path
+
+    async def update(self, path: Path, *, extra: Mapping[str, Any]) -> MetaRecord:
+        """Replace the extra fields of a file's record; return the new record. The version does not move."""
+        record = await self._record(path)
+        return await self.meta.update(record.path, {"extra": dict(extra)})
+
+    async def delete(self, path: Path, *, missing_ok: bool = False) -> None:
+        """Delete a file. Once this has returned it stays deleted, whatever happens to the process.
+
+        The record is marked first, then the bytes go; where an original cannot be reached just now, that is logged
+        and `reconcile` removes them. A cancellation leaves the file either whole or deleted.
+
+        Raises:
+            NotFound: there is no such file, unless `missing_ok`.
+        """
+        try:
+            record = await self._record(path)
+            marked: Marked | None = None
+            while marked is None:
+                try:
+                    marked = await self.journal.mark(record)
+                except Conflict:  # renamed, replaced or deleted by somebody else: look again
+                    record = await self.get(record.path)
+        except NotFound:
+            if missing_ok:
+                return
+            raise
+        # J8: inside a caller's transaction the bytes go when it commits.
+        await self.meta.after_commit(partial(self._sweep, marked))
+        self._tidy_when_due()
+
+    async def _sweep(self, marked: Marked) -> None:
+        try:
+            await self.journal.sweep(marked)
+        except StorageError as error:
+            _log.warning("the removal of %r is left to reconcile: %s", marked.record.path, error)
+        except BaseException:
+            # A discard that was cancelled may still be under way: the key is not free before `settle` is over.
+            work = self.journal.sweep(marked, certain=False)
+            await self.cleanup.finish(work, within=self.timeouts.cleanup, name=f"removal of {marked.record.path!r}")
+            raise
+
+    async def _open_writer(self, path: Path, mode: str) -> AsyncWriter:
+        text = path.path if isinstance(path, MetaRecord) else os.fspath(path)
+        if mode == "xb" or not await self.exists(text):
+            self._new_path(text, exact=True)
+        if mode == "xb" and await self.exists(text):
+            raise AlreadyExists(f"{text!r} exists", operation="open", path=text, backend=repr(self))
+        return AsyncWriter(self, text, mode, self.chunk_bytes)
+
+    # -- shared
+
+    def _source(self, content: Any, size: int | None) -> Source:
+        return Source.of(
+            content,
+            size=size,
+            chunk_bytes=self.chunk_bytes,
+            checksum=self.checksum,
+            timeout=self.timeouts.source,
+            spool=self.placement.tries_several,
+        )
+
+    def _new_path(self, name: str, *, exact: bool) -> str:
+        """Return the legal new path for `name`. `exact` names hold the prefix already."""
+        if exact and self.prefix:
+            if not name.startswith(self.prefix):
+                raise InvalidPath(f"{name!r} lies outside the prefix {self.prefix!r} of storage {self.name!r}")
+            return check_path(name, max_bytes=self.max_path_bytes)
+        return check_path(self.prefix + name, max_bytes=self.max_path_bytes)
+
+    async def _candidates(
+        self, name: str, source: Source, using: str | None, content_type: str | None, extra: Mapping[str, Any]
+    ) -> Sequence[str]:
+        chosen = using
+        if chosen is None and self._has_hook("choose_original"):
+            chosen = await self.choose_original(name, source)
+        if chosen is not None:
+            self.get_original(chosen)
+            return [chosen]
+        names = list(self.originals)
+        if type(self.placement) is First:
+            return names[:1]
+        candidates = await self.placement.candidates(Request(name, source, content_type, extra), names)
+        for candidate in candidates:
+            self.get_original(candidate)
+        if not candidates:
+            raise ConfigurationError(f"the placement of storage {self.name!r} names no original for {name!r}")
+        return candidates
+
+    def _has_hook(self, name: str) -> bool:
+        """Return whether a subclass has its own; a small save cannot afford to await what does nothing."""
+        return getattr(type(self), name) is not getattr(WritingVerbs, name)
+
+    def _fields(self, own: dict[str, Any], extra: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+        if not extra and not data:
+            return own
+        merged = dict(extra)
+        for key, value in data.items():
+            if key not in _RECORD_FIELDS:
+                merged[key] = value
+            elif key in self.hook_may_set:
+                own[key] = value
+            elif key == "extra":
+                merged.update(value)
+        return {**own, "extra": merged}
+
+    def _tidy_when_due(self) -> None:
+        if self.tidy_every is not None and (now := time.monotonic()) >= self._tidy_at:
+            self._tidy_at = now + self.tidy_every  # before it runs: not a second one beside it
+            self.cleanup.start(self._tidy_quietly(), name="tidy")
+
+    @abc.abstractmethod
+    async def _tidy_quietly(self) -> None: ...
