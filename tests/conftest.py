@@ -1,1 +1,3 @@
-"""Servers and fixtures that all suites share. A server starts when the first test asks for it, and dies with the run."""
+"""Servers and fixtures that all suites share. A server starts when a test first asks for it, and dies with the run."""
+
+from tests.services.postgres import own_postgres, postgres_url  # noqa: F401
