@@ -1,3 +1,4 @@
 """Servers and fixtures that all suites share. A server starts when a test first asks for it, and dies with the run."""
 
 from tests.services.postgres import own_postgres, postgres_url  # noqa: F401
+from tests.services.s3 import own_s3, s3_server, s3_service  # noqa: F401
