@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -232,19 +233,26 @@ class Draft:
         checksum = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}" if algorithm else None
         return self.create(data), checksum
 
-    def copy_from(self, source: Opened, count: int) -> int:
-        """Share the blocks of `source`, or else copy its first `count` bytes; return the bytes that are there now."""
+    def copy_from(self, source: Opened, count: int, seconds: float) -> int:
+        """Share the blocks of `source`, or else begin to `copy` it; return the bytes that are there now."""
         self.begin()
         try:
             fcntl.ioctl(self.handle.fd, _FICLONE, source.fd)
         except OSError:
-            return self.copy(source, count)
+            return self.copy(source, count, seconds)
         return os.lseek(self.handle.fd, 0, os.SEEK_END)
 
-    def copy(self, source: Opened, count: int) -> int:
-        """Append up to `count` further bytes of `source`; return the bytes that are there now."""
+    def copy(self, source: Opened, count: int, seconds: float) -> int:
+        """Append further bytes of `source`, `count` and again as many for about `seconds`; return the bytes that are
+        there now."""
         at = os.lseek(self.handle.fd, 0, os.SEEK_CUR)
-        stop = at + count
+        until = time.monotonic() + seconds
+        while True:
+            before, at = at, self._copy_slice(source, at, at + count)
+            if at - before < count or time.monotonic() >= until or self._withdrawn:
+                return at
+
+    def _copy_slice(self, source: Opened, at: int, stop: int) -> int:
         try:
             while at < stop and hasattr(os, "copy_file_range"):  # Python has it on Linux only
                 step = os.copy_file_range(source.fd, self.handle.fd, stop - at, at)

@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 from ..content import Source
@@ -19,6 +19,7 @@ from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts
+from ..urls import URL, boolean, mode, optional
 from ._draft import Draft, hash_part
 from ._handles import HIDDEN, Opened
 from ._posix import Tree
@@ -29,7 +30,9 @@ __all__ = ["FileSystemBackend"]
 T = TypeVar("T")
 
 _SMALL = 256 << 10  # bytes that are written in one hop, and gathered for one
-_SLICE = 4 << 20  # bytes copied by the kernel, or hashed, in one hop
+_SLICE = 4 << 20  # bytes copied by the kernel between two looks at whether anybody still wants them
+_STRETCH = 0.02  # seconds of such copying in one hop
+_HASHED = 64 << 20  # bytes of a copied file hashed in one hop
 _PAGE = 500  # files whose sizes are looked up in one hop
 _GRACE = 0.5  # seconds that a failed write waits for its rests to go when they cannot be seen any more
 
@@ -46,7 +49,8 @@ class FileSystemBackend(Backend):
         create_root: make `root`, not its parents, on first use. A root that was there once and is gone, or is
             another directory than before, is an unmounted disk: BackendUnavailable, and never made anew.
             `aclose` makes the backend accept the directory that is there then.
-        max_workers: threads of this backend; a hung disk blocks these and nothing else.
+        max_workers: threads of this backend, and as many that copy large files; a hung disk blocks these and
+            nothing else.
         timeouts: ``operation`` limits a call, ``idle`` each step of a read or a write.
 
     An object is written to a file that has no name (O_TMPFILE; where the file system has none: a hidden name,
@@ -98,6 +102,25 @@ class FileSystemBackend(Backend):
             self.capabilities = replace(self.capabilities, url=True)
         self._tree = Tree(self.root, create=create_root, file_mode=file_mode, directory_mode=directory_mode)
         self._workers = Workers(f"files of {self.root}", max_workers)
+        # Copying and hashing large files: on the workers of the small jobs these would wait behind them.
+        self._bulk = Workers(f"copies of {self.root}", max_workers, share=1)
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one of ``file:///srv/media?max_workers=4``, or of a relative ``file:media``.
+
+        The parameters are the arguments of the class; modes are written ``0640``.
+        """
+        parsed = URL.parse(url)
+        options = parsed.options(
+            file_mode=optional(mode),
+            directory_mode=optional(mode),
+            base_url=str,
+            create_root=boolean,
+            max_workers=int,
+            timeouts=Timeouts,
+        )
+        return cls(parsed.local_path(), **options)
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.root!r})"
@@ -178,6 +201,9 @@ class FileSystemBackend(Backend):
     def _step(self, draft: Draft, step: Callable[..., T], *args: Any) -> asyncio.Future[T]:
         return self._workers.call(draft.run, step, *args, timeout=self.timeouts.idle)
 
+    def _bulk_step(self, draft: Draft, step: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        return self._bulk.call(draft.run, step, *args, timeout=self.timeouts.idle)
+
     async def _fill(self, source: Source, draft: Draft) -> os.stat_result:
         data = source.data
         if data is not None and len(data) <= _SMALL:
@@ -202,13 +228,13 @@ class FileSystemBackend(Backend):
 
     async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None]:
         """Copy a whole file into the draft; return its size and checksum."""
-        done = await self._step(draft, draft.copy_from, source, _SLICE)
+        done = await self._bulk_step(draft, draft.copy_from, source, _SLICE, _STRETCH)
         return await self._follow(draft, source, done, source.status.st_size, algorithm)
 
     async def _follow(
         self, draft: Draft, source: Opened | None, done: int, size: int, algorithm: str | None
     ) -> tuple[int, str | None]:
-        """Copy what is left of `source` from `done` on, while what is there already is hashed, a slice behind."""
+        """Copy what is left of `source` from `done` on, while what is there already is hashed, a stretch behind."""
         state = hashlib.new(algorithm) if algorithm is not None else None
         handle = draft.handle
         hashed = 0
@@ -217,11 +243,11 @@ class FileSystemBackend(Backend):
             if state is not None and hashed < done:
                 if hashing is not None:
                     await hashing
-                start, hashed = hashed, min(done, hashed + _SLICE)
-                hashing = self._workers.call(hash_part, handle, state, start, hashed, timeout=self.timeouts.idle)
+                start, hashed = hashed, min(done, hashed + _HASHED)
+                hashing = self._bulk.call(hash_part, handle, state, start, hashed, timeout=self.timeouts.idle)
                 hashing.add_done_callback(_seen)
             if source is not None and done < size:
-                before, done = done, await self._step(draft, draft.copy, source, _SLICE)
+                before, done = done, await self._bulk_step(draft, draft.copy, source, _SLICE, _STRETCH)
                 if done == before:
                     break
         if hashing is not None:
@@ -337,6 +363,7 @@ class FileSystemBackend(Backend):
     async def _aclose(self) -> None:
         self._tree.leave()
         self._workers.shutdown(wait=False)
+        self._bulk.shutdown(wait=False)
 
 
 class _Chunks:

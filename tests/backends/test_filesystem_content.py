@@ -76,6 +76,7 @@ async def test_large_files_are_copied_slice_by_slice(
     backend: FileSystemBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, checksum: str | None
 ) -> None:
     monkeypatch.setattr(filesystem, "_SLICE", 100_000)
+    monkeypatch.setattr(filesystem, "_STRETCH", 0.0)
 
     def refuse(*_: Any) -> int:
         raise OSError(errno.EXDEV, "cross-device")
@@ -97,13 +98,14 @@ async def test_file_that_changes_while_it_is_copied(
     backend: FileSystemBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(filesystem, "_SLICE", 100_000)
+    monkeypatch.setattr(filesystem, "_STRETCH", 0.0)
     path = tmp_path / "content"
     path.write_bytes(pattern(BIG))
     copy = _draft.Draft.copy
 
-    def truncating(self: _draft.Draft, source: Any, count: int) -> int:
+    def truncating(self: _draft.Draft, source: Any, count: int, seconds: float) -> int:
         os.truncate(path, 50_000)
-        return copy(self, source, count)
+        return copy(self, source, count, seconds)
 
     monkeypatch.setattr(_draft.Draft, "copy", truncating)
     with pytest.raises(ContentError, match="changed"):
