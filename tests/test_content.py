@@ -18,9 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import aiofiles
-import django
 import pytest
-from django.conf import settings
 from django.core.files.base import ContentFile, File
 from django.core.files.uploadedfile import InMemoryUploadedFile, SimpleUploadedFile, TemporaryUploadedFile
 from hypothesis import given
@@ -31,10 +29,9 @@ from aproxy_storage import feeds, spool
 from aproxy_storage.content import Source
 from aproxy_storage.digest import hash_workers
 from aproxy_storage.errors import ConfigurationError, ContentError
+from tests.django_support.setup import configure
 
-if not settings.configured:
-    settings.configure(USE_TZ=True)
-    django.setup()
+configure()
 
 CHUNK = 4096
 SIZES = [0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 17]

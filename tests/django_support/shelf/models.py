@@ -1,0 +1,33 @@
+"""Models of users: from the barest to one with columns of its own."""
+
+from __future__ import annotations
+
+from django.db import models
+
+from sync_bridge.models import ContentObjectFieldMixin, OriginalStorageNameMixin, ProxyStorageModelBase
+
+
+class PlainFile(ProxyStorageModelBase):
+    """Files of one original; no column but the necessary ones."""
+
+
+class NamedFile(OriginalStorageNameMixin, ProxyStorageModelBase):
+    """Files of several originals."""
+
+
+class Shelf(models.Model):
+    """Something that files belong to."""
+
+    title = models.CharField(max_length=50)
+
+
+class Document(OriginalStorageNameMixin, ContentObjectFieldMixin, ProxyStorageModelBase):
+    """Files with columns of the user's own, of every awkward kind."""
+
+    title = models.CharField(max_length=20, default="", blank=True)
+    pages = models.PositiveIntegerField(null=True)
+    tags = models.JSONField(default=list)
+    due = models.DateTimeField(null=True)
+    price = models.DecimalField(max_digits=8, decimal_places=2, null=True)
+    isbn = models.CharField(max_length=20, null=True, unique=True)
+    shelf = models.ForeignKey(Shelf, null=True, on_delete=models.SET_NULL)
