@@ -57,12 +57,24 @@ PUBLIC_MODULES = {
     "backends.memory": ["MemoryBackend"],
     "meta_backends.memory": ["MemoryMetaBackend"],
     "meta_backends.sqlite": ["SQLiteMetaBackend"],
+    "config": [
+        "EMBEDDED",
+        "META_BACKENDS",
+        "ORIGINALS",
+        "PLACEMENTS",
+        "find_file",
+        "load",
+        "meta_backend_from_url",
+        "original_from_url",
+        "storage_from_urls",
+    ],
     "registry": ["get_storage", "register", "registered_names", "unregister"],
     "testing.backends": ["BackendTests"],
     "testing.meta_backends": ["MetaBackendTests", "make_record"],
     "tools.bulk": ["Result", "delete_many", "run_many", "save_many"],
     "tools.reconcile": ["Finding", "Report", "reconcile"],
     "tools.verify": ["verify"],
+    "urls": ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative_to"],
 }
 
 

@@ -19,6 +19,7 @@ from ..cleanup import Cleanup
 from ..content import Source
 from ..errors import (
     BackendUnavailable,
+    ConfigurationError,
     DeadlineExceeded,
     NotSupported,
     StorageError,
@@ -83,6 +84,15 @@ class Backend(abc.ABC):
 
     def __str__(self) -> str:
         return type(self).__name__
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make a backend of a URL, as configuration files hold it. Opens and connects nothing; see `urls`.
+
+        Raises:
+            ConfigurationError: this class has no URL form, or the URL is wrong. The message holds no secret of it.
+        """
+        raise ConfigurationError(f"{cls.__name__} has no URL form; make it in Python")
 
     # -- the contract
 

@@ -118,7 +118,7 @@ class FileSystemBackend(Backend):
             base_url=str,
             create_root=boolean,
             max_workers=int,
-            timeouts=Timeouts,
+            timeouts=True,
         )
         return cls(parsed.local_path(), **options)
 

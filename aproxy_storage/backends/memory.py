@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
+from typing import Self
 
 from ..content import Source
 from ..errors import AlreadyExists, NotFound
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
+from ..urls import URL
 from .base import Backend, Reader
 
 __all__ = ["MemoryBackend"]
@@ -48,6 +50,12 @@ class MemoryBackend(Backend):
         super().__init__(timeouts=timeouts)
         self._objects: dict[str, _Object] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make a new, empty one of ``memory:``, with ``timeouts.…`` as the only parameters."""
+        parsed = URL.parse(url)
+        return cls(**parsed.options(timeouts=True))
 
     def full_path(self, key: str) -> str:
         return f"memory://{key}"

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar, overload
 from ..cleanup import Cleanup
 from ..errors import (
     BackendUnavailable,
+    ConfigurationError,
     Conflict,
     DeadlineExceeded,
     NotFound,
@@ -76,6 +77,15 @@ class MetaBackend(abc.ABC):
 
     def __str__(self) -> str:
         return type(self).__name__
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make a meta-backend of a URL, as configuration files hold it. Opens and connects nothing; see `urls`.
+
+        Raises:
+            ConfigurationError: this class has no URL form, or the URL is wrong. The message holds no secret of it.
+        """
+        raise ConfigurationError(f"{cls.__name__} has no URL form; make it in Python")
 
     # -- one record
 

@@ -7,11 +7,12 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..errors import AlreadyExists, Conflict, InvalidPath, NotFound, StorageError
 from ..paths import successor
 from ..records import STORED, MetaRecord, Revision, State
+from ..urls import URL
 from ._rows import COLUMNS, changed, to_record, to_row
 from .base import MetaBackend, Unchanged
 
@@ -44,6 +45,11 @@ class MemoryMetaBackend(MetaBackend):
         self._unfinished: set[str] = set()
         self._owners_of: dict[tuple[str, str], set[str]] = {}  # (original, key) -> paths
         self._lock = threading.RLock()  # reentrant: a subclass may group calls
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make a new, empty one of ``memory:``, which has no parameters."""
+        return cls(**URL.parse(url).options())
 
     def now(self) -> float:
         """Return this database's time, in seconds since 1970 as of its making."""

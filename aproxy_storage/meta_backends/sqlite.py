@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from ..errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, NotSupported, StorageError
 from ..paths import successor
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
+from ..urls import URL, choice
 from ._rows import changed, to_record, to_row, values_of
 from ._sqlite_engine import Engine
 from ._sqlite_errors import sqlite_error
@@ -97,6 +98,22 @@ class SQLiteMetaBackend(MetaBackend):
             readers=readers,
             prepare=lambda cursor: prepare(cursor, self._sql, self.path),
         )
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one of ``sqlite:////srv/records.sqlite3?durability=power``, or of a relative ``sqlite:///records.sqlite3``.
+
+        By the custom of this scheme an absolute path has four slashes. The parameters are the arguments of the class.
+        """
+        parsed = URL.parse(url)
+        options = parsed.options(
+            table=str,
+            durability=choice("process", "power"),
+            readers=int,
+            busy_timeout=float,
+            timeouts=True,
+        )
+        return cls(parsed.database_path(), **options)
 
     def __str__(self) -> str:
         return f"SQLiteMetaBackend({self.path})"
