@@ -60,6 +60,12 @@ class PartialIndex(models.Index):
         _, expressions, options = super().deconstruct()
         return "django.db.models.Index", expressions, options
 
+    def __eq__(self, other: object) -> bool:
+        # Against the plain one of a migration too, or every `makemigrations` would find a change.
+        if isinstance(other, models.Index):
+            return bool(self.deconstruct() == other.deconstruct())
+        return NotImplemented
+
     def clone(self) -> PartialIndex:
         _, _, options = self.deconstruct()
         return type(self)(suffix=self.suffix, **options)
