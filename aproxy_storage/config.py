@@ -24,7 +24,7 @@ from .meta_backends.base import MetaBackend
 from .placement import Placement
 from .proxy import ProxyStorage
 from .timeouts import Timeouts
-from .urls import redacted, relative_to
+from .urls import redacted, relative_to, scheme_of
 
 __all__ = [
     "EMBEDDED",
@@ -149,7 +149,7 @@ def embedded(directory: str | os.PathLike[str] = EMBEDDED) -> ProxyStorage:
 
 
 def _from_url(kind: str, table: Mapping[str, str], base: type[T], url: str) -> T:
-    scheme = url.partition(":")[0].lower()
+    scheme = scheme_of(url)
     cls = _resolve(kind, table, scheme, url)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigurationError(f"{redacted(url)}: {cls!r}, which answers to {scheme!r}, is no {base.__name__}")

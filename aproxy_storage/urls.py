@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from .errors import ConfigurationError
 from .timeouts import Timeouts
 
-__all__ = ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative_to"]
+__all__ = ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative_to", "scheme_of"]
 
 _LIMITS = {f"timeouts.{name}": name for name in Timeouts.__dataclass_fields__}
 
@@ -61,7 +61,7 @@ class URL:
         Raises:
             ConfigurationError: it is no URL. The message holds no part that may be secret.
         """
-        scheme = _scheme(text)
+        scheme = scheme_of(text)
         try:
             parts = urlsplit(text)
             several = "," in parts.netloc
@@ -190,7 +190,7 @@ def relative_to(directory: str | os.PathLike[str]) -> Iterator[None]:
 def redacted(text: str) -> str:
     """Return a URL fit to be shown: without password, values of the query, and fragment."""
     try:
-        _scheme(text)
+        scheme_of(text)
     except ConfigurationError:
         return "(not a URL)"
     address, _, fragment = text.partition("#")
@@ -253,7 +253,12 @@ def choice(*values: str) -> Callable[[str], str]:
     return chosen
 
 
-def _scheme(text: str) -> str:
+def scheme_of(text: str) -> str:
+    """Return the scheme of a URL, in small letters.
+
+    Raises:
+        ConfigurationError: it has none.
+    """
     found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
     if found is None:
         raise ConfigurationError("this is no URL: it begins with no scheme like file: or sqlite:")

@@ -74,7 +74,7 @@ PUBLIC_MODULES = {
     "tools.bulk": ["Result", "delete_many", "run_many", "save_many"],
     "tools.reconcile": ["Finding", "Report", "reconcile"],
     "tools.verify": ["verify"],
-    "urls": ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative_to"],
+    "urls": ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative_to", "scheme_of"],
 }
 
 
