@@ -154,7 +154,7 @@ class Workers(concurrent.futures.Executor):
         max_waiting: jobs that may wait; more raise BackendUnavailable at once.
         share: jobs that one worker takes in one go at most.
 
-    Also a ``concurrent.futures.Executor``, so that aiofiles runs its handles on it.
+    Also a ``concurrent.futures.Executor``, for libraries that take one, such as aiofiles.
     """
 
     def __init__(self, name: str, max_workers: int, *, max_waiting: int = 10_000, share: int = 16) -> None:
@@ -330,7 +330,7 @@ class Workers(concurrent.futures.Executor):
             if self._jobs and self._is_slow():
                 self._rouse()
 
-    # -- concurrent.futures.Executor, for aiofiles
+    # -- concurrent.futures.Executor
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> concurrent.futures.Future[T]:
         """Have `fn` called in a worker; return a concurrent future."""

@@ -34,7 +34,6 @@ UPWARD = {
 # What a module may import besides the standard library.
 DRIVERS = {
     "sniffing": {"puremagic"},
-    "backends.filesystem": {"aiofiles"},
     "backends.s3": {"aioboto3", "aiobotocore", "botocore"},
     "backends.obstore": {"obstore"},
     "backends.gridfs": {"pymongo", "gridfs", "bson"},

@@ -369,8 +369,8 @@ class FileSystemBackend(Backend):
 class _Chunks:
     """The chunks of an open file, the next one being read while the consumer has the one before.
 
-    Not an aiofiles handle: its reads cannot be told apart from its position, so that a read that was given up could
-    not be asked for again, and each would need a timer and a task of its own.
+    Not an aiofiles handle: a read that was cancelled may or may not have moved its position, so that it could not be
+    asked for again, and opening, reading and closing a small file would be three hops.
     """
 
     def __init__(
