@@ -42,6 +42,7 @@ DRIVERS = {
     "backends.django": {"django", "asgiref"},
     "meta_backends.postgres": {"asyncpg"},
     "meta_backends.mongo": {"pymongo", "bson"},
+    "clients.mongo": {"pymongo", "bson"},
     "meta_backends.orm": {"django", "asgiref"},
 }
 
@@ -107,7 +108,10 @@ def allowed(name: str) -> set[str]:
     if folder in ("backends", "meta_backends"):
         # Helpers (_x) are those of the modules beside them; a backend never imports another backend.
         helpers = {other for other in siblings if other.partition(".")[2].startswith("_")}
-        return (below | {f"{folder}.base"} | helpers) if module else set()
+        clients = {other for other in NAMES.values() if other.startswith("clients.")}
+        return (below | {f"{folder}.base"} | helpers | clients) if module else set()
+    if folder == "clients":
+        return below
     if folder in ("tools", "testing", "serving"):
         return PUBLIC_API | siblings
     if name in ("config", "cli", "__main__"):
