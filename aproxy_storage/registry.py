@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import ConfigurationError
@@ -9,9 +10,19 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     from .proxy import ProxyStorage
 
-__all__ = ["get_storage", "register", "registered_names", "unregister"]
+__all__ = ["add_finder", "get_storage", "register", "registered_names", "unregister"]
 
 _storages: dict[str, ProxyStorage] = {}
+_finders: list[Callable[[str], ProxyStorage | None]] = []
+
+
+def add_finder(finder: Callable[[str], ProxyStorage | None]) -> None:
+    """Have `finder` asked for storages that are not registered, by their names; adding it again changes nothing.
+
+    For frameworks whose settings name storages that are made when somebody asks for them.
+    """
+    if finder not in _finders:
+        _finders.append(finder)
 
 
 def register(storage: ProxyStorage) -> ProxyStorage:
@@ -35,18 +46,20 @@ def unregister(name: str) -> None:
 
 
 def get_storage(name: str) -> ProxyStorage:
-    """Return the storage registered under `name`.
+    """Return the storage registered under `name`, or the one that a finder knows.
 
     Raises:
         ConfigurationError: there is none.
     """
-    try:
-        return _storages[name]
-    except KeyError:
+    found = _storages.get(name)
+    for finder in _finders:
+        found = found or finder(name)
+    if found is None:
         known = ", ".join(map(repr, sorted(_storages))) or "none"
         raise ConfigurationError(
             f"no storage named {name!r} is registered (known: {known}); call aproxy_storage.registry.register(storage)"
-        ) from None
+        )
+    return found
 
 
 def registered_names() -> tuple[str, ...]:

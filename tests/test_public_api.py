@@ -68,7 +68,7 @@ PUBLIC_MODULES = {
         "original_from_url",
         "storage_from_urls",
     ],
-    "registry": ["get_storage", "register", "registered_names", "unregister"],
+    "registry": ["add_finder", "get_storage", "register", "registered_names", "unregister"],
     "testing.backends": ["BackendTests"],
     "testing.meta_backends": ["MetaBackendTests", "make_record"],
     "tools.bulk": ["Result", "delete_many", "run_many", "save_many"],
