@@ -6,6 +6,8 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 PYTEST_ARGS ?=
+# Processes that run the tests side by side; 0: none but pytest's own, as a debugger needs it.
+PYTEST_WORKERS ?= auto
 BENCH_ARGS ?=
 
 $(STAMP): pyproject.toml .ci/make-venv
@@ -19,7 +21,7 @@ demo: $(STAMP) ## store a few files of this project through a ProxyStorage and r
 	$(PY) examples/first.py README.md pyproject.toml LICENSE
 
 test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
-	$(PY) -m pytest --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
 
 soak: $(STAMP) ## run the tests that take minutes
 	APROXY_SOAK=1 $(PY) -m pytest -m soak -o faulthandler_timeout=0 --durations=15 $(PYTEST_ARGS)

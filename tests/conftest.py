@@ -1,5 +1,12 @@
 """Servers and fixtures that all suites share. A server starts when a test first asks for it, and dies with the run."""
 
+import pytest
+
 from tests.django_support.setup import django_database, migrated_sqlite  # noqa: F401
 from tests.services.postgres import own_postgres, postgres_url  # noqa: F401
 from tests.services.s3 import own_s3, s3_server, s3_service  # noqa: F401
+from tests.telling import Told, tell  # noqa: F401
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Told())

@@ -20,7 +20,7 @@ ELF = b"\x7fELF\2\1\1\0"
 MP4 = b"\0\0\0\x18ftypmp42\0\0\0\0"
 HTML = b"<!DOCTYPE html><script>alert(1)</script>"
 SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>'
-GZIP = gzip.compress(b"x")
+GZIP = gzip.compress(b"x", mtime=0)
 
 
 def _zip() -> bytes:

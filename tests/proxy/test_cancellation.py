@@ -11,7 +11,7 @@ import contextlib
 import gc
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -32,14 +32,13 @@ from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.records import STORED, MetaRecord
 from aproxy_storage.tools.reconcile import reconcile
 from tests.proxy.stepping import Interrupted, Run, Stepped, cancelling, every_step, run_stepped
+from tests.telling import Tell
 
 PIECE = 512 << 10
 OLD, NEW = b"o" * 1000, b"n" * 1200
 OLD_BIG, NEW_BIG = os.urandom(PIECE) * 6, os.urandom(PIECE) * 6  # 3 MiB
 
 Possible = dict[str, tuple[bytes | None, ...]]  # file -> what may be in it; None: it is not there
-
-N_PER_VERB: dict[str, list[int]] = {}
 
 
 # -- the storage under test
@@ -364,7 +363,9 @@ CASES = [
     [pytest.param(*case, id=f"{case[0]}-{case[1]}-{'streamed' if case[2] else 'small'}-{case[3]}") for case in CASES],
 )
 @pytest.mark.asyncio
-async def test_cancelled_at_every_suspension(tmp_path: Path, kind: str, keys: str, big: bool, verb: str) -> None:
+async def test_cancelled_at_every_suspension(
+    tmp_path: Path, tell: Tell, kind: str, keys: str, big: bool, verb: str
+) -> None:
     async with a_world(tmp_path, kind, keys, big=big) as world:
         for late in (False, True):
 
@@ -375,7 +376,10 @@ async def test_cancelled_at_every_suspension(tmp_path: Path, kind: str, keys: st
             for first in reached:
                 async for _ in every_step(one, first=first, quiet_runs=1):
                     pass
-            _note(verb, kind, big, len(reached))
+            tell(
+                "suspensions at which each verb was cancelled",
+                f"{len(reached):>4}  {verb}: {kind}, {'streamed' if big else 'small'}, keys={keys!r}",
+            )
 
 
 @pytest.mark.parametrize("verb", ["replace", "move", "open('wb') old"])
@@ -573,21 +577,3 @@ async def test_a_swap_that_lands_after_its_cancellation_finds_its_bytes(verb: st
                 assert await file.read() in (OLD, NEW)
             await reconcile(storage, dry_run=False, force=True)
         await storage.aclose()
-
-
-# -- how many suspensions there were
-
-
-def _note(verb: str, kind: str, big: bool, count: int) -> None:
-    N_PER_VERB.setdefault(f"{kind}, {'streamed' if big else 'small'}: {verb}", []).append(count)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tell_how_many(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    if N_PER_VERB:
-        capture = request.config.pluginmanager.getplugin("capturemanager")
-        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
-            print("\nsuspensions at which each verb was cancelled:")
-            for what, counts in N_PER_VERB.items():
-                print(f"  {what:<34} {min(counts)}-{max(counts)}")

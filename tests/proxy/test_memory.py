@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.telling import Tell
+
 MIB = 1 << 20
 SCRIPT = Path(__file__).with_name("memory_scenarios.py")
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,7 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("scenario", LIMITS)
-def test_memory_stays_bounded(scenario: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_stays_bounded(scenario: str, tmp_path: Path, tell: Tell) -> None:
     """In a process of its own, so that nothing else grows in it; the fixture's directory is emptied at once."""
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("resident memory is measured by /proc, which this system has not")
@@ -48,7 +50,6 @@ def test_memory_stays_bounded(scenario: str, tmp_path: Path, capsys: pytest.Capt
         figures = {name: round(grown / MIB, 1) for name, grown in json.loads(done.stdout).items()}
     finally:
         shutil.rmtree(tmp_path / "files", ignore_errors=True)
-    with capsys.disabled():
-        print(f"\n  resident memory, {scenario}: grown by {figures} MiB")
+    tell("resident memory: grown by MiB", f"{scenario:<14} {figures}")
     for name, limit in LIMITS[scenario].items():
         assert figures[name] < limit, f"{scenario}, {name}: grown by {figures[name]} MiB, {limit} are allowed"
