@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import NotSupported
 from ..records import MetaRecord, Place
 
-__all__ = ["COLUMNS", "changed", "dump_extra", "to_record", "to_row", "values_of"]
+__all__ = ["COLUMNS", "changed", "dump_extra", "dump_places", "to_record", "to_row", "values_of"]
 
 #: The columns of a row, in the order of the fields of `MetaRecord`.
 COLUMNS = (
@@ -61,7 +61,7 @@ def dump_extra(extra: Mapping[str, Any]) -> str:
         raise NotSupported(f"extra must be representable in JSON: {error}") from error
 
 
-def _dump_places(places: Iterable[Place]) -> str:
+def dump_places(places: Iterable[Place]) -> str:
     return _encode([(place.original, place.key, place.state) for place in places]) if places else "[]"
 
 
@@ -88,7 +88,7 @@ def to_row(record: MetaRecord, lease: float | None, now: float) -> list[Any]:
         record.state,
         record.token,
         record.version,
-        _dump_places(record.places),
+        dump_places(record.places),
         lease,
         record.size,
         record.checksum,
@@ -150,7 +150,7 @@ def changed(row: Row, changes: Mapping[str, Any], now: float) -> tuple[list[Any]
     new = list(row)
     for name, value in changes.items():
         if name == "places":
-            value = _dump_places(value)
+            value = dump_places(value)
         elif name == "extra":
             value = dump_extra(value)
         new[_INDEX[name]] = value
