@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from .backends.base import DEFAULT_CHUNK_BYTES, Backend
@@ -131,7 +131,7 @@ class ProxyStorage(WritingVerbs):
 
     def save_many(
         self, items: Iterable[Any] | AsyncIterable[Any], *, concurrency: int = 32, **options: Any
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Save many; see `tools.bulk.save_many`."""
         from .tools.bulk import save_many
 
@@ -139,7 +139,7 @@ class ProxyStorage(WritingVerbs):
 
     def delete_many(
         self, paths: Iterable[Path] | AsyncIterable[Path], *, concurrency: int = 32, missing_ok: bool = False
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """Delete many; see `tools.bulk.delete_many`."""
         from .tools.bulk import delete_many
 
