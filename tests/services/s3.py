@@ -302,18 +302,13 @@ def s3_server() -> Iterator[S3Server]:
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def _s3_everywhere(request: pytest.FixtureRequest) -> S3Service:
-    if url := os.environ.get("APROXY_TEST_S3_URL"):
-        return _from_url(url)
-    server: S3Server = request.getfixturevalue("s3_server")
-    return server.service
-
-
 @pytest.fixture
-def s3_service(_s3_everywhere: S3Service) -> S3Service:
+def s3_service(request: pytest.FixtureRequest) -> S3Service:
     """Give the service to test with, and a prefix in it that is this test's own."""
-    return _s3_everywhere.fresh()
+    if url := os.environ.get("APROXY_TEST_S3_URL"):
+        return _from_url(url).fresh()
+    server: S3Server = request.getfixturevalue("s3_server")
+    return server.service.fresh()
 
 
 @pytest.fixture
