@@ -77,6 +77,8 @@ class MetaBackendHooks:
     #: The widest integer that `extra` keeps exactly, and whether a NUL survives in its texts.
     extra_integer: int = 2**63 - 1
     extra_keeps_nul: bool = True
+    #: A moment that is given comes back to the microsecond; else to the millisecond.
+    keeps_microseconds: bool = True
 
     async def row_behind(self, meta: Any, path: str) -> Mapping[str, Any] | None:
         """Return what the database holds for `path`, by column, read without `meta`."""

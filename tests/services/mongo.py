@@ -6,6 +6,7 @@ What kills or stops the server always gets one of its own.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -25,7 +26,7 @@ import pytest
 import pytest_asyncio
 from pymongo import AsyncMongoClient
 
-__all__ = ["DRIVERS", "MongoServer", "mongo_client", "mongo_database", "mongo_url", "own_mongo"]
+__all__ = ["DRIVERS", "Borrowed", "MongoServer", "mongo_client", "mongo_database", "mongo_url", "own_mongo"]
 
 #: Both drivers get every test that says so.
 DRIVERS = ("pymongo", "motor")
@@ -166,3 +167,31 @@ async def mongo_database(mongo_client: AsyncMongoClient[Any]) -> AsyncIterator[A
     name = f"aproxy_{uuid.uuid4().hex[:12]}"
     yield mongo_client[name]
     await mongo_client.drop_database(name)
+
+
+class Borrowed:
+    """What a user may pass: a function that gives the running loop a database of `driver`, of a client that is his."""
+
+    def __init__(self, driver: str, url: str, name: str, **options: Any) -> None:
+        self._driver = driver
+        self._url = url
+        self._name = name
+        self._options = options
+        self.clients: list[Any] = []
+
+    def __call__(self) -> Any:
+        if self._driver == "motor":
+            from motor.motor_asyncio import AsyncIOMotorClient
+
+            client = AsyncIOMotorClient(self._url, io_loop=asyncio.get_running_loop(), **self._options)
+        else:
+            client = AsyncMongoClient(self._url, **self._options)
+        self.clients.append(client)
+        return client[self._name]
+
+    async def close(self) -> None:
+        """Close what was given, as its owner has to."""
+        while self.clients:
+            closing = self.clients.pop().close()
+            if closing is not None:
+                await closing
