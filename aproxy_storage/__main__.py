@@ -1,0 +1,26 @@
+"""The command ``aproxy``, also ``aproxy-storage`` and ``python -m aproxy_storage``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; without the extra ``cli``, say how to install it and exit with 2."""
+    try:
+        from .cli.app import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("rich", "typer"):
+            raise
+        way_out = "Install it with: pip install 'aproxy-storage[cli]'"
+        sys.stderr.write(f"aproxy needs {error.name}, which is not installed. {way_out}\n")
+        sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that the locale cannot show
+    app(prog_name="aproxy")
+
+
+if __name__ == "__main__":
+    main()

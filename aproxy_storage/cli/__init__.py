@@ -1,0 +1,1 @@
+"""The command line: one module per group of commands; `app` lists them. Needs the extra ``cli``."""

@@ -1,0 +1,169 @@
+"""``ls``, ``stat``, ``rm``, ``mv`` and ``cp``: what is there, and under which path."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigurationError
+from ..proxy import ProxyStorage
+from ..records import CommonPrefix, MetaRecord
+from .output import described, printable, size, when
+from .session import Session, command
+from .transfer import Concurrency, directory_prefix
+
+__all__ = ["register"]
+
+Using = Annotated[
+    str | None, typer.Option("--using", metavar="ORIGINAL", help="Where the bytes go.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `app`."""
+    for function in (ls, stat, rm, mv, cp):
+        command(app)(function)
+
+
+async def ls(
+    session: Session,
+    prefix: Annotated[str, typer.Argument(help="Only paths that begin with this; letters/ for a directory.")] = "",
+    long: Annotated[bool, typer.Option("--long", "-l", help="Size, time and original too.")] = False,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Also what lies deeper.")] = False,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="PATH", help="Begin after this path.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-n", min=1, help="At most so many.", show_default=False)
+    ] = None,
+) -> None:
+    """List files, in byte order of their paths; directories end in a slash."""
+    storage = await session.storage()
+    entries: AsyncIterator[MetaRecord | CommonPrefix]
+    if recursive:
+        entries = storage.list(prefix, after=after, limit=limit)
+    else:
+        entries = storage.list(prefix, after=after, limit=limit, delimiter="/")
+    async for entry in entries:
+        if session.out.as_json:
+            session.out.json(described(entry) if isinstance(entry, MetaRecord) else {"directory": entry.path})
+        elif long and isinstance(entry, MetaRecord):
+            about = f"{size(entry.size):>10}  {when(entry.updated_at)}  {entry.original_storage_name:<10}"
+            session.out.line(f"{about}  {printable(entry.path)}")
+        else:
+            session.out.line(" " * (45 if long else 0) + printable(entry.path))
+
+
+async def stat(session: Session, paths: Annotated[list[str], typer.Argument(metavar="PATH...")]) -> None:
+    """Show the record of a file: where its bytes are, how many, their checksum."""
+    storage = await session.storage()
+    for number, path in enumerate(paths):
+        record = await storage.get(path)
+        where = storage.get_original(record.original_storage_name).full_path(record.original_storage_path)
+        if session.out.as_json:
+            session.out.json({**described(record), "full_path": where})
+            continue
+        if number:
+            session.out.line("")
+        for name, value in describe(record, where):
+            session.out.line(f"{name:>12}  {printable(value)}")
+
+
+def describe(record: MetaRecord, where: str) -> list[tuple[str, str]]:
+    """Return a record in words, line by line."""
+    exact = "" if record.size is None else f" ({record.size:,} bytes)"
+    rows = [
+        ("path", record.path),
+        ("size", size(record.size) + exact),
+        ("type", record.content_type or "?"),
+        ("checksum", record.checksum or "none"),
+        ("original", record.original_storage_name),
+        ("bytes at", where),
+        ("stored", when(record.created_at)),
+        ("changed", when(record.updated_at)),
+        ("version", str(record.version)),
+        ("given name", record.name or "?"),
+    ]
+    rows += [(f"extra {name}", str(value)) for name, value in record.extra.items()]
+    return rows
+
+
+async def rm(
+    session: Session,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="With -r directories, or . for everything.")],
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="All files below each PATH.")] = False,
+    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Do not mind what is not there.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    concurrency: Concurrency = 32,
+) -> None:
+    """Delete files. With -r it asks before, and says how many there are."""
+    storage = await session.storage()
+    count = len(paths)
+    if recursive:
+        count = 0
+        for path in paths:
+            count += await storage.meta.count(
+                directory_prefix(storage, path), proxy_storage_name=storage.name, state="stored"
+            )
+        if count:
+            session.confirm(f"Delete {count:,} files of storage {storage.name!r}?", sure=yes)
+
+    async def wanted() -> AsyncIterator[str]:
+        for path in paths:
+            if recursive:
+                async for record in storage.list(directory_prefix(storage, path)):
+                    yield record.path
+            else:
+                yield path
+
+    missing_ok = missing_ok or recursive  # then somebody else was faster
+    with session.out.progress("deleting", count) as bar:
+        results = storage.delete_many(wanted(), concurrency=concurrency, missing_ok=missing_ok)
+        async with contextlib.aclosing(results):
+            async for result in results:
+                if result.error is not None:
+                    session.failed(str(result.item), result.error)
+                else:
+                    session.did("deleted", str(result.item))
+                bar.advance(0)
+
+
+async def mv(
+    session: Session,
+    path: Annotated[str, typer.Argument()],
+    new_path: Annotated[str | None, typer.Argument(show_default=False)] = None,
+    using: Using = None,
+) -> None:
+    """Give a file another path, for which no byte moves, or move its bytes to another original with --using."""
+    if new_path is None and using is None:
+        raise ConfigurationError("where to? aproxy mv PATH NEW_PATH, or aproxy mv PATH --using ORIGINAL")
+    storage = await session.storage()
+    if using is not None:
+        record = await storage.move(path, using)
+        session.did("moved", path, record.size, told=True, original=using)
+    if new_path is not None:
+        target = beside(storage, path, new_path)
+        await storage.rename(path, target)
+        session.did("renamed", target, told=True, old_path=path)
+
+
+async def cp(
+    session: Session,
+    path: Annotated[str, typer.Argument()],
+    new_path: Annotated[str, typer.Argument()],
+    using: Using = None,
+) -> None:
+    """Copy a file; the copy has bytes of its own. If the path is taken, it gets the next free one, which is printed."""
+    storage = await session.storage()
+    copied = await storage.copy(path, beside(storage, path, new_path).removeprefix(storage.prefix), using=using)
+    session.did("copied", copied, told=True, source=path)
+
+
+def beside(storage: ProxyStorage, path: str, new_path: str) -> str:
+    """Return the full new path: below it, if it is a directory, within the prefix of the storage."""
+    if new_path.endswith("/"):
+        new_path += path.rpartition("/")[2]
+    return new_path if new_path.startswith(storage.prefix) else storage.prefix + new_path

@@ -1,0 +1,304 @@
+"""``put``, ``get`` and ``cat``: files in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError
+from ..proxy import ProxyStorage
+from ..records import ByteRange, MetaRecord
+from ..tools.bulk import run_many
+from .output import Bar, duration, size
+from .session import Session, command
+from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below
+
+__all__ = ["OnConflict", "put_files", "register"]
+
+_LOOK_UP = 200  # files whose records are asked for at once
+
+Concurrency = Annotated[int, typer.Option("--concurrency", "-j", min=1, help="Files at a time.")]
+
+
+class OnConflict(StrEnum):
+    """What to do with a file whose path is taken by one with other bytes."""
+
+    fail = "fail"
+    overwrite = "replace"
+    keep_both = "keep-both"
+    skip = "skip"
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `app`."""
+    command(app, creates=True)(put)
+    command(app)(get)
+    command(app)(cat)
+
+
+# -- put
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    local: Local
+    path: str
+    record: MetaRecord | None
+
+
+async def put(
+    session: Session,
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files; - is standard input.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", "-t", metavar="PATH", help="Path of a single one; of several, or with a / at its end, "
+                     "the directory.", show_default=False),
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Directories with all that is below.")] = False,
+    on_conflict: Annotated[
+        OnConflict, typer.Option("--on-conflict", help="If the path holds other bytes.")
+    ] = OnConflict.fail,
+    using: Annotated[
+        str | None, typer.Option("--using", metavar="ORIGINAL", help="Where the bytes go.", show_default=False)
+    ] = None,
+    concurrency: Concurrency = 32,
+) -> None:  # fmt: skip
+    """Store files, or whole trees with -r.
+
+    Files that are there already with the same checksum are skipped, so that the command can be repeated until all is
+    there.
+    """
+    storage = await session.storage()
+    if using is not None:
+        storage.get_original(using)
+    if Path("-") in sources:
+        if sources != [Path("-")] or not to or to.endswith("/"):
+            raise ConfigurationError("standard input goes alone and needs a path: aproxy put - --to PATH")
+        await _put_stdin(session, storage, to, on_conflict, using)
+        return
+    wanted = named(sources, to)
+
+    def files() -> Iterator[Local]:
+        for source, name in wanted:
+            yield from files_below(source, name, recursive=recursive)
+
+    total = None
+    if session.out.terminal:
+        total = await asyncio.to_thread(lambda: sum(1 for _ in files()))
+    began = asyncio.get_running_loop().time()
+    with session.out.progress("storing", total) as bar:
+        await put_files(session, storage, files(), bar, on_conflict=on_conflict, using=using, concurrency=concurrency)
+    took = asyncio.get_running_loop().time() - began
+    if session.tally.counts.get("stored", 0) > 1:
+        count, amount = session.tally.counts["stored"], session.tally.bytes
+        speed = f"{count / took:,.0f} files/s, {size(round(amount / took))}/s"
+        session.out.note(f"{size(amount)} in {duration(took)}: {speed}")
+
+
+async def put_files(
+    session: Session,
+    storage: ProxyStorage,
+    files: Iterator[Local],
+    bar: Bar,
+    *,
+    on_conflict: OnConflict = OnConflict.fail,
+    using: str | None = None,
+    concurrency: int = 32,
+) -> None:
+    """Store `files`, a bounded number at a time; tell what became of each."""
+
+    async def items() -> AsyncIterator[_Item]:
+        async for batch in batches(files, _LOOK_UP):
+            paths = [storage.prefix + local.name for local in batch]
+            records = await storage.get_many(paths)
+            for local, path, record in zip(batch, paths, records, strict=True):
+                yield _Item(local, path, record)
+
+    async def work(item: _Item) -> tuple[str, str]:
+        return await _put_one(storage, item, on_conflict, using)
+
+    results = run_many(storage, items(), work, name=lambda item: item.local, concurrency=concurrency)
+    async with contextlib.aclosing(results):
+        async for result in results:
+            local: Local = result.item
+            if result.error is not None:
+                session.failed(local.name, result.error, file=str(local.file))
+            else:
+                assert result.value is not None
+                action, path = result.value
+                stored = action in ("stored", "replaced")
+                session.did(
+                    action, path, local.size if stored else 0, told=path != storage.prefix + local.name,
+                    file=str(local.file), size=local.size,
+                )  # fmt: skip
+            bar.advance(local.size)
+    with contextlib.suppress(StorageError):
+        await storage.tidy()
+
+
+async def _put_one(storage: ProxyStorage, item: _Item, on_conflict: OnConflict, using: str | None) -> tuple[str, str]:
+    local, path, record = item.local, item.path, item.record
+    if local.error is not None:
+        raise local.error
+    if record is None:
+        return "stored", await storage.save(local.name, local.file, using=using)
+    if await has_bytes_of(local.file, record):
+        return "skipped", path
+    if on_conflict is OnConflict.overwrite:
+        await storage.replace(path, local.file, using=using)
+        return "replaced", path
+    if on_conflict is OnConflict.keep_both:
+        return "stored", await storage.save(local.name, local.file, using=using)
+    if on_conflict is OnConflict.skip:
+        return "kept", path
+    raise _taken(path, record)
+
+
+def _taken(path: str, record: MetaRecord) -> AlreadyExists:
+    why = "other bytes" if record.checksum else "bytes that cannot be compared, for want of a checksum"
+    return AlreadyExists(
+        f"{path!r} is stored already, with {why}; --on-conflict replace, keep-both or skip says what to do", path=path
+    )
+
+
+async def _put_stdin(
+    session: Session, storage: ProxyStorage, name: str, on_conflict: OnConflict, using: str | None
+) -> None:
+    path = storage.prefix + name
+    # Unbuffered, and not sys.stdin: a thread that waits in its lock would keep the interpreter from ending.
+    with os.fdopen(os.dup(0), "rb", buffering=0) as stdin:
+        taken = await storage.exists(path)
+        if taken and on_conflict is OnConflict.fail:
+            raise _taken(path, await storage.get(path))
+        if taken and on_conflict is OnConflict.skip:
+            session.did("kept", path, told=True)
+        elif taken and on_conflict is OnConflict.overwrite:
+            record = await storage.replace(path, stdin, using=using)
+            session.did("replaced", path, record.size, told=True, size=record.size)
+        else:
+            record = await storage.get(await storage.save(name, stdin, using=using))
+            session.did("stored", record.path, record.size, told=True, size=record.size)
+
+
+# -- get
+
+
+async def get(
+    session: Session,
+    path: Annotated[str, typer.Argument(help="A path; with -r a directory, or . for everything.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File or directory to write to.", show_default=False),
+    ] = None,
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="All files below PATH.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite local files with other bytes.")] = False,
+    concurrency: Concurrency = 8,
+) -> None:
+    """Fetch a file, or a tree with -r; every checksum is verified.
+
+    A local file appears when it is whole and verified. One that is there already with the same checksum is skipped.
+    """
+    storage = await session.storage()
+    if not recursive:
+        record = await storage.get(path)
+        name = record.path.rpartition("/")[2]
+        target = output or Path(name)
+        if target.is_dir():
+            target = target_below(target, name)
+        action = await _get_one(storage, record, target, force)
+        session.did(action, path, record.size, told=True, file=str(target))
+        return
+    prefix = directory_prefix(storage, path)
+    root = output if output is not None else Path(prefix.rstrip("/").rpartition("/")[2] or ".")
+
+    async def work(record: MetaRecord) -> tuple[str, Path]:
+        target = target_below(root, record.path.removeprefix(prefix))
+        return await _get_one(storage, record, target, force), target
+
+    total = None
+    if session.out.terminal:
+        total = await storage.meta.count(prefix, proxy_storage_name=storage.name, state="stored")
+    found = 0
+    with session.out.progress("fetching", total) as bar:
+        results = run_many(storage, storage.list(prefix), work, name=lambda record: record, concurrency=concurrency)
+        async with contextlib.aclosing(results):
+            async for result in results:
+                found += 1
+                record = result.item
+                if result.error is not None:
+                    session.failed(record.path, result.error)
+                else:
+                    assert result.value is not None
+                    action, target = result.value
+                    session.did(action, record.path, record.size if action == "fetched" else 0, file=str(target))
+                bar.advance(record.size)
+    if not found:
+        raise ContentError(f"there is nothing below {prefix!r}")
+
+
+def directory_prefix(storage: ProxyStorage, path: str) -> str:
+    """Return what the paths of all files below the directory `path` begin with."""
+    return storage.prefix if path in (".", "", "/") else path.rstrip("/") + "/"
+
+
+async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool) -> str:
+    if await asyncio.to_thread(os.path.lexists, target):
+        if await asyncio.to_thread(target.is_file) and await has_bytes_of(target, record):
+            return "skipped"
+        if not force:
+            raise AlreadyExists(f"{target} is there already, with other bytes; --force overwrites it")
+    draft = Draft(target)
+    try:
+        async with storage.open(record, verify=record.checksum is not None) as file:
+            await asyncio.to_thread(draft.create)
+            async for chunk in file:
+                await asyncio.to_thread(draft.write, chunk)
+        await asyncio.to_thread(draft.publish, replace=force)
+    finally:
+        draft.withdraw()
+    return "fetched"
+
+
+# -- cat
+
+
+async def cat(
+    session: Session,
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...")],
+    byte_range: Annotated[
+        str | None,
+        typer.Option("--range", metavar="RANGE", help="As in HTTP: 0-99 the first hundred bytes, 100- all from there, "
+                     "-100 the last hundred.", show_default=False),
+    ] = None,
+) -> None:  # fmt: skip
+    """Write files to standard output."""
+    part = None if byte_range is None else _range(byte_range)
+    storage = await session.storage()
+    sys.stdout.flush()
+    for path in paths:
+        async for chunk in storage.stream(path, byte_range=part):
+            # In this thread: a write that waits for its reader is ended by a second Ctrl-C.
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
+
+
+def _range(text: str) -> ByteRange:
+    found = re.fullmatch(r"(\d*)-(\d*)", text.strip())
+    if found is None or not (found[1] or found[2]):
+        raise ConfigurationError(f"--range {text!r}: write 0-99, 100- or -100")
+    first, last = found.groups()
+    if not first:
+        return ByteRange.last(int(last))
+    if last and int(last) < int(first):
+        raise ConfigurationError(f"--range {text!r} ends before it begins")
+    return ByteRange(int(first), int(last) + 1 if last else None)
