@@ -391,7 +391,7 @@ class _Chunks:
         self._chunk_bytes = chunk_bytes
         self._first: bytes | None = first
         self._ahead: asyncio.Future[bytes] | None = None
-        self._reading = False
+        self._abandoned = False  # a read that nobody waits for may be under way
 
     def __aiter__(self) -> _Chunks:
         return self
@@ -402,30 +402,39 @@ class _Chunks:
         if self._first is not None:
             data, self._first = self._first, None
         else:
-            ahead, self._ahead = self._ahead or self._ask(), None
-            self._reading = True  # and for good, if this is cancelled: the worker may go on
-            data = await ahead
-            self._reading = False
+            self._order()
+            assert self._ahead is not None
+            try:
+                data = await self._ahead
+            except BaseException:
+                self._forget()
+                raise
+            self._ahead = None
         self._at += len(data)
         if self._at < self._stop:
-            self._ahead = self._ask()
-            self._ahead.add_done_callback(_seen)
+            self._order()
         else:
             await self.aclose()
         return data
 
-    def _ask(self) -> asyncio.Future[bytes]:
-        assert self._opened is not None
-        stop = min(self._at + self._chunk_bytes, self._stop)
-        return self._workers.call(self._opened.read, self._at, stop, timeout=self._timeout)
+    def _order(self) -> None:
+        if self._ahead is None:
+            assert self._opened is not None
+            stop = min(self._at + self._chunk_bytes, self._stop)
+            self._ahead = self._workers.call(self._opened.read, self._at, stop, timeout=self._timeout)
+            self._ahead.add_done_callback(_seen)
+
+    def _forget(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        # Cancelled or out of time, its worker may still be at it.
+        if ahead is not None and (ahead.cancel() or ahead.cancelled() or ahead.exception() is not None):
+            self._abandoned = True
 
     async def aclose(self) -> None:
         """Let go of the file; a read that is under way keeps it open until its end."""
+        self._forget()
         opened, self._opened = self._opened, None
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and not ahead.done():
-            ahead.cancel()
-        elif opened is not None and not self._reading:
+        if opened is not None and not self._abandoned:
             opened.close()
 
 

@@ -361,3 +361,20 @@ async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
     assert len(descriptors(backend)) > len(before), "closed under a thread that reads from it"
     stuck.release.set()
     await until_open(backend, *before)
+
+
+async def test_reader_whose_next_chunk_is_out_of_time_closes_its_file_when_the_read_is_over(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await backend.write("a", pattern(BIG))
+    before = descriptors(backend)
+    backend.timeouts = Timeouts(idle=0.1)
+    async with backend.read("a", chunk_bytes=1 << 16) as reader:
+        stuck = Stuck(os.pread)
+        monkeypatch.setattr(_posix.os, "pread", stuck)
+        await anext(reader)
+        await until(stuck.reached)
+        await asyncio.sleep(0.5)  # nobody asks for the chunk that is read ahead, and its time runs out
+    assert len(descriptors(backend)) > len(before), "closed under a thread that reads from it"
+    stuck.release.set()
+    await until_open(backend, *before)
