@@ -1,0 +1,239 @@
+"""Single operations of many tasks, carried out together: what waits at the same time shares one statement.
+
+The first of them, when nothing else is under way, goes alone and at once, in its caller's own task. What comes while
+something is under way, or while there was company the last time, waits until the event loop has run every task that
+is ready, and goes together. So nobody waits for company that does not come, and a lone caller pays nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from typing import Any
+
+from ..cleanup import Cleanup
+from ..errors import BackendUnavailable, DeadlineExceeded, StorageError
+from ..loops import PerLoop
+
+__all__ = ["Coalescer"]
+
+_SHARE = 256  # operations in one statement at most
+_FLYING = 2  # statements of one kind under way at a time
+_MAX_WAITING = 100_000
+_TICK = 0.05  # seconds between two looks at the deadlines of those who wait
+
+
+class _Job:
+    __slots__ = ("deadline", "future", "item", "key", "sent")
+
+    def __init__(self, item: Any, key: Hashable, future: asyncio.Future[Any], deadline: float) -> None:
+        self.item = item
+        self.key = key
+        self.future = future
+        self.deadline = deadline
+        self.sent = False
+
+
+class _Queue:
+    """The operations of one kind, in one event loop."""
+
+    __slots__ = ("alone", "busy", "flying", "scheduled", "together", "waiting")
+
+    def __init__(
+        self,
+        alone: Callable[[Any], Awaitable[Any]],
+        together: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]],
+    ) -> None:
+        self.alone = alone
+        self.together = together
+        self.waiting: list[_Job] = []
+        self.flying = 0
+        self.busy = False  # the last time there was company
+        self.scheduled = False
+
+
+class _Here:
+    """What belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queues: dict[Hashable, _Queue] = {}
+        self.watched: deque[_Job] = deque()  # all have the same time, so the oldest is the next to run out of it
+        self.ticking = False
+        self.waiting = 0
+
+
+class Coalescer:
+    """Runs single operations together.
+
+    Args:
+        cleanup: holds the tasks in which statements for many run.
+        timeout: seconds for one operation, waiting included; None for no limit.
+        apart: whether an error of a statement for many means that it did nothing because of one of them; then each
+            is tried alone.
+        failed: returns a new error of ours for one operation whose shared statement has failed.
+    """
+
+    def __init__(
+        self,
+        cleanup: Cleanup,
+        timeout: float | None,
+        *,
+        apart: Callable[[BaseException], bool],
+        failed: Callable[[Exception], StorageError],
+    ) -> None:
+        self._cleanup = cleanup
+        self._timeout = timeout
+        self._apart = apart
+        self._failed = failed
+        self._here: PerLoop[_Here] = PerLoop(_Here)
+
+    async def ask(
+        self,
+        kind: Hashable,
+        item: Any,
+        alone: Callable[[Any], Awaitable[Any]],
+        together: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]],
+        *,
+        key: Hashable = None,
+    ) -> Any:
+        """Return the answer for `item`: of ``alone(item)``, or its part of the answers of ``together(items)``.
+
+        Items of one `kind` may share a statement, unless they have the same `key`.
+
+        Cancelled while it waits, it does nothing; after that its outcome is unknown.
+
+        Raises:
+            DeadlineExceeded: no answer in time. BackendUnavailable: too many wait already. And what `alone` raises,
+            or an answer of `together` that is an error.
+        """
+        here = self._here.get()
+        queue = here.queues.get(kind)
+        if queue is None:
+            queue = here.queues[kind] = _Queue(alone, together)
+        if not (queue.flying or queue.waiting or queue.busy):
+            queue.flying = 1
+            try:
+                async with asyncio.timeout(self._timeout):
+                    return await alone(item)
+            finally:
+                queue.flying -= 1
+                self._next(here, kind, queue)
+        if here.waiting >= _MAX_WAITING:
+            raise BackendUnavailable(f"{_MAX_WAITING} operations wait already")
+        job = _Job(item, key, here.loop.create_future(), here.loop.time() + (self._timeout or 0.0))
+        queue.waiting.append(job)
+        here.waiting += 1
+        self._next(here, kind, queue)
+        if self._timeout is not None:
+            here.watched.append(job)
+            if not here.ticking:
+                here.ticking = True
+                here.loop.call_later(_TICK, self._tick, here)
+        return await job.future
+
+    def _next(self, here: _Here, kind: Hashable, queue: _Queue) -> None:
+        """See to it that those who wait are sent, once the loop has run the tasks that are ready."""
+        if queue.waiting:
+            if not queue.scheduled and queue.flying < _FLYING:
+                queue.scheduled = True
+                here.loop.call_soon(self._send, here, kind, queue)
+        elif not (queue.flying or queue.busy):
+            here.queues.pop(kind, None)
+
+    def _send(self, here: _Here, kind: Hashable, queue: _Queue) -> None:
+        queue.scheduled = False
+        jobs, left = _split(queue.waiting)
+        here.waiting -= len(queue.waiting) - len(left)
+        queue.waiting = left
+        queue.busy = len(jobs) > 1
+        if jobs:
+            queue.flying += 1
+            self._cleanup.start(self._fly(here, kind, queue, jobs), name="statement for many", log=False)
+        self._next(here, kind, queue)
+
+    async def _fly(self, here: _Here, kind: Hashable, queue: _Queue, jobs: list[_Job]) -> None:
+        for job in jobs:
+            job.sent = True
+        try:
+            async with asyncio.timeout(self._timeout):
+                answers = await queue.together([job.item for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1 and self._apart(error):
+                for job in jobs:
+                    self._cleanup.start(self._fly_alone(queue, job), name="statement", log=False)
+            else:
+                for job in jobs:
+                    if not job.future.done():
+                        job.future.set_exception(self._failure(error))
+        except BaseException:  # cut short by a drain that took too long
+            for job in jobs:
+                job.future.cancel()
+            raise
+        else:
+            for job, answer in zip(jobs, answers, strict=True):
+                _answer(job, answer)
+        finally:
+            queue.flying -= 1
+            self._next(here, kind, queue)
+
+    async def _fly_alone(self, queue: _Queue, job: _Job) -> None:
+        try:
+            async with asyncio.timeout_at(job.deadline if self._timeout is not None else None):
+                _answer(job, await queue.alone(job.item))
+        except Exception as error:
+            _answer(job, self._failure(error))
+        except BaseException:
+            job.future.cancel()
+            raise
+
+    def _failure(self, error: Exception) -> StorageError:
+        failure = self._failed(error)
+        failure.__cause__ = error
+        return failure
+
+    def _tick(self, here: _Here) -> None:
+        now = here.loop.time()
+        watched = here.watched
+        while watched and (watched[0].future.done() or watched[0].deadline <= now):
+            job = watched.popleft()
+            if not job.future.done():
+                state = "without an answer" if job.sent else "while others were waited for"
+                job.future.set_exception(
+                    DeadlineExceeded(
+                        f"no time was left after {self._timeout:g} seconds, {state}", outcome_unknown=job.sent
+                    )
+                )
+        here.ticking = bool(watched)
+        if watched:
+            here.loop.call_later(_TICK, self._tick, here)
+
+
+def _split(waiting: list[_Job]) -> tuple[list[_Job], list[_Job]]:
+    """Return those that can share the next statement, and those that wait on. Who has given up is in neither."""
+    jobs: list[_Job] = []
+    left: list[_Job] = []
+    keys: set[Hashable] = set()
+    for number, job in enumerate(waiting):
+        if len(jobs) == _SHARE:
+            return jobs, left + waiting[number:]
+        if job.future.done():
+            continue
+        if job.key is None:
+            jobs.append(job)
+        elif job.key in keys:
+            left.append(job)
+        else:
+            keys.add(job.key)
+            jobs.append(job)
+    return jobs, left
+
+
+def _answer(job: _Job, answer: Any) -> None:
+    if job.future.done():  # its caller is gone
+        return
+    if isinstance(answer, StorageError):
+        job.future.set_exception(answer)
+    else:
+        job.future.set_result(answer)
