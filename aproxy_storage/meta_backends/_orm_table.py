@@ -1,0 +1,420 @@
+"""Records as rows of a Django model: its columns, what may be put into them, and the statements.
+
+The statements are written here and sent through Django's connection: `QuerySet` would compile each anew, which costs
+more than the database takes for it, and it can neither say whether an INSERT … ON CONFLICT inserted, nor return the
+row that an UPDATE has changed. Columns, values and conversions are those of the model's fields.
+
+Nothing here knows an event loop; everything runs in a thread of Django's.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import FieldDoesNotExist, ValidationError
+from django.db.models import Field, Model
+from django.db.models.expressions import DatabaseDefault
+from django.utils import timezone
+
+from ..errors import ConfigurationError, InvalidPath, NotSupported
+from ..paths import shown
+from ..records import MetaRecord, Place
+from ._rows import COLUMNS, dump_extra
+
+__all__ = ["Table"]
+
+#: The clock of the database, in seconds since 1970. Not now(), which stands still inside a transaction.
+_CLOCK = {
+    "postgresql": "extract(epoch FROM clock_timestamp())::float8",
+    "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
+}
+# One encoder and no options per call: json.dumps builds an encoder for every call that has any.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_OPTIONAL = frozenset({"original_storage_name", "extra"})
+
+
+class Table:
+    """One model on one kind of database.
+
+    Raises:
+        ConfigurationError: the model cannot keep records there; the message says what to change.
+    """
+
+    def __init__(self, model: type[Any], connection: Any, original: str) -> None:
+        meta = model._meta.concrete_model._meta
+        self.model = meta.concrete_model
+        self.label = meta.label
+        self.name = meta.db_table
+        self.original = original
+        self.vendor: str = connection.vendor
+        _check_database(connection, self.label)
+        if len(meta.local_concrete_fields) != len(meta.concrete_fields):
+            raise ConfigurationError(
+                f"{self.label} keeps its columns in several tables (multi-table inheritance); give ORMMetaBackend a"
+                " model whose bases are abstract"
+            )
+        self.fields = self._record_fields(meta)
+        self.has_original_name = "original_storage_name" in self.fields
+        self.has_extra = "extra" in self.fields
+        taken = {field.name for field in self.fields.values()}
+        self.custom: list[Any] = [
+            field for field in meta.concrete_fields if field.name not in taken and not field.primary_key
+        ]
+        self._custom_by_key = {
+            key: field for field in self.custom if not field.generated for key in (field.name, field.attname)
+        }
+        self._has_pre_save = [field for field in self.custom if type(field).pre_save is not Field.pre_save]
+        self._converted = [
+            (at, field) for at, field in enumerate(self.custom) if _converters(field, self.name, connection)
+        ]
+        self._pk = meta.pk.attname
+        self.lease = self.fields["lease"].column
+        #: Who else has to be told of a delete: Django follows foreign keys itself, the database does not.
+        self.has_dependents = any(True for relation in meta.related_objects)
+        self._write_statements(meta, connection)
+
+    def _record_fields(self, meta: Any) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        missing = []
+        for name in COLUMNS:
+            try:
+                field = meta.get_field(name)
+            except FieldDoesNotExist:
+                field = None
+            if field is not None and field.concrete and not field.is_relation:
+                fields[name] = field
+            elif name not in _OPTIONAL:
+                missing.append(name)
+        if missing:
+            raise ConfigurationError(
+                f"{self.label} lacks the columns {', '.join(missing)}: let it inherit from"
+                " sync_bridge.models.ProxyStorageModelBase, then run makemigrations and migrate"
+            )
+        if not fields["path"].unique:
+            raise ConfigurationError(f"{self.label}.path must be unique=True: two files could have one name")
+        return fields
+
+    def _write_statements(self, meta: Any, connection: Any) -> None:
+        quote = connection.ops.quote_name
+        postgres = self.vendor == "postgresql"
+        self.table = t = quote(self.name)
+        self.column = column = {name: quote(field.column) for name, field in self.fields.items()}
+        path, key, places = column["path"], column["original_storage_path"], column["places"]
+        self.clock = clock = _CLOCK[self.vendor]
+        # Text in byte order, also where the column of a model of the user's has the collation of a locale.
+        self._ordered = ordered = f'{path} COLLATE "C"' if postgres else path
+        self._casts = {field.column: f"%s::{field.db_type(connection)}" for field in meta.concrete_fields if postgres}
+        names = [*column.values(), quote(meta.pk.column), *(quote(field.column) for field in self.custom)]
+        self.columns = ", ".join(names)
+        self._quote = quote
+        self._seed = zlib.crc32(self.name.encode())
+        self._inserts: dict[tuple[Any, ...], str] = {}
+        self.get = f"SELECT {self.columns} FROM {t} WHERE {path} = %s"
+        self.exists = f"SELECT {column['state']}, {column['proxy_storage_name']} FROM {t} WHERE {path} = %s"
+        self.delete = f"DELETE FROM {t} WHERE {path} = %s"
+        self.expecting = f" AND {column['token']} = %s AND {column['version']} = %s"
+        # In the words of the partial indexes of `sync_bridge.models`, or SQLite would not see that it may use them.
+        self.unfinished = (
+            f"SELECT {self.columns} FROM {t}"
+            f" WHERE ({column['lease']} IS NOT NULL OR NOT ({column['state']} = 'stored'))"
+            f" AND {ordered} {{}} %s"
+        )
+        self.is_over = f" AND ({column['lease']} IS NULL OR {column['lease']} <= {clock} - %s)"
+        self.of_storage = f" AND {column['proxy_storage_name']} = %s"
+        self.in_state = f" AND {column['state']} = %s"
+        self.page = f"SELECT {self.columns} FROM {t} WHERE {ordered} {{}} %s"
+        self.count = f"SELECT count(*) FROM {t} WHERE {ordered} >= %s"
+        self.below = f" AND {ordered} < %s"
+        self.in_order = f" ORDER BY {ordered} LIMIT %s"
+        name = column.get("original_storage_name", "''")
+        if postgres:
+            each, its_original, its_key = (
+                f"jsonb_array_elements({t}.{places}::jsonb) AS place",
+                "place->>0",
+                "place->>1",
+            )
+        else:
+            each, pick = f"json_each({t}.{places}) AS place", "json_extract(place.value, '$[{}]')"
+            its_original, its_key = pick.format(0), pick.format(1)
+        self.owners = (
+            f"SELECT {path}, {name}, {path} FROM {t} WHERE {path} IN ({{0}}) AND {key} = {path}"
+            f" UNION ALL SELECT {key}, {name}, {path} FROM {t} WHERE NOT ({key} = {path}) AND {key} IN ({{0}})"
+            f" UNION ALL SELECT {its_key}, {its_original}, {t}.{path} FROM {t}, {each}"
+            f" WHERE NOT ({t}.{places} = '[]') AND {its_key} IN ({{0}})"
+        )
+
+    # -- statements that depend on the values
+
+    def insert(self, columns: tuple[str, ...], *, rows: int = 1, guarded: bool = False) -> str:
+        """Return the statement that inserts `rows` rows and returns those that were inserted.
+
+        It never waits for another transaction because of a row that is there already; with `guarded` nor because of
+        one that another transaction is about to insert, for a caller that holds one open.
+        """
+        found = self._inserts.get((columns, rows, guarded))
+        if found is not None:
+            return found
+        path = self.column["path"]
+        marks = [
+            f"{self.clock} + {self._casts.get(name, '%s')}" if name == self.lease else self._casts.get(name, "%s")
+            for name in columns
+        ]
+        values = ", ".join(marks)
+        text = f"INSERT INTO {self.table} ({', '.join(map(self._quote, columns))})"
+        if self.vendor == "postgresql" and rows == 1:
+            # ON CONFLICT alone would wait for whoever is changing or deleting a row of that path.
+            text += f" SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {self.table} WHERE {path} = %s)"
+            if guarded:
+                text += f" AND pg_try_advisory_xact_lock(hashtextextended(%s, {self._seed}))"
+        else:
+            text += " VALUES " + ", ".join([f"({values})"] * rows)
+        text += f" ON CONFLICT ({path}) DO NOTHING RETURNING {self.columns}"
+        if len(self._inserts) < 1000:
+            self._inserts[columns, rows, guarded] = text
+        return text
+
+    def update(self, columns: Iterable[str], *, lease: bool, moves: bool) -> str:
+        """Return the statement that sets `columns`, and last the lease where wanted, of the row of one path.
+
+        `moves`: the path is among the columns; then nothing is done where the new one is taken. One that another
+        transaction is about to insert is found out by the unique constraint.
+        """
+        sets = [f"{self._quote(name)} = {self._casts.get(name, '%s')}" for name in columns]
+        if lease:
+            sets.append(f"{self.column['lease']} = {self.clock} + {self._casts.get(self.lease, '%s')}")
+        text = f"UPDATE {self.table} SET {', '.join(sets)} WHERE {self.column['path']} = %s"
+        if moves:
+            text += f" AND NOT EXISTS (SELECT 1 FROM {self.table} AS other WHERE other.{self.column['path']} = %s)"
+        return text
+
+    # -- from records to values
+
+    def row_of(self, record: MetaRecord, connection: Any) -> dict[str, Any]:
+        """Return what to insert for `record`, by column, without the lease.
+
+        Raises:
+            InvalidPath, NotSupported: a value does not fit its column.
+            ConfigurationError: there is no column for a field of ``extra``, or none is given for a column without
+                a default.
+        """
+        now = timezone.now()
+        row: dict[str, Any] = {}
+        for name, field in self.fields.items():
+            if name not in ("lease", "extra"):
+                value = getattr(record, name)
+                row[field.column] = self._prepared(name, now if value is None and name.endswith("_at") else value)
+        self._check_original(record.original_storage_name)
+        custom, rest = self._split(record.extra)
+        if self.has_extra:
+            row[self.fields["extra"].column] = self._extra_text(rest)
+        row.update(self._custom_values(custom, connection, adding=True))
+        return row
+
+    def changes_of(self, changes: Mapping[str, Any], connection: Any) -> dict[str, Any]:
+        """Return what to set for `changes`, by column. Raises as `row_of`."""
+        row: dict[str, Any] = {}
+        for name, value in changes.items():
+            if name == "extra":
+                custom, rest = self._split(value)
+                if self.has_extra:
+                    row[self.fields["extra"].column] = self._extra_text(rest)
+                row.update(self._custom_values(custom, connection, adding=False))
+            elif name == "original_storage_name" and not self.has_original_name:
+                self._check_original(value)
+            else:
+                row[self.fields[name].column] = self._prepared(name, value)
+        row[self.fields["updated_at"].column] = self._prepared("updated_at", timezone.now())
+        return row
+
+    def can_fail(self, changes: Mapping[str, Any]) -> bool:
+        """Return whether the database may refuse these values, so that a transaction needs a savepoint."""
+        return "path" in changes or bool(self.custom and changes.get("extra"))
+
+    def is_storable(self, text: str) -> bool:
+        """Return whether a column could hold `text`: what cannot be there need not be asked for."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+        return self.vendor != "postgresql" or "\0" not in text
+
+    def _prepared(self, name: str, value: Any) -> Any:
+        if name == "places":
+            return _encode([(place.original, place.key, place.state) for place in value]) if value else "[]"
+        if isinstance(value, datetime):
+            # Under USE_TZ=False Django keeps local time, in SQLite without a zone.
+            if not settings.USE_TZ:
+                return timezone.make_naive(value).isoformat(" ") if self.vendor == "sqlite" else value
+            return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ") if self.vendor == "sqlite" else value
+        if isinstance(value, str):
+            self._check_text(name, value, self.fields[name])
+        return value
+
+    def _check_text(self, name: str, value: str, field: Any) -> None:
+        is_path = name in ("path", "original_storage_path")
+        error = InvalidPath if is_path else NotSupported
+        if not self.is_storable(value):
+            raise error(f"{self.label}.{name} cannot hold {shown(value)}: a lone surrogate or a NUL", path=None)
+        limit = field.max_length
+        if limit is not None and len(value) > limit:
+            # PostgreSQL would refuse it too, but by breaking the caller's transaction; SQLite would not.
+            raise error(f"{self.label}.{name} holds {limit} characters, not the {len(value)} of {shown(value)}")
+
+    def _check_original(self, name: str) -> None:
+        if not self.has_original_name and name not in ("", self.original):
+            raise ConfigurationError(
+                f"{self.label} has no column original_storage_name, so all its files are in {self.original!r}, not in"
+                f" {name!r}: add sync_bridge.models.OriginalStorageNameMixin to its bases (then makemigrations and"
+                f" migrate), or give ORMMetaBackend original={name!r}"
+            )
+
+    def _split(self, extra: Mapping[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+        """Return the values that have a column, by field, and the others."""
+        custom: dict[Any, Any] = {}
+        rest: dict[str, Any] = {}
+        for key, value in extra.items():
+            field = self._custom_by_key.get(key)
+            if field is None:
+                rest[key] = value
+            else:
+                custom[field] = value
+        if rest and not self.has_extra:
+            raise ConfigurationError(
+                f"{self.label} has no column for {', '.join(map(repr, rest))}: add it, or a JSONField named extra for"
+                " everything without a column, then run makemigrations and migrate"
+            )
+        return custom, rest
+
+    def _extra_text(self, rest: Mapping[str, Any]) -> str | None:
+        if not rest:
+            return None if self.fields["extra"].null else "{}"
+        text = dump_extra(rest)
+        if not self.is_storable(text) or (self.vendor == "postgresql" and "\\u0000" in text):
+            raise NotSupported(f"{self.label}.extra cannot hold text with a lone surrogate or a NUL")
+        return text
+
+    def _custom_values(self, given: Mapping[Any, Any], connection: Any, *, adding: bool) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        instance = None
+        for field in self.custom:
+            if field.generated:
+                continue
+            if field in given:
+                value = given[field]
+            else:
+                value = field.get_default()
+                if isinstance(value, DatabaseDefault):
+                    continue  # the database's business when a row is new, and left alone afterwards
+                if value is None and not field.null and field not in self._has_pre_save:
+                    if not adding:
+                        continue
+                    raise ConfigurationError(
+                        f"{self.label}.{field.name} has no default: give it in extra=, or from"
+                        " get_data_for_meta_backend_save of the storage"
+                    )
+            if field in self._has_pre_save:
+                instance = instance or self.model()
+                setattr(instance, field.attname, value)
+                value = field.pre_save(instance, adding)
+            row[field.column] = self._custom_value(field, value, connection)
+        return row
+
+    def _custom_value(self, field: Any, value: Any, connection: Any) -> Any:
+        if isinstance(value, Model) and field.is_relation:
+            value = getattr(value, field.target_field.attname)
+        try:
+            prepared = field.get_db_prep_save(value, connection)
+        except (TypeError, ValueError, ArithmeticError, ValidationError) as error:
+            raise NotSupported(f"{self.label}.{field.name} cannot hold {shown(str(value))}: {error}") from error
+        if prepared is None and not field.null:
+            raise NotSupported(f"{self.label}.{field.name} cannot be None")
+        if isinstance(prepared, str):
+            self._check_text(field.name, prepared, field)
+        return prepared
+
+    # -- from rows to records
+
+    def records(self, rows: Sequence[Sequence[Any]], connection: Any) -> list[MetaRecord]:
+        """Return the records of rows with `columns`."""
+        if not rows:
+            return []
+        converters = [
+            (at, _converters(field, self.name, connection), field.get_col(self.name)) for at, field in self._converted
+        ]
+        return [self._record(row, converters, connection) for row in rows]
+
+    def _record(self, row: Sequence[Any], converters: Sequence[Any], connection: Any) -> MetaRecord:
+        count = len(self.fields)
+        values = dict(zip(self.fields, row, strict=False))
+        native = {self._pk: row[count]}
+        extra: dict[str, Any] = _loaded(values["extra"]) if self.has_extra else {}
+        if self.custom:
+            own = list(row[count + 1 :])
+            for at, functions, expression in converters:
+                for function in functions:
+                    own[at] = function(own[at], expression, connection)
+            for field, value in zip(self.custom, own, strict=True):
+                native[field.attname] = value
+                # What a new row gets anyway says nothing.
+                if value is not None and not field.generated and value != field.get_default():
+                    extra[field.attname] = value
+        places, lease = values["places"], values["lease"]
+        return MetaRecord(
+            values["path"],
+            values["proxy_storage_name"],
+            values["original_storage_name"] if self.has_original_name else self.original,
+            values["original_storage_path"],
+            values["state"],
+            values["token"],
+            values["version"],
+            () if places == "[]" else tuple(Place(*place) for place in json.loads(places)),
+            None if lease is None else datetime.fromtimestamp(lease, UTC),
+            values["size"],
+            values["checksum"],
+            values["content_type"],
+            values["name"],
+            _moment(values["created_at"], connection),
+            _moment(values["updated_at"], connection),
+            extra,
+            native,
+        )
+
+
+def _check_database(connection: Any, label: str) -> None:
+    if connection.vendor not in _CLOCK:
+        raise ConfigurationError(
+            f"ORMMetaBackend keeps records on PostgreSQL and SQLite; the database {connection.alias!r} of {label} is"
+            f" {connection.display_name}"
+        )
+    if not connection.features.can_return_columns_from_insert:
+        raise ConfigurationError("ORMMetaBackend needs SQLite 3.35 or newer (RETURNING)")
+
+
+def _converters(field: Any, table: str, connection: Any) -> list[Any]:
+    column = field.get_col(table)
+    return [*connection.ops.get_db_converters(column), *column.get_db_converters(connection)]
+
+
+def _moment(value: Any, connection: Any) -> datetime | None:
+    if value is None:
+        return None
+    moment = datetime.fromisoformat(value) if isinstance(value, str) else value
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=connection.timezone) if settings.USE_TZ else timezone.make_aware(moment)
+    return moment.astimezone(UTC)
+
+
+def _loaded(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = json.loads(value, parse_int=_integer)
+    return value if isinstance(value, dict) else {}
+
+
+def _integer(text: str) -> int | float:
+    # PostgreSQL writes out a float like 1e300 as three hundred digits.
+    return int(text) if len(text) <= 20 else float(text)

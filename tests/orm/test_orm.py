@@ -1,0 +1,69 @@
+"""`ORMMetaBackend` against the suite, on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from asgiref.sync import sync_to_async
+from django.db import connections
+
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
+from aproxy_storage.testing.meta_backends import MetaBackendTests
+
+CLOCKS = {
+    "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "extract(epoch from clock_timestamp())",
+}
+
+
+class ORMTests(MetaBackendTests):
+    @pytest_asyncio.fixture
+    async def meta(self, database: str) -> AsyncIterator[ORMMetaBackend]:
+        async with ORMMetaBackend("sync_bridge.StoredFile", using=database) as meta:
+            yield meta
+
+    async def fetch(self, meta: ORMMetaBackend, sql: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        def run() -> list[dict[str, Any]]:
+            with connections[meta.using].cursor() as cursor:
+                cursor.execute(sql, values)
+                if cursor.description is None:
+                    return []
+                names = [column[0] for column in cursor.description]
+                return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+        return await sync_to_async(run)()
+
+    async def row_behind(self, meta: ORMMetaBackend, path: str) -> Mapping[str, Any] | None:
+        rows = await self.fetch(meta, "SELECT * FROM sync_bridge_storedfile WHERE path = %s", (path,))
+        return rows[0] if rows else None
+
+    async def rows_behind(self, meta: ORMMetaBackend) -> Sequence[Mapping[str, Any]]:
+        return await self.fetch(meta, "SELECT * FROM sync_bridge_storedfile")
+
+    async def insert_behind(self, meta: ORMMetaBackend, **columns: Any) -> None:
+        marks = ", ".join(["%s"] * len(columns))
+        await self.fetch(
+            meta, f"INSERT INTO sync_bridge_storedfile ({', '.join(columns)}) VALUES ({marks})", list(columns.values())
+        )
+
+    async def expire_lease_behind(self, meta: ORMMetaBackend, path: str, *, ago: float = 1.0) -> None:
+        clock = CLOCKS[connections[meta.using].vendor]
+        await self.fetch(meta, f"UPDATE sync_bridge_storedfile SET lease = {clock} - %s WHERE path = %s", (ago, path))
+
+
+class TestOnSQLite(ORMTests):
+    @pytest.fixture
+    def database(self, django_database: Path) -> str:
+        return "default"
+
+
+class TestOnPostgreSQL(ORMTests):
+    extra_keeps_nul = False
+
+    @pytest.fixture
+    def database(self, postgres_database: str) -> str:
+        return postgres_database
