@@ -46,6 +46,7 @@ ORIGINALS = {
 
 #: Schemes of meta-backends. One that is in both tables (``memory``) is told apart by which of them is asked.
 META_BACKENDS = {
+    "django-orm": "aproxy_storage.meta_backends.orm:ORMMetaBackend",
     "memory": "aproxy_storage.meta_backends.memory:MemoryMetaBackend",
     "sqlite": "aproxy_storage.meta_backends.sqlite:SQLiteMetaBackend",
 }
