@@ -265,7 +265,7 @@ class Writing:
                 await self._finish(self._take_back(held.record, new, unsure=unsure), "undo of a replacement")
                 raise
         if storage.keep_replaced <= 0:
-            stored = await self._drop_surplus(stored, until)
+            stored = await self._drop_after_commit(stored, until)
         return stored
 
     async def _with_latest(
@@ -326,6 +326,17 @@ class Writing:
                 return  # else the lease runs out, and reconcile discards it again
             except Conflict:
                 continue
+
+    async def _drop_after_commit(self, record: MetaRecord, until: float) -> MetaRecord:
+        """Discard the old bytes now; in a caller's transaction when it commits, for it may be rolled back (J8)."""
+        latest = record
+
+        async def drop() -> None:
+            nonlocal latest
+            latest = await self._drop_surplus(record, until)
+
+        await self._storage.meta.after_commit(drop)
+        return latest
 
     async def _drop_surplus(self, record: MetaRecord, until: float) -> MetaRecord:
         journal = self._storage.journal

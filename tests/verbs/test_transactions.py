@@ -123,6 +123,22 @@ async def test_delete_and_replace_remove_bytes_only_after_the_commit(
         await storage.get("a.txt")
 
 
+async def test_a_rolled_back_replace_keeps_bytes_that_were_not_to_be_kept(meta: TransactionalMeta) -> None:
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta, keep_replaced=0)
+    await storage.save("a.txt", b"1")
+    with pytest.raises(Rollback):
+        async with meta.atomic():
+            await storage.replace("a.txt", b"2")
+            raise Rollback
+    assert await read(storage, "a.txt") == b"1"
+    async with meta.atomic():
+        await storage.replace("a.txt", b"3")
+        assert len(await keys(storage)) == 3  # the old bytes, those of the replacement rolled back, and the new ones
+    assert await read(storage, "a.txt") == b"3"
+    assert "a.txt" not in await keys(storage)
+    assert (await storage.get("a.txt")).places == ()
+
+
 async def test_a_taken_key_means_a_taken_name(storage: ProxyStorage, meta: TransactionalMeta) -> None:
     await storage.get_original().write("a.txt", b"foreign")
     async with meta.atomic():
