@@ -1,6 +1,6 @@
 """Say where the time of small saves and deletes goes: CPU microseconds an operation, by thread.
 
-    python benchmarks/where.py [--files N] [--rounds N]
+python benchmarks/where.py [--files N] [--rounds N]
 """
 
 import argparse
@@ -29,8 +29,9 @@ def spent() -> dict[str, float]:
     for thread in threading.enumerate():
         taken = Path(f"/proc/self/task/{thread.native_id}/schedstat")
         if taken.exists():
-            kind = thread.name.rpartition("-")[0].partition(" of ")[0]
-            seconds["event loop" if thread is threading.main_thread() else kind] += int(taken.read_text().split()[0]) / 1e9
+            name = thread.name.rpartition("-")[0].partition(" of ")[0]
+            kind = "event loop" if thread is threading.main_thread() else name
+            seconds[kind] += int(taken.read_text().split()[0]) / 1e9
     return seconds
 
 

@@ -59,3 +59,13 @@ def test_whole_run_tiny(tmp_path: pathlib.Path) -> None:
         assert contender in done.stdout
     assert "left out" not in done.stdout
     assert (ROOT / "benchmarks" / "README.md").read_text() == before, "a tiny run is not a result"
+
+
+def test_the_profile_names_every_thread() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "where.py"), "--files", "16", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    for line, verb in zip(done.stdout.splitlines(), ("save", "delete"), strict=True):
+        assert line.startswith(f"{verb}, microseconds each: wall clock")
+        assert "event loop" in line
+        assert "files" in line
+        assert "writer" in line
