@@ -4,7 +4,9 @@ Backends are imported by their module (``aproxy_storage.backends.filesystem``), 
 imports no driver.
 """
 
+from .attempts import Attempt
 from .backends.base import Backend, Reader
+from .breaker import Breaker
 from .content import Source
 from .errors import (
     AccessDenied,
@@ -22,11 +24,14 @@ from .errors import (
     OutOfSpace,
     StorageError,
 )
+from .fallback import Fallback, Original
 from .files import AsyncFile, AsyncWriter
+from .gates import Traffic
 from .meta_backends.base import MetaBackend
-from .placement import First, Placement, Request, Route
+from .placement import First, Limits, Placement, Request, Route, by_content_type, by_suffix
 from .proxy import Health, ProxyStorage
 from .records import ByteRange, Capabilities, CommonPrefix, MetaRecord, ObjectInfo, Place, Revision
+from .replicate import Replicate
 from .timeouts import Timeouts
 
 __all__ = [
@@ -34,8 +39,10 @@ __all__ = [
     "AlreadyExists",
     "AsyncFile",
     "AsyncWriter",
+    "Attempt",
     "Backend",
     "BackendUnavailable",
+    "Breaker",
     "ByteRange",
     "Capabilities",
     "CommonPrefix",
@@ -43,25 +50,32 @@ __all__ = [
     "Conflict",
     "ContentError",
     "DeadlineExceeded",
+    "Fallback",
     "First",
     "Health",
     "IntegrityError",
     "InvalidPath",
+    "Limits",
     "MetaBackend",
     "MetaRecord",
     "MissingDependency",
     "NotFound",
     "NotSupported",
     "ObjectInfo",
+    "Original",
     "OutOfSpace",
     "Place",
     "Placement",
     "ProxyStorage",
     "Reader",
+    "Replicate",
     "Request",
     "Revision",
     "Route",
     "Source",
     "StorageError",
     "Timeouts",
+    "Traffic",
+    "by_content_type",
+    "by_suffix",
 ]

@@ -10,14 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 from collections.abc import Coroutine
 from typing import Any
 
 from .loops import PerLoop
 
-__all__ = ["Cleanup"]
+__all__ = ["Cleanup", "patience"]
 
 _log = logging.getLogger(__name__)
+
+#: The most seconds that `Cleanup.finish` waits in this context. An attempt that can fall back does not wait for a hung
+#: original to take back what it was given up for.
+patience: contextvars.ContextVar[float] = contextvars.ContextVar("aproxy_storage.cleanup.patience", default=math.inf)
 
 
 class Cleanup:
@@ -52,13 +57,14 @@ class Cleanup:
         return task
 
     async def finish(self, work: Coroutine[Any, Any, Any], *, within: float, name: str = "cleanup") -> bool:
-        """Run `work` in a task of the owner's and wait for it at most `within` seconds; return whether it ended.
+        """Run `work` in a task of the owner's and wait for it at most `within` seconds (see also `patience`); return
+        whether it ended.
 
         A failure of `work` is logged, not raised: the caller is on its way out with an error of its own.
         If the caller is cancelled while it waits, the CancelledError is raised and `work` goes on.
         """
         task = self.start(work, name=name)
-        done, _ = await asyncio.wait({task}, timeout=within)
+        done, _ = await asyncio.wait({task}, timeout=min(within, patience.get()))
         return bool(done)
 
     async def drain(self, *, within: float) -> None:

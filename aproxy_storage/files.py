@@ -6,20 +6,27 @@ import asyncio
 import contextvars
 import hashlib
 import io
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .digest import INLINE_BYTES
-from .errors import Conflict, IntegrityError, NotFound, NotSupported
-from .records import ByteRange, MetaRecord
+from .errors import BackendUnavailable, Conflict, IntegrityError, NotFound, NotSupported, StorageError
+from .records import ByteRange, MetaRecord, Place
 
 if TYPE_CHECKING:
     from .backends.base import Backend, Reading
+    from .openings import Opened
     from .proxy_writing import WritingVerbs
 
+    #: Opens the rest of a file at another copy than those that have failed; None: there is no other.
+    Elsewhere = Callable[[Sequence[Place], ByteRange], Awaitable[Opened | None]]
+
 __all__ = ["AsyncFile", "AsyncWriter", "Opening"]
+
+_log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound="AsyncFile | AsyncWriter")
 
@@ -39,8 +46,10 @@ class AsyncFile:
 
     def __init__(
         self, record: MetaRecord, backend: Backend, reading: Reading, byte_range: ByteRange | None, chunk_bytes: int,
-        verify: bool,
+        verify: bool, elsewhere: Elsewhere | None = None,
     ) -> None:  # fmt: skip
+        self._elsewhere = elsewhere
+        self._failed: list[Place] = []  # copies that broke off
         self.record = record
         self.name = record.path
         self.mode = "rb"
@@ -156,6 +165,10 @@ class AsyncFile:
             chunk = await anext(self._reading, b"")
         except NotFound as error:
             raise self._vanished() from error
+        except BackendUnavailable as error:
+            if not await self._go_on_elsewhere(error):
+                raise
+            return await self._next_chunk()
         if not chunk or self._at + len(chunk) > self.size:
             raise IntegrityError(
                 f"{self.name!r} should have {self.size} bytes, {self._backend} gave "
@@ -166,6 +179,21 @@ class AsyncFile:
         if self._hash is not None:
             await self._hash.update(chunk)
         return chunk
+
+    async def _go_on_elsewhere(self, error: StorageError) -> bool:
+        """Go on at another copy, from where this one broke off; return False if there is none."""
+        if self._elsewhere is None:
+            return False
+        await self._stop_reading()
+        rest = ByteRange(self._start + self._position, self._start + self.size)
+        opened = await self._elsewhere(self._failed, rest)
+        if opened is None:
+            return False
+        _log.warning("the reading of %r broke off, and goes on in %s: %s", self.name, opened.backend, error)
+        self._failed.append(opened.place)
+        self._backend, self._key = opened.backend, opened.place.key
+        self._reading, self._etag, self._at = opened.reading, opened.reading.info.etag, self._position
+        return True
 
     async def _read_from(self, position: int) -> None:
         await self._stop_reading()

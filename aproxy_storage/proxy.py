@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
+from .attempts import Attempt
 from .backends.base import DEFAULT_CHUNK_BYTES, Backend
 from .cleanup import Cleanup
 from .errors import ConfigurationError, StorageError
+from .fallback import Original
+from .gates import Gate
 from .health import Health, check_health
 from .journal import Journal
 from .meta_backends.base import MetaBackend
@@ -24,7 +27,7 @@ __all__ = ["Health", "Path", "ProxyStorage"]
 
 _log = logging.getLogger(__name__)
 
-Originals = Backend | Mapping[str, Backend] | Iterable[tuple[str, Backend]]
+Originals = Backend | Original | Mapping[str, Backend | Original] | Iterable[tuple[str, Backend | Original]]
 
 
 class ProxyStorage(WritingVerbs):
@@ -32,7 +35,8 @@ class ProxyStorage(WritingVerbs):
 
     Args:
         name: written into every record; tells storages that share a meta-backend apart.
-        originals: one backend (then named ``"default"``), a mapping, or pairs of name and backend.
+        originals: one backend (then named ``"default"``), a mapping, or pairs of name and backend. An `Original`
+            in place of a backend gives it rules of its own.
         meta: the meta-backend.
         placement: which original a new file goes to; the first one by default.
         prefix: begins every path of this storage; keys in the originals are without it.
@@ -47,6 +51,8 @@ class ProxyStorage(WritingVerbs):
         max_path_bytes: how long a new path may be, in UTF-8.
         tidy_every: seconds between two `tidy` that saves, replacements and deletions start in the background; the
             first of them starts one at once. None: only `save_many` and `aclose` tidy up.
+        on_attempt: called with an `Attempt` at the end of each, for metrics; in the task that made it, so it must
+            not block. What it raises is logged.
 
     A subclass may give `name`, `originals`, `meta` and `placement` as class attributes instead. The constructor only
     stores; an instance is a module-level constant, to be used from any event loop and after a fork. No verb keeps
@@ -79,15 +85,19 @@ class ProxyStorage(WritingVerbs):
         keep_replaced: float = 60.0,
         max_path_bytes: int = MAX_PATH_BYTES,
         tidy_every: float | None = None,
+        on_attempt: Callable[[Attempt], None] | None = None,
     ) -> None:
         self.name = name if name is not None else self.name
         given = originals if originals is not None else getattr(type(self), "originals", None)
-        self.originals = _named(given)
+        rules = _named(given)
+        self.originals = {name: each.backend for name, each in rules.items()}
         meta = meta if meta is not None else getattr(type(self), "meta", None)
         if not self.name or not self.originals or meta is None:
             raise ConfigurationError("a ProxyStorage needs a name, at least one original and a meta-backend")
         self.meta = meta
         self.placement = placement if placement is not None else self.placement
+        self.gates = {name: self._gate(name, original) for name, original in rules.items()}
+        self.on_attempt = on_attempt
         if prefix:
             prefix = check_path(prefix.rstrip("/")) + "/"
         if keys not in ("path", "token"):
@@ -124,6 +134,16 @@ class ProxyStorage(WritingVerbs):
         )
         self._writing = Writing(self)
 
+    def _gate(self, name: str, original: Original) -> Gate:
+        limits = self.placement.limits
+        return Gate(
+            name,
+            breaker=limits.breaker,
+            max_concurrency=original.max_concurrency,
+            fallback_on=original.fallback_on,
+            attempt_timeout=limits.attempt_timeout if original.timeouts is None else original.timeouts.idle,
+        )
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
@@ -148,8 +168,11 @@ class ProxyStorage(WritingVerbs):
     # -- life
 
     async def health(self) -> Sequence[Health]:
-        """Ask every original and the meta-backend a small question; return their answers, ``"meta"`` last."""
-        return await check_health(self.originals, self.meta)
+        """Ask every original and the meta-backend a small question; return their answers, ``"meta"`` last.
+
+        With each, how the latest calls to it went: circuit, calls in flight, failures, quantiles of the times taken.
+        """
+        return await check_health(self.originals, self.meta, self.gates)
 
     async def tidy(self, *, limit: int = 500) -> int:
         """Finish what crashed or cancelled callers left and whose lease has run out; return how many records.
@@ -191,13 +214,13 @@ class ProxyStorage(WritingVerbs):
         await self.aclose()
 
 
-def _named(originals: Originals | None) -> dict[str, Backend]:
+def _named(originals: Originals | None) -> dict[str, Original]:
     if originals is None:
         return {}
-    if isinstance(originals, Backend):
-        return {"default": originals}
+    if isinstance(originals, Backend | Original):
+        originals = {"default": originals}
     pairs = list(originals.items() if isinstance(originals, Mapping) else originals)
-    named = dict(pairs)
+    named = {name: each if isinstance(each, Original) else Original(each) for name, each in pairs}
     if len(named) != len(pairs):
         raise ConfigurationError(f"two originals have the same name: {[name for name, _ in pairs]}")
     if not all(isinstance(name, str) and name for name in named):

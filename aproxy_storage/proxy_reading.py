@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, cast, overload
 
+from .attempts import Attempt
 from .backends.base import Backend
+from .cleanup import Cleanup
 from .errors import ConfigurationError, IntegrityError, NotFound, NotSupported
 from .files import AsyncFile, AsyncWriter, Opening
+from .gates import Gate
 from .meta_backends.base import MetaBackend
+from .openings import Opened, in_read_order, open_bytes
 from .paths import shown
-from .records import STORED, ByteRange, CommonPrefix, MetaRecord
+from .placement import Placement
+from .records import STORED, ByteRange, CommonPrefix, MetaRecord, Place
 
 __all__ = ["Path", "ReadingVerbs"]
 
@@ -28,7 +33,11 @@ class ReadingVerbs(abc.ABC):
     prefix: str
     chunk_bytes: int
     originals: Mapping[str, Backend]
+    gates: Mapping[str, Gate]
     meta: MetaBackend
+    placement: Placement
+    cleanup: Cleanup
+    on_attempt: Callable[[Attempt], None] | None
 
     def get_original(self, name: str = "") -> Backend:
         """Return the original backend of that name; of an empty one, as old tables have it, the first.
@@ -44,6 +53,16 @@ class ReadingVerbs(abc.ABC):
             raise ConfigurationError(
                 f"storage {self.name!r} has no original {name!r} (it has {', '.join(self.originals)})"
             ) from None
+
+    def gate_of(self, original: str) -> Gate:
+        """Return the gate before the original of that name; of an empty one, the first's."""
+        return self.gates[original or next(iter(self.gates))]
+
+    async def open_bytes(
+        self, record: MetaRecord, places: Sequence[Place], byte_range: ByteRange | None = None
+    ) -> Opened:
+        """Open the bytes of `record` at one of `places`; see `openings.open_bytes`."""
+        return await open_bytes(self, record, places, byte_range)
 
     @overload
     def open(
@@ -78,37 +97,50 @@ class ReadingVerbs(abc.ABC):
 
     async def _open_file(self, path: Path, byte_range: ByteRange | None, verify: bool) -> AsyncFile:
         record = await self._record(path)
+        avoided: list[Place] = []  # copies that are not as long as the record says
         while True:
-            backend = self.get_original(record.original_storage_name)
-            reading = backend.read(record.original_storage_path, byte_range=byte_range, chunk_bytes=self.chunk_bytes)
+            places = [place for place in record.good_places() if place not in avoided]
             try:
-                await reading.__aenter__()
+                opened = await open_bytes(self, record, places, byte_range)
             except NotFound as error:
                 current = await self.get(record.path)  # NotFound if it was deleted meanwhile
                 if not current.has_bytes_of(record):
                     record = current  # replaced, moved or saved anew: that is the file now
                     continue
+                backend = self.get_original(record.original_storage_name)
                 raise IntegrityError(
                     f"the bytes of {record.path!r} are gone from {backend.full_path(record.original_storage_path)}",
                     operation="open", path=record.path, backend=str(backend),
                 ) from error  # fmt: skip
+            reading, backend = opened.reading, opened.backend
             try:
                 differs = None not in (record.size, reading.info.size) and record.size != reading.info.size
                 # Deleted and saved anew since the record was read, the bytes may be those of the new file.
                 current = await self.get(record.path) if differs or verify else record
-                if current.has_bytes_of(record):
-                    if differs:
-                        raise IntegrityError(
-                            f"{record.path!r} has {reading.info.size} bytes in {backend}, "
-                            f"its record says {record.size}",
-                            operation="open", path=record.path, backend=str(backend),
-                        )  # fmt: skip
-                    return AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify)
-            except BaseException:
-                await reading.__aexit__(None, None, None)
-                raise
-            await reading.__aexit__(None, None, None)
-            record = current
+                if not current.has_bytes_of(record):
+                    record = current
+                elif not differs:
+                    elsewhere = partial(self._elsewhere, record, opened.place) if len(places) > 1 else None
+                    file = AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify, elsewhere)
+                    opened = None
+                    return file
+                elif len(places) > 1:
+                    avoided.append(opened.place)
+                else:
+                    raise IntegrityError(
+                        f"{record.path!r} has {reading.info.size} bytes in {backend}, its record says {record.size}",
+                        operation="open", path=record.path, backend=str(backend),
+                    )  # fmt: skip
+            finally:
+                if opened is not None:
+                    await opened.aclose()
+
+    async def _elsewhere(
+        self, record: MetaRecord, first: Place, failed: Sequence[Place], byte_range: ByteRange
+    ) -> Opened | None:
+        """Open the rest of a file whose reading has broken off at another of its copies; None: there is none left."""
+        places = [place for place in record.good_places() if place != first and place not in failed]
+        return await open_bytes(self, record, places, byte_range) if places else None
 
     async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.
@@ -158,7 +190,8 @@ class ReadingVerbs(abc.ABC):
         record = await self._record(path)
         if record.size is not None:
             return record.size
-        info = await self.get_original(record.original_storage_name).stat(record.original_storage_path)
+        place = self._preferred(record)
+        info = await self.get_original(place.original).stat(place.key)
         if info.size is None:
             raise NotSupported(f"the size of {record.path!r} is known neither to the record nor to its original")
         return info.size
@@ -169,9 +202,12 @@ class ReadingVerbs(abc.ABC):
         Raises:
             NotFound; NotSupported: the original has no URLs.
         """
-        record = await self._record(path)
-        backend = self.get_original(record.original_storage_name)
-        return await backend.url(record.original_storage_path, expires_in=expires_in, **options)
+        place = self._preferred(await self._record(path))
+        return await self.get_original(place.original).url(place.key, expires_in=expires_in, **options)
+
+    def _preferred(self, record: MetaRecord) -> Place:
+        """Return the copy of a file that a read would be tried at first."""
+        return in_read_order(self, record.good_places())[0]
 
     async def urls(self, paths: Sequence[str], *, expires_in: float | None = None, **options: Any) -> dict[str, str]:
         """Return the URLs of those of `paths` that exist, with one question to the meta-backend."""

@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 from .adopting import adopt
-from .cleanup import Cleanup
 from .content import Source
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
 from .files import AsyncWriter
 from .journal import Journal, Marked
 from .meta_backends.base import UNCHANGED
 from .paths import check_path
-from .placement import First, Placement, Request
+from .placement import First, Request
 from .proxy_reading import Path, ReadingVerbs
 from .records import MetaRecord
 from .timeouts import Timeouts
@@ -34,13 +33,11 @@ _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 class WritingVerbs(ReadingVerbs):
     """What changes the files of a storage. Each verb is done wholly or not at all."""
 
-    placement: Placement
     keys: str
     timeouts: Timeouts
     checksum: str | None
     max_path_bytes: int
     tidy_every: float | None
-    cleanup: Cleanup
     journal: Journal
     _writing: Writing
     _tidy_at: float
@@ -143,7 +140,7 @@ class WritingVerbs(ReadingVerbs):
                 fields,
                 exact=exact,
                 max_length=max_length,
-                careful=not source.replayable and self.keys == "path",
+                forced=using is not None,
             )
         except StorageError as error:
             error.located(operation="save", path=str(name) if name is not None else None, backend=repr(self))
@@ -180,10 +177,11 @@ class WritingVerbs(ReadingVerbs):
                     f"{record.path!r} is at version {record.version}, not {expect_version}",
                     operation="replace", path=record.path,
                 )  # fmt: skip
-            original = using or (await self._candidates(record.path, source, None, content_type, record.extra))[0]
-            self.get_original(original)
+            candidates = await self._candidates(record.path, source, using, content_type, record.extra)
             write = self._writing.write_of(source, record.path, content_type)
-            return await self._writing.swap(record, original, write, {}, pinned=expect_version is not None)
+            return await self._writing.swap(
+                record, candidates, write, pinned=expect_version is not None, forced=using is not None
+            )
         finally:
             await source.aclose()
             self._tidy_when_due()
@@ -208,23 +206,49 @@ class WritingVerbs(ReadingVerbs):
         """
         new_path = self._new_path(os.fspath(name), exact=False)
         record = await self._record(path)
-        original = using or record.original_storage_name or next(iter(self.originals))
-        self.get_original(original).check_key(new_path.removeprefix(self.prefix))
-        fields = {"name": os.fspath(name), "extra": record.extra}
-        stored = await self._writing.store(new_path, [original], self._writing.transfer_of(record), fields)
-        return stored.path
+        write = self._writing.transfer_of(record)
+        try:
+            candidates = await self._copy_candidates(record, write.source, using)
+            for candidate in candidates:
+                self.get_original(candidate).check_key(new_path.removeprefix(self.prefix))
+            fields = {"name": os.fspath(name), "extra": record.extra}
+            stored = await self._writing.store(new_path, candidates, write, fields, forced=using is not None)
+            return stored.path
+        finally:
+            await write.aclose()
+
+    async def _copy_candidates(self, record: MetaRecord, source: Source, using: str | None) -> Sequence[str]:
+        """Return where a copy may go: `using`, else where the file is, and where else the placement tries."""
+        own = using or record.original_storage_name or next(iter(self.originals))
+        self.get_original(own)
+        if using is not None or not self.placement.tries_several:
+            return [own]
+        request = Request(record.path, source, record.content_type, record.extra)
+        candidates = await self.placement.candidates(request, list(self.originals))
+        if self.placement.limits.copies > 1 or own not in candidates:
+            return candidates
+        return [own, *(candidate for candidate in candidates if candidate != own)]
 
     async def move(self, path: Path, using: str) -> MetaRecord:
         """Move the bytes of a file into the original `using`; the path stays. Return the new record.
 
+        Where `using` has a copy already, that becomes the one that the record names first, and no byte moves.
+
         Raises:
             NotFound, IntegrityError, Conflict (deleted or replaced meanwhile); the file is where it was then.
+            BackendUnavailable, DeadlineExceeded: where it is, or where it should go, is out of reach.
         """
         self.get_original(using)
         record = await self._record(path)
         if record.original_storage_name == using:
             return record
-        return await self._writing.swap(record, using, self._writing.transfer_of(record), {}, pinned=True)
+        if (place := next((place for place in record.good_places() if place.original == using), None)) is not None:
+            return await self._writing.make_primary(record, place)
+        write = self._writing.transfer_of(record)
+        try:
+            return await self._writing.swap(record, [using], write, pinned=True, forced=True, same_bytes=True)
+        finally:
+            await write.aclose()
 
     async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:
         """Give a file another path; no byte moves. Return the new record.
@@ -318,13 +342,15 @@ class WritingVerbs(ReadingVerbs):
     # -- shared
 
     def _source(self, content: Any, size: int | None) -> Source:
+        limits = self.placement.limits
         return Source.of(
             content,
             size=size,
             chunk_bytes=self.chunk_bytes,
             checksum=self.checksum,
-            timeout=self.timeouts.source,
-            spool=self.placement.tries_several,
+            timeout=limits.source_timeout or self.timeouts.source,
+            spool=self.placement.tries_several and limits.copies == 1 and limits.spool_bytes is not None,
+            spool_bytes=limits.spool_bytes or 0,
         )
 
     def _new_path(self, name: str, *, exact: bool) -> str:

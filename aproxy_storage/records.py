@@ -25,6 +25,7 @@ __all__ = [
     "PlaceState",
     "Revision",
     "State",
+    "UploadForm",
 ]
 
 State = Literal["pending", "stored", "deleting"]
@@ -117,6 +118,12 @@ class MetaRecord(Mapping[str, Any]):
         """Return every place that holds or may hold bytes of this file, the primary one first."""
         primary = self.primary
         return (primary, *(place for place in self.places if place is not primary))
+
+    def good_places(self) -> tuple[Place, ...]:
+        """Return the places that hold the whole bytes of this file, the primary one first."""
+        if not self.places:
+            return (self.primary,)
+        return tuple(place for place in self.all_places() if place.state == "good")
 
     def has_bytes_of(self, other: MetaRecord) -> bool:
         """Return whether both stand for the same bytes: the same place, given by the same reservation.
@@ -234,6 +241,7 @@ class Capabilities:
     """What an original backend can do: data, to be asked before the call, not found out by an exception.
 
     `conditional_create`: of several simultaneous writes to one key exactly one succeeds.
+    `upload_form`: browsers can upload straight to the service, see `Backend.upload_form`.
     `tokens`: objects keep the token of their write, so that a doubtful object can be told from somebody else's.
     `max_key_bytes`, `max_segment_bytes`: limits in UTF-8 bytes of a key, and of one ``/``-separated part.
     """
@@ -247,5 +255,18 @@ class Capabilities:
     metadata: bool = False
     content_type: bool = False
     tokens: bool = False
+    upload_form: bool = False
     max_key_bytes: int = 1024
     max_segment_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadForm:
+    """What a browser needs for uploading straight to a service: these `fields`, then the file in a last field named
+    ``file``, sent as ``multipart/form-data`` to `url`. Who has the fields may upload until `expires_at`."""
+
+    url: str
+    fields: Mapping[str, str] = field(repr=False)
+    expires_at: datetime
+
+    __getstate__ = _picklable_state

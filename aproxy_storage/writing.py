@@ -1,46 +1,32 @@
-"""How content becomes a stored file: the procedures behind save, replace, copy, move and adopt (J5, J6, J8)."""
+"""How content becomes a stored file: the procedures behind save, replace, copy and move (J5, J6, J8).
+
+Which original gets it is the affair of `attempts` and `replication`; here is what the record says before and after.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from .backends.base import Backend
+from .attempts import Attempts, Job, Placed, Try
 from .content import Source
-from .errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError, outcome_unknown
+from .errors import AlreadyExists, Conflict, ContentError, NotFound, StorageError, outcome_unknown
 from .journal import Held
 from .paths import alternative, new_token, token_key
 from .records import PENDING, STORED, MetaRecord, Place
-from .sniffing import guess_content_type
+from .writes import Content, Transfer, Write
 
 if TYPE_CHECKING:
     from .proxy import ProxyStorage
 
-__all__ = ["Writing", "Written"]
+__all__ = ["Writing"]
 
 _MAX_NAMES = 100  # free names tried before giving up: 62**7 are possible, so more means that something else is wrong
 _MAX_RETRIES = 20  # compare-and-sets lost in a row to others who changed the same record
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What is known of content that has been written."""
-
-    size: int | None
-    checksum: str | None
-    content_type: str | None
-
-    def fields(self) -> dict[str, Any]:
-        return {"size": self.size, "checksum": self.checksum, "content_type": self.content_type}
-
-
-class Write(Protocol):
-    """Puts the content at `key` of an original, as often as it is called."""
-
-    def __call__(self, backend: Backend, key: str, token: str) -> Awaitable[Written]: ...
 
 
 class Writing:
@@ -48,6 +34,7 @@ class Writing:
 
     def __init__(self, storage: ProxyStorage) -> None:
         self._storage = storage
+        self._attempts = Attempts(storage)
 
     # -- J5: a new file
 
@@ -60,13 +47,15 @@ class Writing:
         *,
         exact: bool = False,
         max_length: int | None = None,
-        careful: bool = False,
+        forced: bool = False,
     ) -> MetaRecord:
         """Store under `path`, or under the next free name unless `exact`; return the stored record.
 
-        `careful`: the content cannot be read twice, so whether the key is free is asked before it is touched.
+        `forced`: the caller has named the original, so it is tried whatever its circuit says.
         """
         storage = self._storage
+        self._attempts.check_any(candidates, forced=forced)
+        self._check_replayable(write, candidates)
         for _ in range(_MAX_NAMES):
             token = new_token()
             record = self._reservation(path, token, candidates, fields, keys=storage.keys)
@@ -86,8 +75,8 @@ class Writing:
                     await self._finish(storage.journal.undo(record, certain=False), "undo of a reservation")
                 raise
             if reserved is None:
-                return await self._store_in_transaction(record, candidates, write, exact, max_length)
-            return await self._write_reserved(reserved, since, candidates, write, careful)
+                return await self._store_in_transaction(record, candidates, write, exact, max_length, forced)
+            return await self._write_reserved(reserved, since, candidates, write, forced)
         raise AlreadyExists(f"no free name for {path!r} in {_MAX_NAMES} tries", operation="save", path=path)
 
     def _reservation(
@@ -108,65 +97,65 @@ class Writing:
         )
 
     async def _write_reserved(
-        self, record: MetaRecord, since: float, candidates: Sequence[str], write: Write, careful: bool
+        self, record: MetaRecord, since: float, candidates: Sequence[str], write: Write, forced: bool
     ) -> MetaRecord:
-        journal = self._storage.journal
+        storage, journal = self._storage, self._storage.journal
         with journal.leases.hold(record, since=since) as held:
-            unsure: list[Place] = []  # where bytes may still land although the attempt is over
+            job = Job(
+                write,
+                record.token,
+                held.check,
+                rekey=partial(self._give_token_key, held),
+                careful=not write.source.replayable and storage.keys == "path",
+                forced=forced,
+            )
+            places = {place.original: place for place in record.all_places()}
             try:
-                place, written = await self._write_somewhere(held, candidates, write, careful, unsure)
-                changes = {
-                    "original_storage_name": place.original,
-                    "original_storage_path": place.key,
-                    "places": tuple(unsure),
-                    **written.fields(),
-                }
-                return await journal.publish(held.record, changes, lease=journal.lease_for(unsure))
+                placed = await self._attempts.place(job, [places[name] for name in candidates])
+                changes, lease = self._placed(placed, job.unsure)
+                stored = await journal.publish(held.record, changes, lease=lease)
             except BaseException:
-                await self._finish(journal.undo(held.record, certain=not unsure), "undo of a save")
+                await self._finish(journal.undo(held.record, certain=not job.unsure), "undo of a save")
                 raise
+        self._clear_losers(stored, job)
+        return stored
 
-    async def _write_somewhere(
-        self, held: Held, candidates: Sequence[str], write: Write, careful: bool, unsure: list[Place]
-    ) -> tuple[Place, Written]:
-        """Try the candidates in order, as far as the placement falls back; the last error is raised."""
-        places = {place.original: place for place in held.record.all_places()}
-        errors: list[StorageError] = []
-        for name in candidates[:-1]:
-            try:
-                return await self._attempt(held, places[name], write, careful, unsure)
-            except StorageError as error:
-                if not self._storage.placement.falls_back(error):
-                    _note(error, errors)
-                    raise
-                errors.append(error)
-        try:
-            return await self._attempt(held, places[candidates[-1]], write, careful, unsure)
-        except StorageError as error:
-            _note(error, errors)
-            raise
+    def _placed(self, placed: Placed, unsure: Sequence[Place]) -> tuple[dict[str, Any], float | None]:
+        """Return the changes that make a record one of a file that is whole at `placed`, and its lease."""
+        first, *copies = (replace(place, state="good") for place in placed.good)
+        changes = {
+            "original_storage_name": first.original,
+            "original_storage_path": first.key,
+            "places": (*copies, *unsure),
+            **placed.written.fields(),
+        }
+        return changes, self._storage.journal.lease_for(unsure)
 
-    async def _attempt(
-        self, held: Held, place: Place, write: Write, careful: bool, unsure: list[Place]
-    ) -> tuple[Place, Written]:
-        """Write to one original; where somebody else's object has the key, under a token key instead."""
-        backend = self._storage.get_original(place.original)
-        token = held.record.token
-        try:
+    def _clear_losers(self, record: MetaRecord, job: Job) -> None:
+        if job.losers:
+            work = self._forget_losers(record, job.losers)
+            self._storage.cleanup.start(work, name=f"removal of what lost the race for {record.path!r}")
+
+    async def _forget_losers(self, record: MetaRecord, losers: Sequence[tuple[asyncio.Task[Any], Try]]) -> None:
+        """Remove what attempts that were left behind have written, as far as it is known that nothing more comes.
+
+        The rest stays named as doubtful, for `tidy` and reconcile.
+        """
+        journal = self._storage.journal
+        await asyncio.wait([task for task, _ in losers], timeout=self._storage.timeouts.cleanup)
+        places = [one.place for task, one in losers if task.done() and one.certain]
+        if not places or not await journal.discard(places, record):
+            return
+        for _ in range(_MAX_RETRIES):
+            rest = tuple(place for place in record.places if place not in places)
             try:
-                if not careful or not await self._is_taken(backend, place.key):
-                    held.check()
-                    return place, await write(backend, place.key, token)
-            except AlreadyExists:
-                pass
-            # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
-            place = await self._give_token_key(held, place)
-            held.check()
-            return place, await write(backend, place.key, token)
-        except BaseException as error:
-            if outcome_unknown(error):
-                unsure.append(place)
-            raise
+                await journal.change(record, {"places": rest}, lease=journal.lease_for(rest))
+                return
+            except Conflict:
+                current = await journal.meta.get(record.path)
+                if current.token != record.token or current.state != STORED:
+                    return  # whoever has deleted it removes these places too
+                record = current
 
     async def _give_token_key(self, held: Held, place: Place) -> Place:
         record = held.record
@@ -181,38 +170,45 @@ class Writing:
     # -- J8: inside a caller's transaction
 
     async def _store_in_transaction(
-        self, record: MetaRecord, candidates: Sequence[str], write: Write, exact: bool, max_length: int | None
+        self,
+        record: MetaRecord,
+        candidates: Sequence[str],
+        write: Write,
+        exact: bool,
+        max_length: int | None,
+        forced: bool,
     ) -> MetaRecord:
         """Bytes first, then one write of the record: a reservation would be invisible, and would hold locks.
 
         The exclusive write arbitrates between simultaneous saves of one name, so a taken key means a taken name.
         """
         storage = self._storage
-        name = candidates[0]
-        backend = storage.get_original(name)
         for _ in range(_MAX_NAMES):
-            key = record.original_storage_path
-            place = Place(name, key, "doubtful")
-            written: Written | None = None
+            keys = {name: self._key(record.path, record.token, name, storage.keys) for name in candidates}
+            places = [Place(name, key, "doubtful") for name, key in keys.items()]
+            job = Job(write, record.token, _no_lease, forced=forced)
+            placed: Placed | None = None
             try:
-                written = await write(backend, key, record.token)
-                return await storage.meta.create(replace(record, state=STORED, places=(), **written.fields()))
+                placed = await self._attempts.place(job, places)
+                changes, lease = self._placed(placed, job.unsure)
+                stored = await storage.meta.create(replace(record, state=STORED, **changes), lease=lease)
+                self._clear_losers(stored, job)
+                return stored
             except AlreadyExists:
                 if exact:
-                    await self._finish(storage.journal.discard([place], record), "removal of bytes without a record")
+                    await self._finish(storage.journal.discard(job.begun, record), "removal of bytes without a record")
                     raise
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
-                if written is None or not outcome_unknown(error):
-                    await self._finish(storage.journal.discard([place], record), "removal of bytes without a record")
+                if placed is None or not outcome_unknown(error):
+                    await self._finish(storage.journal.discard(job.begun, record), "removal of bytes without a record")
                 raise
             # Whichever was taken, bytes of ours at the key would have no record; another's do not carry our token.
-            await storage.journal.discard([place], record)
+            await storage.journal.discard(job.begun, record)
             path = self.next_name(record.path, candidates, max_length)
             token = new_token()
-            record = replace(
-                record, path=path, token=token, original_storage_path=self._key(path, token, name, storage.keys)
-            )
+            key = self._key(path, token, candidates[0], storage.keys)
+            record = replace(record, path=path, token=token, original_storage_path=key)
         raise AlreadyExists(f"no free name for {record.path!r} in {_MAX_NAMES} tries", path=record.path)
 
     # -- J6: new bytes for an existing file
@@ -220,53 +216,66 @@ class Writing:
     async def swap(
         self,
         record: MetaRecord,
-        original: str,
+        candidates: Sequence[str],
         write: Write,
-        fields: Mapping[str, Any],
         *,
         pinned: bool,
+        forced: bool = False,
+        same_bytes: bool = False,
     ) -> MetaRecord:
-        """Write under a new key and make it the file's; the old bytes stay for `keep_replaced` seconds.
+        """Write under new keys and make them the file's; the old bytes stay for `keep_replaced` seconds.
 
         `pinned`: only `record` as it is may be replaced; otherwise whatever it has become, while it is there.
+        `same_bytes`: they are only moved, so that further copies stay what they are.
         """
         storage, journal = self._storage, self._storage.journal
-        backend = storage.get_original(original)
-        new = Place(original, self._token_key(record.path, new_token(), original), "doubtful")
-        backend.check_key(new.key)
+        self._attempts.check_any(candidates, forced=forced)
+        self._check_replayable(write, candidates)
+        new = [Place(name, self._token_key(record.path, new_token(), name), "doubtful") for name in candidates]
+        for place in new:
+            storage.get_original(place.original).check_key(place.key)
         since = asyncio.get_running_loop().time()
-        named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, new)})
+        named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, *new)})
         with journal.leases.hold(named, since=since, follow=not pinned) as held:
+            # No lease is asked for before each write: the keys are new, and can never be another's.
+            job = Job(write, named.token, _no_lease, forced=forced)
             try:
-                written = await write(backend, new.key, named.token)
+                placed = await self._attempts.place(job, new)
+                fields, _ = self._placed(placed, job.unsure)
 
                 def swapped(now: MetaRecord) -> dict[str, Any]:
-                    if new not in now.places:  # reconcile took it for abandoned
+                    if not set(new) <= set(now.places):  # reconcile took them for abandoned
                         raise Conflict(f"the replacement of {now.path!r} took longer than its lease", path=now.path)
-                    old = replace(now.primary, state="surplus")
-                    others = tuple(
-                        place
-                        for place in now.places
+                    gone = {(place.original, place.key) for place in new}
+                    old = [replace(now.primary, state="surplus")]
+                    for place in now.places:
                         # The same key in another original is another place.
-                        if place != new and (place.original, place.key) != (old.original, old.key)
-                    )
-                    return {
-                        "original_storage_name": new.original,
-                        "original_storage_path": new.key,
-                        "places": (old, *others),
-                        **written.fields(),
-                        **fields,
-                    }
+                        if (place.original, place.key) in gone or place == now.primary:
+                            continue
+                        stale = place.state == "good" and not same_bytes
+                        old.append(replace(place, state="surplus") if stale else place)
+                    return {**fields, "places": (*old, *fields["places"])}
 
                 until = time.monotonic() + max(journal.settle, journal.lease)
                 stored = await self._with_latest(held.record, pinned, swapped)
             except BaseException as error:
-                unsure = outcome_unknown(error)
-                await self._finish(self._take_back(held.record, new, unsure=unsure), "undo of a replacement")
+                # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.
+                unsure = new if outcome_unknown(error) else job.unsure
+                await self._finish(self._take_back(held.record, new, unsure), "undo of a replacement")
                 raise
+        self._clear_losers(stored, job)
         if storage.keep_replaced <= 0:
             stored = await self._drop_after_commit(stored, until)
         return stored
+
+    async def make_primary(self, record: MetaRecord, place: Place) -> MetaRecord:
+        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus."""
+        former = replace(record.primary, state="surplus")
+        others = (other for other in record.places if other not in (place, record.primary))
+        places = (former, *others)
+        changes = {"original_storage_name": place.original, "original_storage_path": place.key, "places": places}
+        journal = self._storage.journal
+        return await journal.change(record, changes, lease=journal.lease_for(places))
 
     async def _with_latest(
         self,
@@ -290,8 +299,8 @@ class Writing:
                 lost = error
             try:
                 current = await journal.meta.get(record.path)
-            except NotFound:
-                raise lost from None
+            except StorageError:
+                raise lost from None  # gone, or not to be settled: what is unknown of the change stays unknown
             ours = current.token == record.token and current.state == STORED
             if ours and current.version == record.version + 1 and current.places == changes["places"]:
                 return current
@@ -300,9 +309,9 @@ class Writing:
             record = current
         raise Conflict(f"{record.path!r} is changed by others faster than it can be replaced", path=record.path)
 
-    async def _take_back(self, record: MetaRecord, place: Place, *, unsure: bool) -> None:
-        """Undo a replacement: first its place is given up by compare-and-set, so that a swap whose answer was lost
-        cannot take effect any more; then the bytes go, then their name leaves the record."""
+    async def _take_back(self, record: MetaRecord, new: Sequence[Place], unsure: Sequence[Place]) -> None:
+        """Undo a replacement: first its places are given up by compare-and-set, so that a swap whose answer was lost
+        cannot take effect any more; then the bytes go, then their names leave the record."""
         journal = self._storage.journal
         for _ in range(_MAX_RETRIES):
             try:
@@ -310,20 +319,23 @@ class Writing:
             except NotFound:
                 current = None
             if current is None or current.token != record.token or current.state != STORED:
-                await journal.discard([place], record)  # deleted, or renamed: then only if nobody names it
+                await journal.discard(new, record)  # deleted, or renamed: then only if nobody names it
                 return
-            if current.primary.key == place.key:
+            primary = (current.original_storage_name, current.original_storage_path)
+            if any((place.original, place.key) == primary for place in new):
                 return  # swapped in after all
-            if place not in current.places:  # reconcile has given it up already
-                await journal.discard([place], record)
+            if not set(new) & set(current.places):  # reconcile has given them up already
+                await journal.discard(new, record)
                 return
-            others = tuple(other for other in current.places if other != place)
-            given_up = (*others, replace(place, state="settling"))
+            others = tuple(other for other in current.places if other not in new)
+            settling = tuple(replace(place, state="settling") for place in new)
+            given_up = (*others, *settling)
             try:
                 current = await journal.change(current, {"places": given_up}, lease=journal.lease_for(given_up))
-                if await journal.discard([place], record) and not unsure:
-                    await journal.change(current, {"places": others}, lease=journal.lease_for(others))
-                return  # else the lease runs out, and reconcile discards it again
+                if await journal.discard(new, record) and len(unsure) < len(new):
+                    left = (*others, *(replace(place, state="settling") for place in unsure))
+                    await journal.change(current, {"places": left}, lease=journal.lease_for(left))
+                return  # of what is left the lease runs out, and reconcile discards it again
             except Conflict:
                 continue
 
@@ -355,12 +367,12 @@ class Writing:
         await self._storage.cleanup.finish(work, within=self._storage.timeouts.cleanup, name=name)
 
     @staticmethod
-    async def _is_taken(backend: Backend, key: str) -> bool:
-        try:
-            await backend.stat(key)
-        except NotFound:
-            return False
-        return True
+    def _check_replayable(write: Write, candidates: Sequence[str]) -> None:
+        if len(candidates) > 1 and not write.source.replayable:
+            raise ContentError(
+                "the content can be read only once and must not be kept (spool_bytes=None), so there is nothing for "
+                "a second original; hand over bytes, a path or a file that can seek, or name one with using="
+            )
 
     def _key(self, path: str, token: str, original: str, keys: str) -> str:
         if keys == "token":
@@ -390,59 +402,12 @@ class Writing:
 
     def write_of(self, source: Source, name: str, content_type: str | None) -> Write:
         """Return the `Write` that puts `source` wherever it is asked to."""
-        storage = self._storage
-
-        async def write(backend: Backend, key: str, token: str) -> Written:
-            kind = content_type
-            if kind is None:
-                head = source.data[:4096] if source.data is not None else await source.peek()
-                kind = guess_content_type(name, head) or source.content_type
-            await backend.write(key, source, content_type=kind, token=token, durable=storage.durable)
-            return Written(source.seen_size, source.checksum, kind)
-
-        return write
+        return Content(source, name, content_type, durable=self._storage.durable)
 
     def transfer_of(self, record: MetaRecord) -> Write:
         """Return the `Write` that takes the bytes of a stored file, on the server where that can be."""
-        storage = self._storage
-        origin = storage.get_original(record.original_storage_name)
-
-        async def write(backend: Backend, key: str, token: str) -> Written:
-            kind = record.content_type
-            try:
-                if backend is origin and backend.capabilities.server_copy:
-                    info = await backend.copy(record.original_storage_path, key, token=token, durable=storage.durable)
-                    size, checksum = info.size, record.checksum
-                else:
-                    algorithm = record.checksum.partition(":")[0] if record.checksum else storage.checksum
-                    async with origin.read(record.original_storage_path, chunk_bytes=storage.chunk_bytes) as reading:
-                        source = Source.of(
-                            reading, size=reading.info.size, chunk_bytes=storage.chunk_bytes, checksum=algorithm
-                        )
-                        await backend.write(key, source, content_type=kind, token=token, durable=storage.durable)
-                    size, checksum = source.seen_size, source.checksum
-            except NotFound as error:
-                await self._check_unmoved(record)
-                raise IntegrityError(f"the bytes of {record.path!r} are gone", path=record.path) from error
-            await self._check_unmoved(record)
-            if (record.size is not None and size != record.size) or (record.checksum and checksum != record.checksum):
-                raise IntegrityError(
-                    f"the bytes of {record.path!r} differ from its record: {size} bytes, {checksum}", path=record.path
-                )
-            return Written(size, checksum, kind)
-
-        return write
-
-    async def _check_unmoved(self, record: MetaRecord) -> None:
-        """Raise NotFound or Conflict if what was read at the key of `record` need not be its bytes: it was deleted or
-        replaced meanwhile, and the key may be another file's by now."""
-        current = await self._storage.get(record.path)
-        if not current.has_bytes_of(record):
-            raise Conflict(f"{record.path!r} was replaced or moved while it was read", path=record.path)
+        return Transfer(self._storage, record)
 
 
-def _note(error: StorageError, earlier: Sequence[StorageError]) -> None:
-    """Say in `error` what was tried before it."""
-    error.attempts = tuple(earlier)
-    for other in earlier:
-        error.add_note(f"tried before: {other}")
+def _no_lease() -> None:
+    """Stand in for the check of a lease where there is none that matters."""
