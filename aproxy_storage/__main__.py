@@ -12,10 +12,11 @@ def main() -> None:
     try:
         from .cli.app import app
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("rich", "typer"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "typer"):
             raise
         way_out = "Install it with: pip install 'aproxy-storage[cli]'"
-        sys.stderr.write(f"aproxy needs {error.name}, which is not installed. {way_out}\n")
+        sys.stderr.write(f"aproxy needs {missing}, which is not installed. {way_out}\n")
         sys.exit(2)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that the locale cannot show

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from ..config import EMBEDDED
 from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError
 from ..proxy import ProxyStorage
 from ..records import ByteRange, MetaRecord
@@ -76,7 +77,7 @@ async def put(
     """Store files, or whole trees with -r.
 
     Files that are there already with the same checksum are skipped, so that the command can be repeated until all is
-    there.
+    there. Links to files are followed, links to directories are not; the storage's own directory is left out.
     """
     storage = await session.storage()
     if using is not None:
@@ -87,10 +88,11 @@ async def put(
         await _put_stdin(session, storage, to, on_conflict, using)
         return
     wanted = named(sources, to)
+    spare = _own_places(storage)
 
     def files() -> Iterator[Local]:
         for source, name in wanted:
-            yield from files_below(source, name, recursive=recursive)
+            yield from files_below(source, name, recursive=recursive, spare=spare)
 
     total = None
     if session.out.terminal:
@@ -103,6 +105,15 @@ async def put(
         count, amount = session.tally.counts["stored"], session.tally.bytes
         speed = f"{count / took:,.0f} files/s, {size(round(amount / took))}/s"
         session.out.note(f"{size(amount)} in {duration(took)}: {speed}")
+
+
+def _own_places(storage: ProxyStorage) -> frozenset[str]:
+    """Return where the storage itself lies on this machine: a tree that it lies in is stored without it."""
+    places = [EMBEDDED, *(getattr(backend, "root", None) for backend in storage.originals.values())]
+    database = getattr(storage.meta, "path", None)
+    if isinstance(database, str):
+        places += [database, f"{database}-wal", f"{database}-shm"]
+    return frozenset(os.path.realpath(place) for place in places if isinstance(place, str))
 
 
 async def put_files(

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -50,8 +50,10 @@ def named(sources: list[Path], to: str | None) -> list[tuple[Path, str]]:
     return [(source, name) for name, source in pairs.items()]
 
 
-def files_below(source: Path, name: str, *, recursive: bool) -> Iterator[Local]:
+def files_below(source: Path, name: str, *, recursive: bool, spare: Container[str] = frozenset()) -> Iterator[Local]:
     """Find the files of `source`, itself or, of a directory, those below it, by name.
+
+    Files and directories whose real path is in `spare` are left out.
 
     Links to files are followed, links to directories are not: they may lead anywhere. What is neither, and what
     cannot be read, has an error.
@@ -65,14 +67,16 @@ def files_below(source: Path, name: str, *, recursive: bool) -> Iterator[Local]:
         if not recursive:
             yield Local(source, name, error=ContentError(f"{source} is a directory; say -r to send what is below it"))
             return
-        yield from _below(source, name)
+        yield from _below(source, name, os.path.realpath(source), spare)
     elif S_ISREG(status.st_mode):
         yield Local(source, name, status.st_size)
     else:
         yield Local(source, name, error=ContentError(f"{source} is no regular file"))
 
 
-def _below(directory: Path, name: str) -> Iterator[Local]:
+def _below(directory: Path, name: str, real: str, spare: Container[str]) -> Iterator[Local]:
+    if real in spare:
+        return
     try:
         with os.scandir(directory) as entries:
             found = sorted(entries, key=lambda entry: entry.name)
@@ -83,7 +87,9 @@ def _below(directory: Path, name: str) -> Iterator[Local]:
         inner = f"{name}/{entry.name}" if name else entry.name
         path = directory / entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield from _below(path, inner)
+            yield from _below(path, inner, os.path.join(real, entry.name), spare)
+        elif os.path.join(real, entry.name) in spare:
+            continue
         elif not entry.is_symlink() or not path.is_dir():
             yield from files_below(path, inner, recursive=False)
 

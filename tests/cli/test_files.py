@@ -1,0 +1,116 @@
+"""ls, stat, rm, mv and cp."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, stored, tree
+
+
+@pytest.fixture(autouse=True)
+def _some_files(here: Path, run: Run) -> None:
+    tree(Path("t"))
+    run("put", "-r", "t")
+
+
+def test_one_level(run: Run) -> None:
+    assert run("ls").lines == ["t/"]
+    assert run("ls", "t/").lines == ["t/a.txt", "t/b/", "t/empty"]
+    assert run("ls", "t/a").lines == ["t/a.txt"]
+    assert run("ls", "nowhere").lines == []
+
+
+def test_all_levels(run: Run) -> None:
+    assert run("ls", "-r").lines == ["t/a.txt", "t/b/c.txt", "t/b/d/e.bin", "t/empty"]
+    assert run("ls", "-r", "--after", "t/a.txt", "-n", "2").lines == ["t/b/c.txt", "t/b/d/e.bin"]
+
+
+def test_long_lines(run: Run) -> None:
+    lines = run("ls", "-l", "t/").lines
+    assert lines[0].split()[:2] == ["5", "bytes"]
+    assert lines[0].split()[4:] == ["default", "t/a.txt"]
+    assert lines[1].split() == ["t/b/"]
+    assert len({line.index("t/") for line in lines}) == 1, "one column"
+    assert run("ls", "-lr", "t/b/d").lines[0].split()[:2] == ["76.8", "kB"]
+
+
+def test_lines_of_json(run: Run) -> None:
+    rows = run("ls", "--json", "t/").rows
+    assert rows[1] == {"directory": "t/b/"}
+    assert rows[0]["path"] == "t/a.txt"
+    assert rows[0]["size"] == 5
+    assert rows[0]["checksum"].startswith("sha256:")
+    assert rows[0]["created_at"].endswith("+00:00")
+
+
+def test_names_cannot_steer_the_terminal(run: Run) -> None:
+    import asyncio
+
+    from aproxy_storage import MetaRecord
+    from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+
+    async def write() -> None:
+        async with SQLiteMetaBackend("aproxy-data/records.sqlite3") as meta:
+            await meta.create(MetaRecord(path="u/\x1b[2J\n日本語", proxy_storage_name="default"))
+
+    asyncio.run(write())
+    assert run("ls", "u/").lines == ["u/\\x1b[2J\\n日本語"]
+
+
+def test_stat(run: Run) -> None:
+    done = run("stat", "t/a.txt", "t/empty")
+    lines = [line.split(maxsplit=1) for line in done.lines if line]
+    assert ["path", "t/a.txt"] in lines
+    assert ["size", "5 bytes (5 bytes)"] in lines
+    assert ["type", "text/plain"] in lines
+    assert ["bytes", f"at  {Path('aproxy-data/files/t/a.txt').absolute()}"] in lines
+    assert len(lines) == 20
+    (row,) = run("stat", "t/a.txt", "--json").rows
+    assert row["full_path"] == str(Path("aproxy-data/files/t/a.txt").absolute())
+    assert "has no file" in run("stat", "t/x", code=1).err
+
+
+def test_rm(run: Run) -> None:
+    assert run("rm", "t/a.txt", "t/empty").lines[0].startswith("deleted  t/")
+    assert set(stored()) == {"t/b/c.txt", "t/b/d/e.bin"}
+    done = run("rm", "t/a.txt", "t/b/c.txt", code=1)
+    assert "failed  t/a.txt" in done.err
+    assert set(stored()) == {"t/b/d/e.bin"}
+    run("rm", "t/a.txt", "--missing-ok")
+
+
+def test_rm_of_a_tree_asks_before(run: Run) -> None:
+    done = run("rm", "-r", "t/b", code=2)
+    assert "Delete 2 files of storage 'default'?" in done.err
+    assert "say --yes" in done.err
+    assert len(stored()) == 4
+    run("rm", "-r", "t/b", "--yes")
+    assert set(stored()) == {"t/a.txt", "t/empty"}
+    run("rm", "-ry", ".")
+    assert not stored()
+
+
+def test_mv(run: Run) -> None:
+    assert run("mv", "t/a.txt", "u/b.txt").lines == ["renamed  u/b.txt"]
+    run("mv", "u/b.txt", "v/")
+    assert run("cat", "v/b.txt").out == "first"
+    assert "t/a.txt" in stored(), "no byte moves"
+    assert run("mv", "v/b.txt", "t/empty", code=1).err
+    assert "where to?" in run("mv", "v/b.txt", code=2).err
+
+
+def test_mv_to_another_original(run: Run) -> None:
+    Path("aproxy.toml").write_text(
+        '[storages.m]\noriginals = { one = "file:one", two = "file:two" }\nmeta = "sqlite:m.sqlite3"'
+    )
+    run("put", "t/a.txt", "--to", "x.txt")
+    (row,) = run("mv", "x.txt", "y.txt", "--using", "two", "--json").rows[1:]
+    assert row["path"] == "y.txt"
+    assert run("stat", "y.txt", "--json").rows[0]["original"] == "two"
+
+
+def test_cp(run: Run) -> None:
+    assert run("cp", "t/a.txt", "u/").lines == ["copied  u/a.txt"]
+    (row,) = run("cp", "t/a.txt", "u/a.txt", "--json").rows
+    assert row["path"].startswith("u/a_")
+    assert run("cat", "u/a.txt", row["path"]).out == "firstfirst"
