@@ -11,3 +11,6 @@ class SyncBridgeConfig(AppConfig):
     name = "sync_bridge"
     verbose_name = "Stored files"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        from . import checks, registry  # noqa: F401  the checks; the storages that settings name, for the records

@@ -192,11 +192,15 @@ class Bridge:
                 yield item
         finally:
             if hasattr(source, "aclose"):
-                if asyncio._get_running_loop() is None:
-                    with contextlib.suppress(BridgeClosed):
-                        self.call(source.aclose)
-                else:  # collected as garbage, in whatever thread
-                    self.post(source.aclose)
+                self.end(source.aclose)
+
+    def end(self, function: Callable[[], Awaitable[object]]) -> None:
+        """Call what closes something, and wait; in the thread of a loop, do not wait. Nothing after the end."""
+        if asyncio._get_running_loop() is not None:
+            self.post(function)
+            return
+        with contextlib.suppress(BridgeClosed):
+            self.call(function)
 
     def post(self, function: Callable[[], Awaitable[object]]) -> None:
         """Have ``await function()`` run on the loop, and do not wait. Takes no lock, so that destructors may use it.

@@ -15,6 +15,7 @@ INSTALLED_APPS = [
     "django.contrib.sessions",
     "sync_bridge",
     "tests.django_support.shelf.apps.ShelfConfig",
+    "tests.bridge.desk.apps.DeskConfig",
 ]
 MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -44,3 +45,11 @@ DATABASES = {
         ),
     }
 }
+STORAGES = {
+    "default": {"BACKEND": "sync_bridge.BridgeStorage"},
+    "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+}
+# No test writes there: each that stores files overrides it.
+MEDIA_ROOT = os.path.join(tempfile.gettempdir(), f"aproxy-media-{os.getpid()}")
+MEDIA_URL = "/media/"
+STATIC_URL = "/static/"

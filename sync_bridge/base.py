@@ -1,0 +1,285 @@
+"""What a BridgeStorage is made of: its arguments, its ProxyStorage, its names. Used by `storage` and `twins`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import weakref
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from urllib.parse import urljoin
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
+from django.core.files.base import ContentFile, File
+from django.core.files.storage import Storage, storages
+from django.core.files.utils import validate_file_name
+from django.core.signals import setting_changed
+from django.utils.encoding import filepath_to_uri
+from django.utils.module_loading import import_string
+
+from aproxy_storage import InvalidPath, MetaBackend, ProxyStorage
+
+from . import bridge as _bridge
+from .bridge import Bridge
+from .options import SETTINGS, Options, name_of_location, proxy_of
+
+__all__ = [
+    "ConfiguredStorage",
+    "Saving",
+    "SuspiciousPath",
+    "asked",
+    "find_proxy",
+    "named",
+    "saving",
+    "suspicious",
+    "url_below",
+]
+
+
+class SuspiciousPath(InvalidPath, SuspiciousFileOperation):
+    """A name that can never be stored: for Django a suspicious operation, for us an illegal path."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What one call of `save` asks for beside what Django hands to ``_save``."""
+
+    max_length: int | None = None
+    using: str | None = None
+    content_type: str | None = None
+    extra: Mapping[str, Any] | None = None
+
+
+# Of the call, not of the storage: two threads that save at once have nothing to do with each other.
+saving: ContextVar[Saving | None] = ContextVar("sync_bridge.saving", default=None)
+
+
+class ConfiguredStorage(Storage):
+    """The arguments and names of a BridgeStorage."""
+
+    #: For subclasses: what `storage` is where it is not given.
+    storage: ClassVar[Any] = None
+    bridge: ClassVar[Bridge] = _bridge.bridge
+
+    def __init__(
+        self,
+        location: str | os.PathLike[str] | None = None,
+        base_url: str | None = None,
+        file_permissions_mode: int | None = None,
+        directory_permissions_mode: int | None = None,
+        allow_overwrite: bool = False,
+        *,
+        storage: Any = None,
+        read_through: bool = False,
+        **options: Any,
+    ) -> None:
+        given = {
+            "location": location,
+            "base_url": base_url,
+            "file_permissions_mode": file_permissions_mode,
+            "directory_permissions_mode": directory_permissions_mode,
+            "storage": storage,
+        }
+        self._given = {name: value for name, value in given.items() if value is not None} | options
+        if allow_overwrite:
+            self._given["allow_overwrite"] = True
+        if read_through:
+            self._given["read_through"] = True
+        self.allow_overwrite = allow_overwrite
+        self.read_through = read_through
+        if location is not None and "name" not in options:
+            options = {"name": name_of_location(location), **options}
+        self.options = Options(storage if storage is not None else self.storage, options)
+        local = {"location", "file_permissions_mode", "directory_permissions_mode"} & self._given.keys()
+        if local and not self.options.is_local:
+            raise ImproperlyConfigured(
+                f"{', '.join(sorted(local))}: only for a storage in a directory of its own, not with storage=, "
+                "config=, original= or originals="
+            )
+        self._proxy: ProxyStorage | None = None
+        setting_changed.connect(self._obey)
+        _instances.add(self)
+
+    def __repr__(self) -> str:
+        shown = (
+            self._given.get("name") or self._given.get("location") or self.options.name or self._given.get("storage")
+        )
+        return f"<{type(self).__name__} {shown!r}>"
+
+    def deconstruct(self) -> tuple[str, tuple[()], dict[str, Any]]:
+        """Return what a migration needs to make this storage again.
+
+        What describes originals and databases is not written down, since it may hold passwords and differs from host
+        to host: such a storage, and a live one, is written by its name, under which `get_storage` knows it.
+        """
+        cls = type(self)
+        path = f"{cls.__module__}.{cls.__qualname__}".replace("sync_bridge.storage.", "sync_bridge.")
+        given = dict(self._given)
+        storage = given.get("storage")
+        if not self.options.is_local and not isinstance(storage, str):
+            kept: dict[str, Any] = {
+                key: given[key] for key in ("base_url", "allow_overwrite", "read_through") if key in given
+            }
+            if storage is not None and not isinstance(storage, ProxyStorage):
+                return path, (), {"storage": f"{storage.__module__}.{storage.__qualname__}", **kept}
+            return path, (), kept if self.storage is not None else {"storage": self.name, **kept}
+        if (meta := given.pop("meta", None)) is not None and not isinstance(meta, MetaBackend):
+            label = meta if isinstance(meta, str) else meta._meta.label
+            if ":" not in label:  # a model, not the URL of a database
+                given["meta"] = label
+        return path, (), given
+
+    def _obey(self, *, setting: str, **_: Any) -> None:
+        if setting in SETTINGS:
+            self._proxy = None
+
+    # -- what is below
+
+    @property
+    def proxy(self) -> ProxyStorage:
+        """The ProxyStorage; await its verbs from asynchronous code."""
+        proxy = self._proxy
+        if proxy is None:
+            proxy = proxy_of(self.options, self._local() if self.options.is_local else {})
+            self.bridge.on_close(_Release(proxy))
+            self._proxy = proxy
+        return proxy
+
+    def _local(self) -> dict[str, Any]:
+        return {
+            "root": os.path.abspath(self.location),
+            "file_mode": self.file_permissions_mode,
+            "directory_mode": self.directory_permissions_mode,
+            "base_url": self.base_url or None,
+        }
+
+    @property
+    def name(self) -> str:
+        """The name in the records."""
+        return self.options.name or self.proxy.name
+
+    @property
+    def base_location(self) -> str | os.PathLike[str]:
+        """The directory as it was given, or ``MEDIA_ROOT``."""
+        location: str | os.PathLike[str] = self._or_setting("location", "MEDIA_ROOT")
+        return location
+
+    @property
+    def location(self) -> str:
+        """The absolute path of the directory."""
+        return os.path.abspath(self.base_location)
+
+    @property
+    def base_url(self) -> str | None:
+        """What `url` puts before a name; None where URLs are those of the original, and may need it to be asked."""
+        if self.options.is_local or "base_url" in self._given:
+            base: str | None = self._or_setting("base_url", "MEDIA_URL")
+        else:
+            proxy = self.proxy
+            alone = next(iter(proxy.originals.values())) if len(proxy.originals) == 1 else None
+            # The key has to be the path, or only the record knows the URL.
+            base = getattr(alone, "base_url", None) if proxy.keys == "path" and not proxy.prefix else None
+        return base if base is None or base.endswith("/") else base + "/"
+
+    @property
+    def file_permissions_mode(self) -> int | None:
+        mode: int | None = self._or_setting("file_permissions_mode", "FILE_UPLOAD_PERMISSIONS")
+        return mode
+
+    @property
+    def directory_permissions_mode(self) -> int | None:
+        mode: int | None = self._or_setting("directory_permissions_mode", "FILE_UPLOAD_DIRECTORY_PERMISSIONS")
+        return mode
+
+    def _or_setting(self, option: str, setting: str) -> Any:
+        return self._given[option] if option in self._given else getattr(settings, setting)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the files lie in a directory that a web server may publish, so that a path must be its key."""
+        return self.options.is_local and self.proxy.keys == "path"
+
+    def _is_on_disk(self, name: str) -> bool:
+        """Return whether something has the key of `name`, with a record or without.
+
+        Without: it would get the URL, and the place in old rows, of a file that is not it.
+        """
+        if not self.is_published:
+            return False
+        return os.path.lexists(os.path.join(self.location, name.removeprefix(self.proxy.prefix)))
+
+    @property
+    def _chooses_names(self) -> bool:
+        """Whether a subclass has a say in names; otherwise ProxyStorage finds a free one, without a race."""
+        cls = type(self)
+        return (
+            cls.get_available_name is not Storage.get_available_name
+            or cls.is_name_available is not ConfiguredStorage.is_name_available
+            or cls.get_alternative_name is not ConfiguredStorage.get_alternative_name
+            or cls.exists is not ConfiguredStorage.exists
+        )
+
+
+_instances: weakref.WeakSet[ConfiguredStorage] = weakref.WeakSet()
+
+
+def find_proxy(name: str) -> ProxyStorage | None:
+    """Return the ProxyStorage called `name` that a BridgeStorage describes: one in ``STORAGES``, or a live one."""
+    if not settings.configured:
+        return None
+    for alias, given in storages.backends.items():
+        backend = given.get("BACKEND", "")
+        cls = import_string(backend) if isinstance(backend, str) else backend
+        if isinstance(cls, type) and issubclass(cls, ConfiguredStorage):
+            storages[alias]  # now it is an instance
+    for instance in list(_instances):
+        if instance.options.storage is None and instance.options.name == name:
+            return instance.proxy
+    return None
+
+
+@dataclass(frozen=True)
+class _Release:
+    """Releases, at the end of the process, what the loop of the bridge holds of a storage. Tidies nothing up: by then
+    a database of the same settings may be another one, as it is after a run of tests."""
+
+    proxy: ProxyStorage
+
+    async def __call__(self) -> None:
+        proxy = self.proxy
+        await proxy.cleanup.drain(within=proxy.timeouts.cleanup)
+        for backend in proxy.originals.values():
+            await backend.aclose()
+        await proxy.meta.aclose()
+
+
+def asked(name: str | os.PathLike[str]) -> str:
+    """Return the name that is asked for. It need not be one that could be stored today, but must not lead upwards."""
+    text = os.fspath(name).replace("\\", "/")
+    if ".." in text and ".." in pathlib.PurePosixPath(text).parts:
+        raise SuspiciousFileOperation(f"Detected path traversal attempt in {text!r}")
+    return text
+
+
+def url_below(base: str, name: str | os.PathLike[str]) -> str:
+    """Return the URL of a path below `base`, quoted."""
+    return urljoin(base, str(filepath_to_uri(os.fspath(name)) or "").lstrip("/"))
+
+
+def suspicious(error: InvalidPath) -> SuspiciousPath:
+    return SuspiciousPath(str(error), operation=error.operation, path=error.path, backend=error.backend)
+
+
+def named(name: str | os.PathLike[str] | None, content: Any) -> tuple[str, Any]:
+    if name is None:
+        name = content.name
+    if isinstance(content, bytes | bytearray | memoryview | str):
+        content = ContentFile(content if isinstance(content, str) else bytes(content))
+    elif not hasattr(content, "chunks"):
+        content = File(content, name)
+    target = os.fspath(name).replace("\\", "/")
+    validate_file_name(target, allow_relative_path=True)
+    return target, content

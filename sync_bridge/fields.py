@@ -1,0 +1,278 @@
+"""Model fields for files of a proxy storage: who owns a file is in its record, and every verb has an async twin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.apps import apps
+from django.core import checks
+from django.db import models, transaction
+from django.db.models import signals
+from django.db.models.fields.files import FieldFile, FileDescriptor, ImageFieldFile, ImageFileDescriptor
+
+from aproxy_storage import NotFound, StorageError
+
+from .base import ConfiguredStorage
+from .files import BridgeFile
+from .storage import BridgeStorage
+
+__all__ = ["ProxyFieldFile", "ProxyImageFieldFile", "ProxyStorageFileField", "ProxyStorageImageField"]
+
+_log = logging.getLogger(__name__)
+
+#: What the record knows of the object that owns the file.
+OWNER = ("content_type_id", "object_id", "field")
+
+
+class ProxyFieldFile(FieldFile):
+    """The file of one object. `asave`, `aopen`, `aread`, `adelete`, `asize` and `aurl` await the storage directly;
+    ``async for`` gives chunks, for a StreamingHttpResponse for example."""
+
+    storage: BridgeStorage
+    name: str | None
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        file: Any = getattr(self, "_file", None)
+        if exc_type is not None and isinstance(file, BridgeFile):
+            file.abort()  # what was being written is not published
+        self.close()
+
+    async def asave(self, name: str, content: Any, save: bool = True) -> None:
+        """Store `content` and set the field to it; then, with `save`, save the object.
+
+        ``upload_to`` and the saving of the object run in Django's thread, the storing on this loop.
+
+        Raises:
+            As `BridgeStorage.asave`; the object is unchanged then.
+        """
+        name = await sync_to_async(self.field.generate_filename)(self.instance, name)
+        self.name = await self.storage.asave(name, content, max_length=self.field.max_length)
+        # An image is looked at for its dimensions.
+        await sync_to_async(self._set_instance_attribute)(self.name, content)
+        self._committed = True
+        if save:
+            await self.instance.asave()
+
+    asave.alters_data = True  # type: ignore[attr-defined]
+
+    async def adelete(self, save: bool = True) -> None:
+        """Delete the file and clear the field; then, with `save`, save the object. No file: nothing is done."""
+        if not self.name:
+            return
+        if hasattr(self, "_file"):
+            await sync_to_async(self.close)()
+            del self.file
+        if hasattr(self, "_dimensions_cache"):
+            del self._dimensions_cache
+        await self.storage.adelete(self.name)
+        self.name = None
+        setattr(self.instance, self.field.attname, self.name)
+        self._committed = False
+        if save:
+            await self.instance.asave()
+
+    adelete.alters_data = True  # type: ignore[attr-defined]
+
+    def aopen(self, mode: str = "rb") -> Any:
+        """Open the stored file: ``async with document.file.aopen() as file``."""
+        return self.storage.aopen(self._required(), mode)
+
+    async def aread(self) -> bytes:
+        """Return the whole content."""
+        async with self.aopen() as file:
+            data: bytes = await file.read()
+        return data
+
+    async def asize(self) -> int:
+        """Return the size in bytes."""
+        return await self.storage.asize(self._required())
+
+    async def aurl(self, **options: Any) -> str:
+        """Return the URL, as `BridgeStorage.aurl`."""
+        return await self.storage.aurl(self._required(), **options)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self.storage.astream(self._required())
+
+    def _required(self) -> str:
+        self._require_file()
+        assert self.name is not None
+        return self.name
+
+
+class ProxyImageFieldFile(ProxyFieldFile, ImageFieldFile):
+    """The image of one object."""
+
+
+class _Remembering(FileDescriptor):
+    """Remembers the path with which an object came from the database, to tell later whether it has changed."""
+
+    def __set__(self, instance: models.Model, value: Any) -> None:
+        if self.field.attname not in instance.__dict__:  # in the constructor, or where the field was deferred
+            instance.__dict__[_memory(self.field)] = value if isinstance(value, str) else None
+        super().__set__(instance, value)
+
+
+class _RememberingImage(_Remembering, ImageFileDescriptor):
+    pass
+
+
+def _memory(field: Any) -> str:
+    return f"_{field.attname}_as_stored"
+
+
+class _OwnedFileMixin:
+    """What both fields share.
+
+    Args:
+        delete_on_replace: when a save of the object has given it another file, or none, the old one is deleted.
+        delete_with_object: when the object is deleted its file is deleted too.
+
+    Both happen when the transaction commits, never if it rolls back, and not while another row of the model has the
+    same file.
+    """
+
+    storage: Any
+    name: str
+    attname: str
+    model: type[models.Model]
+
+    def __init__(
+        self, *args: Any, delete_on_replace: bool = False, delete_with_object: bool = False, **kwargs: Any
+    ) -> None:
+        self.delete_on_replace = delete_on_replace
+        self.delete_with_object = delete_with_object
+        super().__init__(*args, **kwargs)
+
+    def deconstruct(self) -> Any:
+        name, path, args, kwargs = super().deconstruct()  # type: ignore[misc]
+        for option in ("delete_on_replace", "delete_with_object"):
+            if getattr(self, option):
+                kwargs[option] = True
+        return name, path, args, kwargs
+
+    def check(self, **kwargs: Any) -> list[checks.CheckMessage]:
+        from .checks import check_field
+
+        return [*super().check(**kwargs), *check_field(self)]  # type: ignore[misc]
+
+    # -- after the object was saved
+
+    def remember_owner(self, instance: models.Model, created: bool, using: str, update_fields: Any) -> None:
+        """Write into the record who owns the file, if the object has got another file by this save."""
+        values = instance.__dict__
+        if self.attname not in values or (update_fields is not None and self.name not in update_fields):
+            return
+        file = getattr(instance, self.attname)
+        path, before = file.name or "", values.get(_memory(self)) or ""
+        if path == before and not created:
+            return
+        values[_memory(self)] = path
+        if path and isinstance(self.storage, ConfiguredStorage) and apps.is_installed("django.contrib.contenttypes"):
+            self._write_owner(instance, path)
+        if self.delete_on_replace and before and before != path:
+            transaction.on_commit(partial(self._delete_unused, before, using), using=using, robust=True)
+
+    def _write_owner(self, instance: models.Model, path: str) -> None:
+        storage: BridgeStorage = self.storage
+        owner = self.owner_of(instance)
+        try:
+            record = storage.get(path)
+            if any(str(record.get(key)) != str(value) for key, value in owner.items()):
+                storage.update(path, extra={**record.extra, **owner})
+        except NotFound:
+            _log.warning("%s.%s of %r is %r, of which %r has no record", *_label(self), instance.pk, path, storage)
+        except StorageError:
+            # The object is saved, and its file too; who owns it is written at the next change.
+            _log.warning("the owner of %r could not be recorded", path, exc_info=True)
+
+    def owner_of(self, instance: models.Model) -> dict[str, Any]:
+        """Return what the record is told: the model in whose table the column is, whatever the class of the object,
+        so that a proxy or a child of it names the same object."""
+        from django.contrib.contenttypes.models import ContentType
+
+        key = self.model._meta.pk
+        assert key is not None
+        return {
+            "content_type_id": ContentType.objects.get_for_model(self.model).pk,
+            "object_id": key.value_to_string(instance),
+            "field": self.name,
+        }
+
+    def delete_with(self, instance: models.Model, using: str) -> None:
+        """Delete the file of an object that has been deleted, on commit."""
+        path = getattr(instance, self.attname).name
+        if self.delete_with_object and path:
+            transaction.on_commit(partial(self._delete_unused, path, using), using=using, robust=True)
+
+    def _delete_unused(self, path: str, using: str) -> None:
+        if not self.model._base_manager.using(using).filter(**{self.attname: path}).exists():
+            self.storage.delete(path)
+
+
+class ProxyStorageFileField(_OwnedFileMixin, models.FileField):
+    """A FileField whose files know the object they belong to: the record has ``content_type_id``, ``object_id`` and
+    ``field``, written when the object is saved with another file. See `get_content_object`.
+
+    The storage is a `BridgeStorage`; the default storage, where none is given, has to be one too.
+    """
+
+    attr_class = ProxyFieldFile
+    descriptor_class = _Remembering
+
+
+class ProxyStorageImageField(_OwnedFileMixin, models.ImageField):
+    """An ImageField, as `ProxyStorageFileField` is a FileField."""
+
+    attr_class = ProxyImageFieldFile
+    descriptor_class = _RememberingImage
+
+
+def _label(field: Any) -> tuple[str, str]:
+    return field.model._meta.label, field.name
+
+
+# -- signals, connected once for every model that has such a field: its own, or one of a parent's
+
+_IDENTITY = "sync_bridge.fields"
+
+
+def _watch(sender: type[models.Model], **_: Any) -> None:
+    if sender.__module__ == "__fake__":  # a model of a migration
+        return
+    if any(isinstance(field, _OwnedFileMixin) for field in sender._meta.concrete_fields):
+        signals.post_save.connect(_saved, sender=sender, dispatch_uid=_IDENTITY)
+        signals.post_delete.connect(_deleted, sender=sender, dispatch_uid=_IDENTITY)
+
+
+def _saved(
+    sender: type[models.Model],
+    instance: models.Model,
+    created: bool,
+    using: str,
+    raw: bool = False,
+    update_fields: Any = None,
+    **_: Any,
+) -> None:
+    if raw:  # a fixture: the ids in it are those of its records too, and tables may be half full
+        return
+    for field in sender._meta.concrete_fields:
+        if isinstance(field, _OwnedFileMixin):
+            field.remember_owner(instance, created, using, update_fields)
+
+
+def _deleted(sender: type[models.Model], instance: models.Model, using: str, **_: Any) -> None:
+    # Deleting a child deletes its parents, with a signal each; a proxy's fields are those of the model behind it.
+    for field in sender._meta.concrete_model._meta.local_concrete_fields:
+        if isinstance(field, _OwnedFileMixin):
+            field.delete_with(instance, using)
+
+
+signals.class_prepared.connect(_watch, dispatch_uid=_IDENTITY)

@@ -1,0 +1,374 @@
+"""Files of a BridgeStorage as Django wants them: blocking, buffered, in text or bytes.
+
+Reading goes over an `AsyncFile` in large blocks, because every call into the loop costs some 100 µs whatever it
+brings. Opening brings the first block; a file that is no longer needs no further call. Writing goes into a temporary
+file and is published in one call when the file is closed: so it is all or nothing, the temporary file can be written in
+every mode, and inside a transaction that one call belongs to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.core.files.base import File
+
+from aproxy_storage import AsyncFile, MetaRecord
+
+from .bridge import Bridge
+
+if TYPE_CHECKING:
+    from .storage import BridgeStorage
+
+__all__ = [
+    "BLOCK_BYTES",
+    "FIRST_BYTES",
+    "BridgeFile",
+    "ReadingFile",
+    "WritingFile",
+    "in_callers_thread",
+    "open_for_reading",
+]
+
+FIRST_BYTES = 256 << 10  # brought by the call that opens
+BLOCK_BYTES = 1 << 20  # brought by each further one
+_SPOOL_BYTES = 1 << 20  # written bytes that are kept in memory
+
+
+class BridgeFile(File):
+    """A file of a BridgeStorage. Not to be shared between threads.
+
+    Attributes:
+        name: its path.
+        mode: as given to `open`.
+        record: its record, as it was when the file was opened or published.
+    """
+
+    DEFAULT_CHUNK_SIZE = FIRST_BYTES
+
+    record: MetaRecord | None = None
+
+    def __init__(self, storage: BridgeStorage, file: Any, name: str, mode: str) -> None:
+        super().__init__(file, name)
+        self.mode = mode
+        self._storage = storage
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc_type is None:
+            self.close()
+        else:
+            self.abort()
+
+    def open(self, mode: str | None = None) -> Self:
+        """Go to the start; open again where it is closed, or for another mode."""
+        if not self.closed and (mode is None or mode == self.mode):
+            self.seek(0)
+            return self
+        self.close()
+        again = self._storage.open(self.name, mode or self.mode)
+        self.__class__ = again.__class__
+        self.__dict__.update(again.__dict__)
+        again.__dict__.clear()  # what it held is ours now
+        return self
+
+    def abort(self) -> None:
+        """Close without publishing anything; idempotent."""
+        self.close()
+
+
+class ReadingFile(BridgeFile):
+    """A stored file, open for reading; pinned to one version of it, as `AsyncFile` is."""
+
+    def __init__(self, storage: BridgeStorage, opened: tuple[AsyncFile, bytes, bool], name: str, mode: str) -> None:
+        handle, first, whole = opened
+        self.record = handle.record
+        self._bytes = handle.size
+        self._blocks: _Blocks | None = None
+        binary: Any
+        if whole:
+            binary = io.BytesIO(first)
+        else:
+            self._blocks = _Blocks(storage.bridge, handle, first)
+            binary = io.BufferedReader(self._blocks, BLOCK_BYTES)
+        file = binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
+        super().__init__(storage, file, name, mode)
+
+    @property
+    def size(self) -> int:
+        return self._bytes
+
+    def close(self) -> None:
+        if self._blocks is not None and self.file is not None:
+            self._blocks.release()
+        if self.file is not None:
+            self.file.close()
+
+
+async def open_for_reading(opening: Any) -> tuple[AsyncFile, bytes, bool]:
+    """Return the open file, its first bytes, and whether these are all of it; then it is closed already."""
+    handle: AsyncFile = await opening
+    try:
+        first = await handle.read(FIRST_BYTES)
+        whole = len(first) >= handle.size
+    except BaseException:
+        await handle.aclose()
+        raise
+    if whole:
+        await handle.aclose()
+    return handle, first, whole
+
+
+class _Blocks(io.RawIOBase):
+    """The bytes of an `AsyncFile` that is open on the loop of the bridge."""
+
+    def __init__(self, bridge: Bridge, handle: AsyncFile, first: bytes) -> None:
+        self._bridge = bridge
+        self._handle: AsyncFile | None = handle
+        self._first = first
+        self._size = handle.size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"seek to {base + offset}, before the start of the file")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        if self._position < len(self._first):
+            data = self._first[self._position : self._position + len(view)]
+            view[: len(data)] = data
+            done = len(data)
+        elif self._position >= self._size:
+            done = 0
+        else:
+            done = self._bridge.call(self._read_into, view)
+        self._position += done
+        return done
+
+    async def _read_into(self, view: memoryview) -> int:
+        handle = self._open_handle()
+        await handle.seek(self._position)
+        return await handle.readinto(view)
+
+    def readall(self) -> bytes:
+        data = self._bridge.call(self._read_rest) if self._position < self._size else b""
+        self._position += len(data)
+        return data
+
+    async def _read_rest(self) -> bytes:
+        handle = self._open_handle()
+        await handle.seek(self._position)
+        return await handle.read()
+
+    def _open_handle(self) -> AsyncFile:
+        if self._handle is None:
+            raise ValueError("I/O operation on closed file")
+        return self._handle
+
+    def release(self) -> None:
+        """Close the handle, and wait until it is."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._bridge.end(handle.aclose)
+
+    def close(self) -> None:
+        # Without a `release` before it this is the garbage collector, in whatever thread: nothing may wait.
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._bridge.post(handle.aclose)
+        super().close()
+
+
+class WritingFile(BridgeFile):
+    """A file open for writing. It appears under its path, whole, when it is closed.
+
+    After an exception in the ``with`` block, and where it is never closed, nothing is published.
+    """
+
+    def __init__(self, storage: BridgeStorage, name: str, mode: str) -> None:
+        self._spool = _Spool(max_size=_SPOOL_BYTES, dir=settings.FILE_UPLOAD_TEMP_DIR)
+        self._exclusive = "x" in mode
+        self._published = False
+        file: Any = self._spool if "b" in mode else io.TextIOWrapper(self._spool, encoding="utf-8")
+        super().__init__(storage, file, name, mode)
+        try:
+            if self._exclusive:
+                if storage.exists(name):
+                    raise FileExistsError(f"{name!r} exists already")
+            elif "w" not in mode:
+                self._load("+" in mode and "a" not in mode)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _load(self, must_exist: bool) -> None:
+        try:
+            with self._storage.open(self.name, "rb") as old:
+                for block in old.chunks(BLOCK_BYTES):
+                    self._spool.write(block)
+        except FileNotFoundError:
+            if must_exist:
+                raise
+        else:
+            self._spool.changed = False
+        if must_exist:
+            self._spool.seek(0)
+
+    @property
+    def size(self) -> int:
+        self.file.flush()
+        at = self._spool.tell()
+        try:
+            return self._spool.seek(0, io.SEEK_END)
+        finally:
+            self._spool.seek(at)
+
+    def close(self) -> None:
+        """Publish the file; idempotent.
+
+        Raises:
+            What `ProxyStorage.save` or `replace` raises; then nothing is published.
+        """
+        if self._published or self.file is None or self.file.closed:
+            return
+        self._published = True
+        try:
+            self.file.flush()
+            if self._spool.changed or self.mode[0] in "wx":
+                self._spool.seek(0)
+                self.record = self._storage.publish(self.name, self._spool, exclusive=self._exclusive)
+        finally:
+            self.file.close()
+
+    def abort(self) -> None:
+        self._published = True
+        if self.file is not None:
+            self._spool.close()  # first: what a text layer still holds is not wanted
+            with contextlib.suppress(ValueError):
+                self.file.close()
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_published", True):
+            self._published = True
+            warnings.warn(
+                f"{self.name!r} was opened for writing and never closed: nothing was published",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+
+class _Spool(tempfile.SpooledTemporaryFile[bytes]):
+    """What is written, and whether anything was."""
+
+    changed = False
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Read it from its start."""
+        self.seek(0)
+        return iter(lambda: self.read(size), b"")
+
+    def write(self, data: Any) -> int:
+        self.changed = True
+        return super().write(data)
+
+    def writelines(self, lines: Any) -> None:
+        self.changed = True
+        super().writelines(lines)
+
+    def truncate(self, size: int | None = None) -> int:
+        self.changed = True
+        super().truncate(size)
+        return self.tell() if size is None else size
+
+
+class _InCallersThread:
+    """Blocking content that is read in the thread of the caller, who waits for the bridge.
+
+    That is where Django would read it, and where its database connection and transaction are.
+    """
+
+    def __init__(
+        self, pieces: Callable[[int], Any], *, name: str | None, content_type: str | None, again: bool
+    ) -> None:
+        self.name = name
+        self.content_type = content_type
+        self.file = self  # is asked whether it can seek
+        self.error: Exception | None = None  # raised by the content itself
+        self._pieces = pieces
+        self._again = again
+        self._iterator: Any = None
+
+    def seekable(self) -> bool:
+        return self._again
+
+    async def seek(self, position: int) -> int:
+        self._iterator = None
+        return position
+
+    async def read(self, size: int) -> Any:
+        return await sync_to_async(self._next)(size)
+
+    def _next(self, size: int) -> Any:
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._pieces(max(size, FIRST_BYTES)))
+            for piece in self._iterator:
+                if piece:
+                    return piece
+            return b""
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def in_callers_thread(content: Any) -> Any:
+    """Return `content` such that a call over the bridge reads it in the calling thread.
+
+    What is in memory, or in a temporary file that can be moved, is returned as it is: nobody reads it.
+    """
+    if isinstance(content, _Spool) and isinstance(content._file, io.BytesIO):
+        return content._file.getvalue()
+    if isinstance(content, _Spool):
+        return _InCallersThread(content.pieces, name=None, content_type=None, again=True)
+    if not isinstance(content, File) and not callable(getattr(content, "chunks", None)):
+        return content
+    if callable(getattr(content, "temporary_file_path", None)):
+        return content
+    inner = vars(content).get("file") if hasattr(content, "__dict__") else None
+    if type(inner) in (io.BytesIO, io.StringIO) and type(content).chunks.__module__.startswith("django."):
+        return content
+    return _InCallersThread(
+        content.chunks,
+        name=getattr(content, "name", None),
+        content_type=getattr(content, "content_type", None),
+        again=_seekable(content),
+    )
+
+
+def _seekable(content: Any) -> bool:
+    try:
+        return bool(content.seekable())
+    except Exception:  # closed (it may open itself again), or none of its methods
+        return False

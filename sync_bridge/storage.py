@@ -1,0 +1,280 @@
+"""BridgeStorage: a `ProxyStorage` as Django's own kind of storage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from django.core.exceptions import SuspiciousFileOperation
+from django.core.files.utils import validate_file_name
+
+from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound
+from aproxy_storage.backends.filesystem import FileSystemBackend
+
+from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below
+from .bridge import refuse_on_event_loop
+from .files import BridgeFile, ReadingFile, WritingFile, in_callers_thread, open_for_reading
+from .records import SyncMetaBackend
+from .twins import AsyncTwins, as_set
+
+__all__ = ["BridgeStorage", "SuspiciousPath"]
+
+
+class BridgeStorage(AsyncTwins):
+    """A Django storage over a `ProxyStorage`, for ``STORAGES``, for file fields, and by itself.
+
+    Without arguments it is what FileSystemStorage is, with records: files below ``MEDIA_ROOT``, records in the model
+    `sync_bridge.models.StoredFile`. The first five arguments are those of FileSystemStorage.
+
+    Args:
+        location: the directory; ``MEDIA_ROOT`` by default.
+        base_url: what `url` puts before the name, without any I/O; ``MEDIA_URL`` by default where the files are in
+            such a directory. Otherwise URLs are those of the original.
+        file_permissions_mode, directory_permissions_mode: by default as in the settings.
+        allow_overwrite: `save` replaces a file of the same name instead of taking another name.
+        storage: instead of all others but `base_url` and `allow_overwrite`: a ProxyStorage, a class or callable that
+            makes one, the dotted path to any of these, or the name of one that ``PROXY_STORAGE`` or the registry knows.
+        read_through: a file that is in the original and has no record gets one when it is first asked for.
+        options: a description: ``original="s3://…"`` or ``originals={"fs": "file:///…", "s3": "s3://…"}``,
+            ``meta="postgresql://…"`` (or a model, or ``"app.Model"``; the model of this app by default); or
+            ``config="aproxy.toml"``; ``name=`` for the records; and whatever ProxyStorage takes.
+
+    The constructor only stores; the ProxyStorage, `proxy`, is made on first use. Thread-safe, and a file is stored by
+    one call whatever its size. The synchronous methods raise SyncCallOnEventLoop in a thread with a running loop;
+    there, await ``asave aopen adelete aexists asize aurl alistdir``, which go to the ProxyStorage directly.
+
+    Raises:
+        ImproperlyConfigured: an unknown option, or options that exclude each other. By every method, on first use,
+            where the ProxyStorage cannot be made.
+    """
+
+    @property
+    def meta_backend(self) -> SyncMetaBackend:
+        """The records of all storages that share the meta-backend, for synchronous code."""
+        return SyncMetaBackend(self.proxy.meta, self.bridge)
+
+    # -- Django's contract
+
+    def save(
+        self,
+        name: str | os.PathLike[str] | None,
+        content: Any,
+        max_length: int | None = None,
+        *,
+        using: str | None = None,
+        original_storage_path: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Store `content` under `name`, or under the next free name; return the path.
+
+        Args:
+            content: a Django File, anything with ``read`` or ``chunks``, or bytes. Read in this thread; a
+                TemporaryUploadedFile is moved where the original is on the same file system, not copied.
+            max_length: of the path, in characters.
+            using: the original to use, instead of what the placement says. For this call only.
+            original_storage_path: the key of a file that is in the original already: it gets a record, nothing is
+                written, `content` is not used.
+            content_type, extra: as `ProxyStorage.save`.
+
+        All or nothing. Inside a transaction of the meta-backend's database the record belongs to it; the bytes of a
+        save that is rolled back are found by ``reconcile --scan``.
+
+        Raises:
+            SuspiciousFileOperation: the name leads out of the storage, or nothing fits into `max_length`.
+            What the content raises; and as `ProxyStorage.save`.
+        """
+        refuse_on_event_loop(f"{self!r}.save()", "asave()")
+        if original_storage_path:
+            return self.adopt(original_storage_path, name=name, using=using, content_type=content_type, extra=extra)
+        target, content = named(name, content)
+        if self._chooses_names or self._is_on_disk(target):
+            target = self.get_available_name(target, max_length=max_length)
+            validate_file_name(target, allow_relative_path=True)
+        token = saving.set(Saving(max_length, using, content_type, extra))
+        try:
+            path = self._save(target, content)
+        finally:
+            saving.reset(token)
+        validate_file_name(path, allow_relative_path=True)
+        return path
+
+    def _save(self, name: str, content: Any) -> str:
+        asks, prepared = saving.get() or Saving(), in_callers_thread(content)
+        try:
+            return self.bridge.call(self._store, name, prepared, asks)
+        except InvalidPath as error:
+            raise suspicious(error) from error
+        except ContentError:
+            # What Django's callers expect: the error of their own file.
+            own: Exception | None = getattr(prepared, "error", None)
+            if own is None:
+                raise
+            raise own from None
+
+    def publish(self, name: str, content: Any, *, exclusive: bool = False) -> MetaRecord:
+        """Store at exactly `name`: a new file or, unless `exclusive`, new bytes for the one there; return its record.
+
+        What a file opened for writing does when it is closed.
+
+        Raises:
+            AlreadyExists: with `exclusive`. And as `save`.
+        """
+        return self.bridge.call(self._overwrite, name, in_callers_thread(content), exclusive=exclusive)
+
+    def open(self, name: str | os.PathLike[str], mode: str = "rb") -> BridgeFile:
+        """Open a file, in any mode of the builtin ``open``.
+
+        One for reading has its first 256 KiB at hand, and is pinned to one version of the file. One for writing
+        is published when it is closed without an exception.
+
+        Raises:
+            FileNotFoundError; FileExistsError with ``"x"``; IntegrityError: its bytes are gone.
+        """
+        refuse_on_event_loop(f"{self!r}.open()", "aopen()")
+        file: BridgeFile = self._open(asked(name), mode)
+        return file
+
+    def _open(self, name: str, mode: str = "rb") -> BridgeFile:
+        kind = mode.replace("b", "").replace("t", "").replace("+", "")
+        if kind not in ("r", "w", "x", "a") or ("b" in mode and "t" in mode):
+            raise ValueError(f"invalid mode: {mode!r}")
+        if kind == "r" and "+" not in mode:
+            return ReadingFile(self, self.bridge.call(self._open_first, name), name, mode)
+        validate_file_name(name, allow_relative_path=True)
+        return WritingFile(self, name, mode)
+
+    async def _open_first(self, name: str) -> tuple[AsyncFile, bytes, bool]:
+        return await open_for_reading(self.proxy.open(await self._touched(name)))
+
+    def delete(self, name: str | os.PathLike[str]) -> None:
+        """Delete a file; one that is not there is deleted already.
+
+        Inside a transaction its bytes go when that commits; rolled back, the file is as it was.
+
+        Raises:
+            ValueError: `name` is empty. And as `ProxyStorage.delete`.
+        """
+        if not name:
+            raise ValueError("The name must be given to delete().")
+        self.bridge.call(self.adelete, asked(name))
+
+    def exists(self, name: str | os.PathLike[str]) -> bool:
+        """Return whether there is a file of that name: one question to the meta-backend."""
+        return self.bridge.call(self.aexists, asked(name))
+
+    def size(self, name: str | os.PathLike[str]) -> int:
+        """Return the size in bytes.
+
+        Raises:
+            FileNotFoundError.
+        """
+        return self.bridge.call(self.asize, asked(name))
+
+    def url(self, name: str | os.PathLike[str] | None, **options: Any) -> str:
+        """Return the URL of a file. With a `base_url` that is it and the path, without any I/O, in any thread.
+
+        `options`: as `ProxyStorage.url` (``expires_in``), which is asked where there is no `base_url`.
+
+        Raises:
+            SyncCallOnEventLoop: there is no `base_url`, and this thread runs a loop: await `aurl`.
+            FileNotFoundError, NotSupported.
+        """
+        base = self.base_url
+        if base is not None and not options:
+            return url_below(base, name) if name else base
+        refuse_on_event_loop(f"{self!r}.url()", "aurl()")
+        return self.bridge.call(self.aurl, asked(name or ""), **options)
+
+    def path(self, name: str | os.PathLike[str]) -> str:
+        """Return the path of the file on the local disk, where the original is a directory.
+
+        Raises:
+            NotImplementedError: it is not.
+        """
+        local, text = self._local_original(""), asked(name)
+        if not text:
+            return local.root
+        try:
+            record = self.get(text)
+        except NotFound:
+            if text.startswith("/"):
+                raise SuspiciousFileOperation(f"{text!r} is not relative, and no record has it") from None
+            return os.path.join(local.root, text)
+        return self._local_original(record.original_storage_name).full_path(record.original_storage_path)
+
+    def _local_original(self, name: str) -> FileSystemBackend:
+        backend = self.proxy.get_original(name)
+        if not isinstance(backend, FileSystemBackend):
+            raise NotImplementedError(f"{backend} is no local directory: its files have no absolute path")
+        return backend
+
+    def listdir(self, path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+        """Return the names of the directories and of the files in a directory; both empty where there is none."""
+        return self.bridge.call(self.alistdir, asked(path))
+
+    def get_accessed_time(self, name: str | os.PathLike[str]) -> datetime:
+        """Return when the bytes were last read, where the original is a directory and the system keeps it."""
+        return as_set(datetime.fromtimestamp(os.path.getatime(self.path(name)), UTC))
+
+    def get_created_time(self, name: str | os.PathLike[str]) -> datetime:
+        """Return when the file was stored; aware where ``USE_TZ``, else naive in local time."""
+        return self.bridge.call(self.aget_created_time, asked(name))
+
+    def get_modified_time(self, name: str | os.PathLike[str]) -> datetime:
+        """Return when the bytes were written; aware where ``USE_TZ``, else naive in local time."""
+        return self.bridge.call(self.aget_modified_time, asked(name))
+
+    def is_name_available(self, name: str, max_length: int | None = None) -> bool:
+        if max_length and len(name) > max_length:
+            return False
+        return self.allow_overwrite or not (self._is_on_disk(name) or self.exists(name))
+
+    def get_alternative_name(self, file_root: str, file_ext: str) -> str:
+        if self.allow_overwrite:
+            return f"{file_root}{file_ext}"
+        name: str = super().get_alternative_name(file_root, file_ext)
+        return name
+
+    # -- verbs that Django's contract does not have
+
+    def get(self, name: str | os.PathLike[str]) -> MetaRecord:
+        """Return the record of a file; see `ProxyStorage.get`."""
+        return self.bridge.call(self._record, name)
+
+    def get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
+        """Return the records of `names` in their order, None where there is no such file."""
+        return self.bridge.call(self.proxy.get_many, names)
+
+    def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
+        """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
+        return self.bridge.call(self.proxy.update, name, extra=extra)
+
+    def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
+        """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.
+
+        They go to another key: in a directory that a web server publishes the file has another URL then, which
+        `aurl` and the record know. `save` with ``allow_overwrite`` keeps the key.
+        """
+        return self.bridge.call(self.proxy.replace, name, in_callers_thread(content), **options)
+
+    def rename(self, name: str, new_name: str) -> MetaRecord:
+        """Give a file another path; no byte moves, so its key is the old one. See `ProxyStorage.rename`."""
+        return self.bridge.call(self.proxy.rename, name, new_name)
+
+    def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
+        """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
+        return self.bridge.call(self.proxy.copy, name, new_name, using=using)
+
+    def move(self, name: str, using: str) -> MetaRecord:
+        """Move the bytes of a file into the original `using`; see `ProxyStorage.move`."""
+        return self.bridge.call(self.proxy.move, name, using)
+
+    def adopt(self, original_storage_path: str, *, name: str | os.PathLike[str] | None = None, **options: Any) -> str:
+        """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`."""
+        if name is not None:
+            name = os.fspath(name).replace("\\", "/")
+            validate_file_name(name, allow_relative_path=True)
+        return self.bridge.call(self.proxy.adopt, original_storage_path, name=name, **options)

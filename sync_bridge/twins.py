@@ -1,0 +1,182 @@
+"""The asynchronous twins of a storage's methods: they await the ProxyStorage, and know nothing of the bridge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+from django.core.files.utils import validate_file_name
+
+from aproxy_storage import AlreadyExists, InvalidPath, MetaRecord, NotFound, NotSupported
+from aproxy_storage.files import Opening
+
+from .base import ConfiguredStorage, Saving, asked, suspicious, url_below
+
+__all__ = ["AsyncTwins", "as_set"]
+
+
+class AsyncTwins(ConfiguredStorage):
+    """``asave aopen adelete aexists asize aurl alistdir`` and the like."""
+
+    async def asave(
+        self,
+        name: str | os.PathLike[str] | None,
+        content: Any,
+        max_length: int | None = None,
+        *,
+        using: str | None = None,
+        original_storage_path: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Store `content`, as `save`; it may also be an asynchronous file or iterator.
+
+        Blocking content is read in a worker thread. A ``get_available_name`` of a subclass is called in a thread.
+
+        Raises:
+            ContentError: the content failed; its error is the cause. Otherwise as `save`.
+        """
+        if original_storage_path:
+            given = os.fspath(name) if name is not None else None
+            return await self.proxy.adopt(
+                original_storage_path, name=given, using=using, content_type=content_type, extra=extra
+            )
+        target = os.fspath(content.name if name is None else name).replace("\\", "/")
+        validate_file_name(target, allow_relative_path=True)
+        if self._chooses_names or self._is_on_disk(target):
+            target = await sync_to_async(self.get_available_name)(target, max_length=max_length)
+            validate_file_name(target, allow_relative_path=True)
+        try:
+            path = await self._store(target, content, Saving(max_length, using, content_type, extra))
+        except InvalidPath as error:
+            raise suspicious(error) from error
+        validate_file_name(path, allow_relative_path=True)
+        return path
+
+    def aopen(self, name: str | os.PathLike[str], mode: str = "rb") -> Opening[Any]:
+        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`."""
+        text = asked(name)
+        if not self.read_through:
+            return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
+
+        async def opened() -> Any:
+            return await self.proxy.open(await self._touched(text), mode)  # type: ignore[call-overload]
+
+        return Opening(opened)
+
+    async def astream(self, name: str | os.PathLike[str]) -> AsyncIterator[bytes]:
+        """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself."""
+        async with self.aopen(name) as file:
+            async for chunk in file:
+                yield chunk
+
+    async def adelete(self, name: str | os.PathLike[str]) -> None:
+        """Delete a file, as `delete`."""
+        if not name:
+            raise ValueError("The name must be given to delete().")
+        await self.proxy.delete(await self._touched(asked(name)), missing_ok=True)
+
+    async def aexists(self, name: str | os.PathLike[str]) -> bool:
+        """Return whether there is such a file."""
+        text = asked(name)
+        if not text:
+            return False
+        if self.read_through:
+            return isinstance(await self._touched(text), MetaRecord)
+        return await self.proxy.exists(text)
+
+    async def asize(self, name: str | os.PathLike[str]) -> int:
+        """Return the size in bytes. Raises FileNotFoundError."""
+        return await self.proxy.size(await self._touched(asked(name)))
+
+    async def aurl(self, name: str | os.PathLike[str], **options: Any) -> str:
+        """Return the URL as the record says: exact also where `url` can only say what it was by its name."""
+        try:
+            return await self.proxy.url(await self._touched(asked(name)), **options)
+        except NotSupported:
+            if (base := self._given.get("base_url")) is None or options:
+                raise
+            return url_below(base, name)
+
+    async def alistdir(self, path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
+        """Return the names of the directories and of the files in a directory."""
+        text = asked(path).strip("/")
+        prefix = self.proxy.prefix if text in ("", ".") else f"{text}/"
+        directories: list[str] = []
+        files: list[str] = []
+        async for entry in self.proxy.list(prefix, delimiter="/"):
+            name = entry.path[len(prefix) :]
+            if isinstance(entry, MetaRecord):
+                files.append(name)
+            else:
+                directories.append(name.rstrip("/"))
+        return directories, files
+
+    async def aget_created_time(self, name: str | os.PathLike[str]) -> datetime:
+        """Return when the file was stored."""
+        return as_set((await self._record(name)).created_at)
+
+    async def aget_modified_time(self, name: str | os.PathLike[str]) -> datetime:
+        """Return when the bytes were written."""
+        record = await self._record(name)
+        backend = self.proxy.get_original(record.original_storage_name)
+        changed = record.updated_at or record.created_at
+        if backend.capabilities.modified_time:
+            changed = (await backend.stat(record.original_storage_path)).modified_at or changed
+        return as_set(changed)
+
+    async def _record(self, name: str | os.PathLike[str]) -> MetaRecord:
+        found = await self._touched(asked(name))
+        return found if isinstance(found, MetaRecord) else await self.proxy.get(found)
+
+    async def _touched(self, name: str) -> str | MetaRecord:
+        """Return `name`; with `read_through` its record, which it gets now if only the original has it."""
+        if not self.read_through or not name:
+            return name
+        proxy = self.proxy
+        try:
+            return await proxy.get(name)
+        except NotFound:
+            pass
+        key = name.removeprefix(proxy.prefix)
+        for original in proxy.originals:
+            try:
+                await proxy.adopt(key, name=name, using=original)
+                return await proxy.get(name)
+            except (NotFound, AlreadyExists, InvalidPath):
+                continue  # not there; or somebody else's; or adopted by somebody else at this moment
+        return name
+
+    async def _store(self, name: str, content: Any, saving: Saving) -> str:
+        if self.allow_overwrite:
+            return (await self._overwrite(name, content)).path
+        return await self.proxy.save(
+            name,
+            content,
+            max_length=saving.max_length,
+            using=saving.using,
+            content_type=saving.content_type,
+            extra=saving.extra,
+        )
+
+    async def _overwrite(self, name: str, content: Any, *, exclusive: bool = False) -> MetaRecord:
+        """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
+        proxy = self.proxy
+        path = name if name.startswith(proxy.prefix) else proxy.prefix + name
+        if self.is_published and not exclusive:
+            # Its URL is its path, so the bytes may not move to another key: not atomic, as in Django's own storage.
+            await proxy.delete(await self._touched(path), missing_ok=True)
+        if self._is_on_disk(path):
+            raise FileExistsError(f"{path!r} is in {self.location} without a record; adopt it first")
+        return await proxy.write_to(path, content, exclusive=exclusive)
+
+
+def as_set(moment: datetime | None) -> datetime:
+    """Return `moment` as Django's settings want it."""
+    if moment is None:
+        raise NotSupported("neither the record nor its original knows that time")
+    return moment.astimezone(UTC) if settings.USE_TZ else moment.astimezone().replace(tzinfo=None)
