@@ -115,6 +115,7 @@ class Rows:
         # In a transaction too: what cannot be kept is refused before the bytes are written.
         row = self.table(connection).row_of(record, connection)
         if connection.in_atomic_block:
+            connection.validate_no_broken_transaction()
             return None
         reserved = self._insert_row(connection, record, row, lease)
         places = {(place.original, place.key) for place in record.all_places()}
