@@ -30,7 +30,7 @@ from .gates import Traffic
 from .meta_backends.base import MetaBackend
 from .placement import First, Limits, Placement, Request, Route, by_content_type, by_suffix
 from .proxy import Health, ProxyStorage
-from .records import ByteRange, Capabilities, CommonPrefix, MetaRecord, ObjectInfo, Place, Revision
+from .records import ByteRange, Capabilities, CommonPrefix, MetaRecord, ObjectInfo, Place, Revision, UploadForm
 from .replicate import Replicate
 from .timeouts import Timeouts
 
@@ -76,6 +76,7 @@ __all__ = [
     "StorageError",
     "Timeouts",
     "Traffic",
+    "UploadForm",
     "by_content_type",
     "by_suffix",
 ]

@@ -56,6 +56,7 @@ PUBLIC = [
     "StorageError",
     "Timeouts",
     "Traffic",
+    "UploadForm",
     "by_content_type",
     "by_suffix",
 ]
@@ -265,6 +266,7 @@ BY_POSITION = {
     "Backend.list": ["prefix"],
     "Backend.read": ["key"],
     "Backend.stat": ["key"],
+    "Backend.upload_form": ["key"],
     "Backend.url": ["key"],
     "Backend.write": ["key", "source"],
     "MetaBackend.__init__": [],

@@ -1,7 +1,7 @@
 """The contract of an original backend, and everything that all of them share.
 
 To write a backend, subclass `Backend`, set `capabilities`, implement the hooks ``_write _read _stat _discard`` and
-those of ``_list _copy _url`` that the capabilities promise, and hold it to
+those of ``_list _copy _url _upload_form`` that the capabilities promise, and hold it to
 ``aproxy_storage.testing.backends.BackendTests``. The public methods check the key, apply the deadline, map native
 errors and say where they happened, once, here.
 """
@@ -26,7 +26,7 @@ from ..errors import (
     from_os_error,
 )
 from ..paths import check_path
-from ..records import ByteRange, Capabilities, ObjectInfo
+from ..records import ByteRange, Capabilities, ObjectInfo, UploadForm
 from ..timeouts import Timeouts
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "Backend", "Reader", "Reading"]
@@ -204,6 +204,24 @@ class Backend(abc.ABC):
         self._need(self.capabilities.url, "url")
         return await self._call("url", key, self._url(key, expires_in=expires_in, **options), self.timeouts.operation)
 
+    async def upload_form(
+        self, key: str, *, token: str, expires_in: float, max_bytes: int, content_type: str | None = None
+    ) -> UploadForm:
+        """Return a form with which a browser can create the object `key`, once or again, for `expires_in` seconds.
+
+        The service refuses more than `max_bytes` bytes, and another content type than `content_type` where that is
+        given. `token` is kept with the object as with `write`. An object that is there already is overwritten.
+
+        Raises:
+            NotSupported: see ``capabilities.upload_form``. InvalidPath.
+        """
+        self._need(self.capabilities.upload_form, "make an upload form")
+        self.check_key(key)
+        work = self._upload_form(
+            key, token=token, expires_in=expires_in, max_bytes=max_bytes, content_type=content_type
+        )
+        return await self._call("upload_form", key, work, self.timeouts.operation)
+
     def full_path(self, key: str) -> str:
         """Return the name a human would use, e.g. ``/srv/media/om.png`` or ``s3://bucket/om.png``."""
         return key
@@ -257,6 +275,11 @@ class Backend(abc.ABC):
         raise NotImplementedError
 
     async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
+        raise NotImplementedError
+
+    async def _upload_form(
+        self, key: str, *, token: str, expires_in: float, max_bytes: int, content_type: str | None
+    ) -> UploadForm:
         raise NotImplementedError
 
     async def _aclose(self) -> None:
