@@ -42,6 +42,7 @@ __all__ = [
 ORIGINALS = {
     "file": "aproxy_storage.backends.filesystem:FileSystemBackend",
     "memory": "aproxy_storage.backends.memory:MemoryBackend",
+    "s3": "aproxy_storage.backends.s3:S3Backend",
 }
 
 #: Schemes of meta-backends. One that is in both tables (``memory``) is told apart by which of them is asked.

@@ -30,6 +30,7 @@ CORE = {
     "gates",
     "openings",
     "replication",
+    "mending",
     "writes",
     "adopting",
     "health",
@@ -49,7 +50,9 @@ UPWARD = {
 # What a module may import besides the standard library.
 DRIVERS = {
     "sniffing": {"puremagic"},
-    "backends.s3": {"aioboto3", "aiobotocore", "botocore"},
+    "backends._s3_client": {"aiobotocore", "botocore"},
+    "backends._s3_errors": {"aiohttp", "botocore"},
+    "backends._s3_urls": {"botocore", "cryptography"},
     "backends.obstore": {"obstore"},
     "backends.gridfs": {"pymongo", "gridfs", "bson"},
     "backends.mogilefs": {"aiohttp", "httpx"},

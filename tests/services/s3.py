@@ -33,7 +33,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-__all__ = ["S3Server", "S3Service", "own_s3", "s3_server", "s3_service"]
+__all__ = ["S3Server", "S3Service", "own_s3", "s3_client", "s3_server", "s3_service"]
 
 # On the end of its standard input, which is the end of whoever started it, the watchdog kills the server and removes
 # what it left. SeaweedFS never removes its sockets, which it names after its ports.
@@ -309,6 +309,15 @@ def s3_service(request: pytest.FixtureRequest) -> S3Service:
         return _from_url(url).fresh()
     server: S3Server = request.getfixturevalue("s3_server")
     return server.service.fresh()
+
+
+@pytest.fixture(scope="session")
+def s3_client(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Give a synchronous botocore client of the service to test with; making one takes longer than most tests."""
+    url = os.environ.get("APROXY_TEST_S3_URL")
+    service = _from_url(url) if url else request.getfixturevalue("s3_server").service
+    with contextlib.closing(service.client()) as client:
+        yield client
 
 
 @pytest.fixture

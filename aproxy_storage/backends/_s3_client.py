@@ -1,0 +1,294 @@
+"""One client per event loop, its connections counted, and requests that are sent again where that is safe."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError
+from ..timeouts import IdleWatch
+
+try:
+    from aiobotocore.config import AioConfig
+    from aiobotocore.session import AioSession
+    from botocore import UNSIGNED  # noqa: F401  (one of the ways to sign, for those who pass a config)
+    from botocore.handlers import add_expect_header
+except ImportError as error:
+    raise MissingDependency.of("aiobotocore", "s3") from error
+
+from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
+
+__all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
+
+_RETRIES = 3  # after the first try
+_PATIENCE = 0.1  # seconds that the first retry waits for at most; each further one twice as long
+_LONG_PATIENCE = 0.5  # seconds, likewise, where the service asks to slow down
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionOptions:
+    """How to reach the service: what `S3Backend` was given."""
+
+    session: Any = field(default=None, repr=False)
+    client: Any = field(default=None, repr=False)
+    endpoint_url: str | None = None
+    public_endpoint_url: str | None = None
+    region: str | None = None
+    access_key: str | None = None
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    addressing_style: str | None = None
+    verify: bool | str | None = None
+    proxies: Mapping[str, str] | None = field(default=None, repr=False)
+    pool_size: int = 64
+    pool_timeout: float | None = 30.0
+    connect_timeout: float = 10.0
+    idle: float | None = 60.0
+    checksums: str | None = None
+    sign_payload: bool = False
+    config: Any = None
+
+    def client_config(self) -> Any:
+        """Return botocore's Config: what we need, what the caller was given, what he says beyond that."""
+        checksums = self.checksums or ("when_required" if self.endpoint_url else "when_supported")
+        s3: dict[str, Any] = {"payload_signing_enabled": self.sign_payload}
+        if self.addressing_style is not None:
+            s3["addressing_style"] = self.addressing_style
+        config = AioConfig(
+            signature_version="s3v4",
+            user_agent="aproxy_storage",  # building botocore's own for each request takes a tenth of its time
+            max_pool_connections=self.pool_size,
+            connect_timeout=self.connect_timeout,
+            read_timeout=self.idle,
+            request_checksum_calculation=checksums,
+            response_checksum_validation=checksums,
+            retries={"mode": "standard", "total_max_attempts": 1},  # ours know what is safe
+            proxies=dict(self.proxies) if self.proxies else None,
+            s3=s3,
+        )
+        return config if self.config is None else config.merge(self.config)
+
+
+class Body(io.BytesIO):
+    """The body of a request. `on_progress` is called as it is sent; `sent` once all of it may be on its way."""
+
+    on_progress: Callable[[], None] | None = None
+    sent = False
+
+    @property
+    def size(self) -> int:
+        with self.getbuffer() as view:
+            return len(view)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        piece = super().read(size)
+        if self.on_progress is not None:
+            self.on_progress()
+        if not self.sent and self.tell() >= self.size:
+            self.sent = True
+        return piece
+
+
+class Slot:
+    """One of the connections that may be used at a time. One that is dropped is given back too."""
+
+    __slots__ = ("_loop", "_slots")
+
+    def __init__(self, slots: asyncio.Semaphore) -> None:
+        self._slots: asyncio.Semaphore | None = slots
+        self._loop = asyncio.get_running_loop()
+
+    def release(self) -> None:
+        """Give it back; idempotent."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.release()
+
+    def __del__(self) -> None:
+        if self._slots is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._slots.release)
+
+
+class Connection:
+    """What one event loop has: a client, made on first use, and the count of its connections."""
+
+    def __init__(self, options: ConnectionOptions) -> None:
+        self._options = options
+        self._stack = AsyncExitStack()
+        self._making = asyncio.Lock()
+        self._client: Any = None
+        self._signer: Any = None
+        self._session: Any = options.session
+        self._slots = asyncio.Semaphore(options.pool_size)
+        self.bucket_seen = False  # an answer has shown that the bucket exists
+
+    async def client(self) -> Any:
+        """Return the client of this loop."""
+        if self._client is None:
+            async with self._making:
+                if self._client is None:
+                    self._client = self._options.client or await self._open(self._options.endpoint_url)
+        return self._client
+
+    async def signer(self) -> Any:
+        """Return the client that signs URLs, with the endpoint that browsers see. It sends nothing."""
+        if self._options.public_endpoint_url is None:
+            return await self.client()
+        if self._signer is None:
+            async with self._making:
+                if self._signer is None:
+                    self._signer = await self._open(self._options.public_endpoint_url)
+        return self._signer
+
+    async def _open(self, endpoint_url: str | None) -> Any:
+        options = self._options
+        if self._session is None:
+            self._session = AioSession(profile=options.profile)
+        make = getattr(self._session, "create_client", None) or self._session.client  # aiobotocore's, or aioboto3's
+        client = await self._stack.enter_async_context(
+            make(
+                "s3",
+                region_name=options.region,
+                endpoint_url=endpoint_url,
+                aws_access_key_id=options.access_key,
+                aws_secret_access_key=options.secret_key,
+                aws_session_token=options.session_token,
+                verify=options.verify,
+                config=options.client_config(),
+            )
+        )
+        # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
+
+    async def aclose(self) -> None:
+        self._client = self._signer = None
+        await self._stack.aclose()
+
+    # -- requests
+
+    async def call(
+        self,
+        operation: str,
+        what: str,
+        *,
+        body: Body | None = None,
+        on_progress: Callable[[], None] | None = None,
+        again: bool = True,
+        **params: Any,
+    ) -> Any:
+        """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds.
+
+        `again`: the request may be sent again when its answer was lost; without it only when it was not carried out.
+
+        Raises:
+            StorageError: ``outcome_unknown`` if any of the tries may have been, or may still be, carried out.
+        """
+        if body is not None:
+            params["Body"] = body
+        async with IdleWatch(self._options.idle) as watch:
+            if body is not None:
+
+                def progress() -> None:
+                    watch.go_on()
+                    if on_progress is not None:
+                        on_progress()
+
+                body.on_progress = progress
+            return await self._tried(operation, what, params, watch, again)
+
+    async def _tried(self, operation: str, what: str, params: dict[str, Any], watch: IdleWatch, again: bool) -> Any:
+        client = await self._client_for(what)
+        unsure = False
+        for retries_left in reversed(range(_RETRIES + 1)):
+            slot = await self.slot(what)
+            try:
+                answer = await getattr(client, operation)(**params)
+                self.bucket_seen = True
+                return answer
+            except Exception as error:
+                mapped = map_error(error, what)
+                may_send_again = again or was_never_sent(error) or not mapped.outcome_unknown
+                if not retries_left or not may_send_again or not is_transient(error):
+                    mapped.outcome_unknown = mapped.outcome_unknown or unsure
+                    raise mapped from error
+                unsure = unsure or mapped.outcome_unknown
+                throttled = is_throttled(error)
+            finally:
+                slot.release()
+            await pause(_RETRIES - retries_left, throttled=throttled)
+            if "Body" in params:
+                params["Body"].seek(0)
+            watch.go_on()
+        raise AssertionError("unreachable")
+
+    async def stream(self, operation: str, what: str, **params: Any) -> tuple[Any, Slot]:
+        """Send a request whose answer has a body; return the answer, and the connection that the body occupies.
+
+        The caller closes the body, then releases the slot.
+
+        Raises:
+            StorageError.
+        """
+        client = await self._client_for(what)
+        for retries_left in reversed(range(_RETRIES + 1)):
+            slot = await self.slot(what)
+            try:
+                answer = await getattr(client, operation)(**params)
+                self.bucket_seen = True
+                return answer, slot
+            except BaseException as error:
+                slot.release()
+                if not isinstance(error, Exception):
+                    raise
+                if not retries_left or not is_transient(error):
+                    raise map_error(error, what) from error
+                throttled = is_throttled(error)
+            await pause(_RETRIES - retries_left, throttled=throttled)
+        raise AssertionError("unreachable")
+
+    async def slot(self, what: str) -> Slot:
+        """Wait for one of the `pool_size` connections.
+
+        Without this aiohttp would let us wait for ever, when as many answers as there are connections are not read.
+
+        Raises:
+            BackendUnavailable: none became free within `pool_timeout`; nothing was sent.
+        """
+        if self._slots.locked():
+            try:
+                async with asyncio.timeout(self._options.pool_timeout):
+                    await self._slots.acquire()
+            except TimeoutError as error:
+                raise BackendUnavailable(
+                    f"could not {what}: all {self._options.pool_size} connections were busy for "
+                    f"{self._options.pool_timeout:g} seconds. Are there readers that are neither read nor closed? "
+                    "Else enlarge pool_size"
+                ) from error
+        else:
+            await self._slots.acquire()
+        return Slot(self._slots)
+
+    async def _client_for(self, what: str) -> Any:
+        if self._client is not None:
+            return self._client
+        try:
+            return await self.client()
+        except StorageError:
+            raise
+        except Exception as error:
+            mapped = map_error(error, what)
+            if isinstance(error, ValueError):
+                mapped = ConfigurationError(f"could not {what}: {error}")  # "Invalid endpoint: …"
+            raise mapped from error
+
+
+async def pause(number: int, *, throttled: bool = False) -> None:
+    """Wait before retry `number` (from 0 on), for a random time, so that those who failed together do not return so."""
+    await asyncio.sleep(random.uniform(0, (_LONG_PATIENCE if throttled else _PATIENCE) * 2**number))

@@ -1,0 +1,189 @@
+"""What S3's errors mean: botocore's, and those of aiohttp that botocore lets through. No error text of the service is
+quoted, because it may hold parts of a signed request."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+import aiohttp
+from botocore import exceptions as botocore_errors
+
+from ..errors import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    Conflict,
+    DeadlineExceeded,
+    IntegrityError,
+    InvalidPath,
+    NotFound,
+    NotSupported,
+    OutOfSpace,
+    StorageError,
+)
+
+__all__ = ["BROKEN", "code_of", "is_transient", "map_error", "was_never_sent"]
+
+#: What the body of an answer raises when its connection breaks, or ends too early.
+BROKEN = (
+    botocore_errors.HTTPClientError,
+    botocore_errors.IncompleteReadError,
+    aiohttp.ClientError,
+    ConnectionError,
+)
+
+_NOT_FOUND = {"NoSuchKey", "NoSuchVersion", "NotFound", "404"}
+_TAKEN = {"PreconditionFailed", "412"}
+_IN_THE_WAY = {"ConditionalRequestConflict", "OperationAborted", "409"}
+_GONE_UPLOAD = {"NoSuchUpload"}
+_THROTTLED = {
+    "BandwidthLimitExceeded", "RequestLimitExceeded", "RequestThrottled", "SlowDown", "SlowDownRead", "SlowDownWrite",
+    "Throttling", "ThrottlingException", "TooManyRequests", "TooManyRequestsException",
+}  # fmt: skip
+_SLOW_CLIENT = {"RequestTimeout"}
+_DAMAGED = {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+_FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"}
+_BAD_NAME = {"InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName"}
+_ELSEWHERE = {
+    "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "Redirect",
+    "TemporaryRedirect", "301", "307",
+}  # fmt: skip
+
+_DENIED = {
+    "AccessDenied": "the credentials are good, but not for this. Give them the right (docs/s3.md lists those needed)",
+    "AccountProblem": "there is a problem with the account",
+    "AllAccessDisabled": "all access is disabled",
+    "ExpiredToken": "the temporary credentials have expired: get new ones",
+    "ExpiredTokenException": "the temporary credentials have expired: get new ones",
+    "InvalidAccessKeyId": "there is no such access key: look at access_key, or at the environment that it comes from",
+    "InvalidToken": "the session token is not valid: get new temporary credentials",
+    "NotSignedUp": "the account is not signed up for S3",
+    "RequestExpired": "the request was too old when it arrived: set this machine's clock",
+    "RequestTimeTooSkewed": "this machine's clock and the service's differ by more than 15 minutes: set the clock",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key, or a proxy changes the requests",
+    "TokenRefreshRequired": "the temporary credentials have to be renewed",
+    "403": "the credentials are wrong, or not good for this. Without the right to list the bucket, an object that "
+    "does not exist is answered so too",
+}
+
+
+def map_error(error: Exception, what: str) -> StorageError:
+    """Return the StorageError for a native `error`; `what` says what was tried, e.g. ``"read 'a.txt' in …"``."""
+    if isinstance(error, botocore_errors.ClientError):
+        return _of_answer(error, what)
+    if isinstance(error, botocore_errors.NoCredentialsError | botocore_errors.PartialCredentialsError):
+        return ConfigurationError(
+            f"could not {what}: there are no credentials, or only a part. Pass access_key and secret_key, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine"
+        )
+    if isinstance(error, botocore_errors.ProfileNotFound | botocore_errors.ConfigParseError):
+        return ConfigurationError(f"could not {what}: the AWS profile or its file cannot be read")
+    if isinstance(error, botocore_errors.CredentialRetrievalError | botocore_errors.TokenRetrievalError):
+        return AccessDenied(f"could not {what}: the credentials could not be fetched ({type(error).__name__})")
+    if isinstance(error, botocore_errors.SSLError | ssl.SSLError | aiohttp.ClientSSLError):
+        return BackendUnavailable(
+            f"could not {what}: there was no TLS connection. Look at the certificate of the endpoint, and at verify=",
+            retryable=False,
+        )
+    if isinstance(error, botocore_errors.FlexibleChecksumError):
+        return IntegrityError(f"could not {what}: the bytes that came do not fit the checksum of the object")
+    if isinstance(error, botocore_errors.ConnectTimeoutError):
+        return DeadlineExceeded(f"could not {what}: no connection in time")
+    if isinstance(error, botocore_errors.ReadTimeoutError | TimeoutError):
+        return DeadlineExceeded(f"could not {what} in time", outcome_unknown=True)
+    if was_never_sent(error):
+        return BackendUnavailable(f"could not {what}: the endpoint cannot be reached")
+    if isinstance(error, BROKEN):
+        return BackendUnavailable(f"could not {what}: the connection broke", outcome_unknown=True)
+    if isinstance(error, botocore_errors.BotoCoreError | ValueError):
+        # Something is wrong with the arguments (a bad endpoint, a parameter that is none): nothing was sent.
+        return ConfigurationError(f"could not {what}: {type(error).__name__} before anything was sent; see the cause")
+    return BackendUnavailable(
+        f"could not {what}: unexpected {type(error).__name__}", retryable=False, outcome_unknown=True
+    )
+
+
+def code_of(error: BaseException | None) -> str:
+    """Return the code of an error that the service has answered, of it or of its cause; empty for all others."""
+    if isinstance(error, StorageError):
+        error = error.__cause__
+    return str(error.response.get("Error", {}).get("Code", "")) if isinstance(error, _ClientError) else ""
+
+
+_ClientError = botocore_errors.ClientError
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether the same request may well succeed a moment later."""
+    if isinstance(error, _ClientError):
+        code = code_of(error)
+        return code in _THROTTLED | _SLOW_CLIENT | _IN_THE_WAY or (_status(error) >= 500 and not _is_final(error, code))
+    if isinstance(error, botocore_errors.SSLError | botocore_errors.ReadTimeoutError | ssl.SSLError):
+        return False  # a timeout has cost as much time as there was
+    if isinstance(error, botocore_errors.ConnectionError | aiohttp.ClientError | ConnectionError):
+        return not isinstance(error, aiohttp.ClientSSLError | aiohttp.InvalidURL)
+    return False
+
+
+def was_never_sent(error: BaseException) -> bool:
+    """Return whether the request cannot have reached the service: there was no connection."""
+    if isinstance(error, botocore_errors.ConnectTimeoutError):
+        return True
+    native = getattr(error, "kwargs", {}).get("error") if isinstance(error, botocore_errors.BotoCoreError) else error
+    return isinstance(native, aiohttp.ClientConnectorError)
+
+
+def is_throttled(error: Exception) -> bool:
+    """Return whether the service asks for patience."""
+    return isinstance(error, _ClientError) and (code_of(error) in _THROTTLED or _status(error) == 503)
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
+
+
+def _is_final(error: Any, code: str) -> bool:
+    return code in _FULL or code == "NotImplemented" or _status(error) in (501, 507)
+
+
+def _of_answer(error: Any, what: str) -> StorageError:
+    code, status = code_of(error), _status(error)
+    failed = f"could not {what}"
+    if code in _NOT_FOUND:
+        return NotFound(f"{failed}: there is no such object")
+    if code == "NoSuchBucket":
+        return ConfigurationError(f"{failed}: there is no such bucket at this endpoint. Create it, or look at bucket=")
+    if code in _TAKEN:
+        return AlreadyExists(f"{failed}: there is an object already")
+    if code in _IN_THE_WAY:
+        return Conflict(f"{failed}: another request for the same object was under way ({code})")
+    if code in _GONE_UPLOAD:
+        return Conflict(f"{failed}: the multipart upload is gone; somebody, or a rule of the bucket, has ended it")
+    if code in _ELSEWHERE:
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        region = error.response["Error"].get("Region") or headers.get("x-amz-bucket-region")
+        way = f"it says {region!r}" if region else "ask its owner"
+        return ConfigurationError(f"{failed}: the bucket is in another region ({way}); look at region= ({code})")
+    if code in _DENIED:
+        return AccessDenied(f"{failed}: {_DENIED[code]} ({code})")
+    if code in _FULL or status == 507:
+        return OutOfSpace(f"{failed}: no room, or too large ({code})")
+    if code in _BAD_NAME:
+        return InvalidPath(f"{failed}: the service does not take such a name ({code})")
+    if code in _DAMAGED:
+        return BackendUnavailable(f"{failed}: the bytes were damaged on the way ({code})")
+    if code == "InvalidObjectState":
+        return BackendUnavailable(f"{failed}: the object is archived; restore it first", retryable=False)
+    if code == "NotImplemented" or status == 501:
+        return NotSupported(f"{failed}: the service cannot do that ({code}). See conditional_writes= in docs/s3.md")
+    if code in _THROTTLED:
+        return BackendUnavailable(f"{failed}: the service asks to slow down ({code})")
+    if code in _SLOW_CLIENT:
+        return BackendUnavailable(f"{failed}: the service has waited too long for the content ({code})")
+    if status == 403:
+        return AccessDenied(f"{failed}: access denied ({code or status})")
+    if status >= 500:
+        return BackendUnavailable(f"{failed}: the service is out of order ({code or status})", outcome_unknown=True)
+    return BackendUnavailable(f"{failed}: the service refused the request ({code or status})", retryable=False)

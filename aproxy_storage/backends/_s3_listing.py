@@ -1,0 +1,232 @@
+"""Listings, of objects and of unfinished uploads, page by page; and the removal of many objects with one request."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Protocol
+
+from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, StorageError
+from ..records import ObjectInfo
+from ._s3_client import Connection
+from ._s3_objects import listed
+
+__all__ = ["Bucket", "delete_objects", "list_objects", "unfinished_uploads"]
+
+_LAST = "\U0010ffff"  # nothing that begins with the same text comes after it
+_PER_REQUEST = 1000  # objects: a rule of S3
+
+Entry = tuple[str, Any]  # a key and what the service says of it, or a group's name and None
+
+
+class Bucket:
+    """Where to list: pages of one bucket, with keys that have `base` taken off."""
+
+    def __init__(self, connection: Callable[[], Connection], what: str, name: str, base: str) -> None:
+        self._connection = connection
+        self.what = what
+        self.name = name
+        self.base = base
+
+    async def page(self, prefix: str, *, after: str | None = None, **params: Any) -> Any:
+        """Return one page of ListObjectsV2."""
+        if after is not None:
+            params["StartAfter"] = self.base + after
+        # Asked for each time, because the consumer may close the backend between two pages.
+        return await self._connection().call(
+            "list_objects_v2", self.what, Bucket=self.name, Prefix=self.base + prefix, **params
+        )
+
+    def key(self, full_key: str) -> str:
+        return full_key.removeprefix(self.base)
+
+
+class _Order(Protocol):
+    async def next(self) -> Entry | None:
+        """Return the next entry in the byte order of the keys."""
+
+    def pass_over(self, group: str) -> None:
+        """Spare what follows that begins with `group`, where that is possible."""
+
+
+class _Flat:
+    """Keys as S3 lists them: in byte order, a thousand with one request."""
+
+    def __init__(self, bucket: Bucket, prefix: str, after: str | None) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+        self._start = after
+        self._last = ""
+        self._entries: deque[Any] = deque()
+        self._ended = False
+
+    async def next(self) -> Entry | None:
+        while not self._entries:
+            if self._ended:
+                return None
+            page = await self._bucket.page(self._prefix, after=self._start)
+            self._entries.extend(page.get("Contents") or ())
+            self._ended = not page.get("IsTruncated") or not self._entries
+            if self._entries:
+                self._start = self._bucket.key(self._entries[-1]["Key"])
+        entry = self._entries.popleft()
+        key = self._bucket.key(entry["Key"])
+        if key <= self._last:
+            raise ConfigurationError(
+                f"could not {self._bucket.what}: the service does not list in the byte order of keys. If it walks "
+                "directories, as SeaweedFS does, pass flat_listings=False"
+            )
+        self._last = key
+        return key, entry
+
+    def pass_over(self, group: str) -> None:
+        if not self._ended and self._start is not None and self._start.startswith(group):
+            self._start = group + _LAST
+
+
+class _Walk:
+    """Directory by directory, with a request or more for each: for services that have directories underneath, and
+    list in their order: ``b/a`` before ``b!``, because ``b`` comes before ``b!``."""
+
+    def __init__(self, bucket: Bucket, prefix: str, after: str | None, *, grouped: bool) -> None:
+        self._bucket = bucket
+        self._after = after
+        self._grouped = grouped
+        self._stack = [_Directory(bucket, prefix, after)]
+
+    async def next(self) -> Entry | None:
+        after = self._after
+        while self._stack:
+            found = await self._stack[-1].next()
+            if found is None:
+                self._stack.pop()
+                continue
+            key, entry = found
+            if entry is not None:
+                if after is None or key > after:
+                    return key, entry
+            elif after is not None and key <= after:
+                if after.startswith(key):  # it may hold more
+                    self._stack.append(_Directory(self._bucket, key, after))
+            elif self._grouped:
+                return key, None
+            else:
+                self._stack.append(_Directory(self._bucket, key, None))
+        return None
+
+    def pass_over(self, group: str) -> None:
+        while len(self._stack) > 1 and self._stack[-1].prefix.startswith(group):
+            self._stack.pop()
+
+
+class _Directory:
+    """The files and directories of one directory, in byte order, a directory's name ending in its slash."""
+
+    def __init__(self, bucket: Bucket, prefix: str, after: str | None) -> None:
+        self._bucket = bucket
+        self.prefix = prefix
+        self._params: dict[str, Any] = {"after": _start_in(prefix, after)}
+        self._entries: deque[Entry] = deque()
+        self._held: list[str] = []  # directories, until the files are given that come before their slash
+        self._ended = False
+
+    async def next(self) -> Entry | None:
+        while not self._entries and not self._ended:
+            await self._next_page()
+        if self._held and not (self._entries and self._entries[0][0] < self._held[0]):
+            return heapq.heappop(self._held), None
+        if not self._entries:
+            return None
+        key, entry = self._entries.popleft()
+        if entry is not None:
+            return key, entry
+        heapq.heappush(self._held, key)
+        return await self.next()
+
+    async def _next_page(self) -> None:
+        page = await self._bucket.page(self.prefix, Delimiter="/", **self._params)
+        found: list[Entry] = [(self._bucket.key(each["Key"]), each) for each in page.get("Contents") or ()]
+        found += [(self._bucket.key(each["Prefix"]), None) for each in page.get("CommonPrefixes") or ()]
+        found.sort(key=lambda entry: entry[0].rstrip("/"))
+        self._entries.extend(found)
+        self._ended = not page.get("IsTruncated")
+        self._params = {"ContinuationToken": page.get("NextContinuationToken")}
+
+
+def _start_in(prefix: str, after: str | None) -> str | None:
+    """Return a place to start at from which on, by names, lies all that comes after `after`, by bytes.
+
+    After the file ``b!`` comes the directory ``b``, whose name is less. So the name is cut before the first such
+    character, and what is left stepped back from.
+    """
+    directory, _, _ = prefix.rpartition("/")
+    below = f"{directory}/" if directory else ""
+    if after is None or not after.startswith(below) or after <= prefix:
+        return None
+    name, _, deeper = after[len(below) :].partition("/")
+    cut = next((at for at, char in enumerate(name) if char < "/"), None)
+    if cut is None:
+        if deeper:
+            return after
+        cut = len(name)
+    if cut == 0 or (before := ord(name[cut - 1]) - 1) < 0x20 or 0xD800 <= before <= 0xDFFF:
+        return None
+    return below + name[: cut - 1] + chr(before) + _LAST
+
+
+async def list_objects(
+    bucket: Bucket, prefix: str, *, after: str | None, delimiter: str | None, flat: bool
+) -> AsyncIterator[ObjectInfo]:
+    """Yield what lies below `prefix`. See `Backend.list`."""
+    # Groups are made here: services differ in what they make of a delimiter together with a place to start at, and
+    # some know the slash only.
+    order: _Order
+    if flat:
+        order = _Flat(bucket, prefix, after)
+    else:
+        order = _Walk(bucket, prefix, after, grouped=delimiter == "/")
+    group: str | None = None  # the last one
+    while (found := await order.next()) is not None:
+        key, entry = found
+        if group is not None and key.startswith(group):
+            continue
+        at = key.find(delimiter, len(prefix)) if delimiter else -1
+        if at < 0:
+            yield listed(key, entry)
+            continue
+        group = key[: at + len(delimiter or "")]
+        order.pass_over(group)
+        if group != after:  # else it has been given
+            yield ObjectInfo(group, is_prefix=True)
+
+
+async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[str]:
+    """Return the ids of the multipart uploads of exactly this key."""
+    found: list[str] = []
+    marker: dict[str, Any] = {}
+    while True:
+        page = await connection.call("list_multipart_uploads", what, Bucket=bucket, Prefix=key, **marker)
+        found += [upload["UploadId"] for upload in page.get("Uploads") or () if upload["Key"] == key]
+        # They come in the order of keys, and `key` is the first that begins with itself.
+        if not page.get("IsTruncated") or page.get("NextKeyMarker", "") > key:
+            return found
+        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+
+async def delete_objects(
+    connection: Connection, what: str, bucket: str, base: str, keys: Sequence[str]
+) -> dict[str, StorageError | None]:
+    """Remove objects; return for each key None, or why it is still there."""
+    results: dict[str, StorageError | None] = dict.fromkeys(keys)
+    for start in range(0, len(keys), _PER_REQUEST):
+        batch = [{"Key": base + key} for key in keys[start : start + _PER_REQUEST]]
+        answer = await connection.call("delete_objects", what, Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+        for error in answer.get("Errors") or ():
+            code = error.get("Code", "")
+            if code == "NoSuchKey":
+                continue
+            cls: type[StorageError] = AccessDenied if code == "AccessDenied" else BackendUnavailable
+            key = error["Key"].removeprefix(base)
+            results[key] = cls(f"could not delete {key!r}: the service says {code}", operation="delete_many", path=key)
+    return results

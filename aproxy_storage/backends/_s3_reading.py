@@ -1,0 +1,223 @@
+"""How an object is read: one GET, resumed where its connection breaks, or several ranges at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ..cleanup import Cleanup
+from ..errors import BackendUnavailable, Conflict, NotFound, StorageError
+from ..feeds import seen
+from ..records import ByteRange
+from ._s3_client import Connection, Slot, pause
+from ._s3_errors import BROKEN, code_of
+
+__all__ = ["Download", "ParallelDownload", "range_header"]
+
+_RESUMES = 4  # in a row, without a byte in between
+
+
+def range_header(byte_range: ByteRange) -> str | None:
+    """Return the Range header; None where the range is empty, whatever the size."""
+    if byte_range.suffix is not None:
+        return f"bytes=-{byte_range.suffix}" if byte_range.suffix else None
+    if byte_range.end is None:
+        return f"bytes={byte_range.start}-"
+    return f"bytes={byte_range.start}-{byte_range.end - 1}" if byte_range.end > byte_range.start else None
+
+
+class Download:
+    """The bytes of one object from `start` on, as one stream. A broken connection is taken up again where it broke,
+    if the object is still the same one.
+
+    Attributes:
+        answer: of the first request.
+        size: of the whole object.
+        start, stop: which bytes of it are read.
+    """
+
+    answer: Any
+    size: int
+    stop: int
+
+    def __init__(self, connection: Connection, what: str, target: dict[str, Any]) -> None:
+        self._connection = connection
+        self._what = what
+        self._target = target  # Bucket and Key
+        self._body: Any = None
+        self._slot: Slot | None = None
+        self.start = 0
+
+    async def open(self, byte_range: ByteRange | None = None, *, etag: str | None = None) -> None:
+        """Send the first request. `byte_range` is not empty; with an `etag` the object has to be of that version.
+
+        Raises:
+            StorageError; its cause has the code InvalidRange where the object ends before the range.
+        """
+        params = {} if byte_range is None else {"Range": range_header(byte_range)}
+        if etag is not None:
+            params["IfMatch"] = etag
+        await self._request(params)
+        length = int(self.answer["ContentLength"])
+        if byte_range is None:
+            self.size = length
+        else:
+            self.start, self.size = self._content_range()
+        self.stop = self.start + length
+
+    async def _request(self, params: dict[str, Any]) -> None:
+        self.answer, self._slot = await self._connection.stream("get_object", self._what, **self._target, **params)
+        self._body = self.answer["Body"]
+
+    def _content_range(self) -> tuple[int, int]:
+        """Return the first byte that is answered, and the size of the whole."""
+        text = str(self.answer.get("ContentRange") or "")  # bytes 10-19/100
+        try:
+            first, size = text.removeprefix("bytes ").split("/")
+            return int(first.partition("-")[0]), int(size)
+        except ValueError:
+            self.close()
+            raise BackendUnavailable(
+                f"could not {self._what}: the service has ignored the range", retryable=False
+            ) from None
+
+    async def read(self, limit: int) -> bytes:
+        """Return the next bytes, at most `limit`; empty at the end.
+
+        Raises:
+            Conflict: the object changed or vanished before its connection could be taken up again.
+            BackendUnavailable, and as `open`.
+        """
+        failures = 0
+        while self.start < self.stop:
+            try:
+                if self._body is None:
+                    await self._resume()
+                piece: bytes = await self._body.read(min(limit, self.stop - self.start))
+                if piece:
+                    self.start += len(piece)
+                    if self.start == self.stop:
+                        self.close()
+                    return piece
+                cause: Exception | None = None  # it ended before its time
+            except BROKEN as error:
+                cause = error
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+            if failures == _RESUMES:
+                raise BackendUnavailable(
+                    f"could not {self._what}: the connection broke {failures + 1} times in a row at byte {self.start}"
+                ) from cause
+            await pause(failures)
+            failures += 1
+        return b""
+
+    async def _resume(self) -> None:
+        first = self.answer
+        etag = first.get("ETag")
+        if not etag:
+            raise BackendUnavailable(
+                f"could not {self._what}: the connection broke, and without an ETag it cannot be taken up again"
+            )
+        try:
+            await self._request({"Range": f"bytes={self.start}-{self.stop - 1}", "IfMatch": etag})
+        except StorageError as error:
+            raise (_changed(error, self._what) or error) from error.__cause__
+        if self.answer.get("ETag") != etag or self._content_range()[0] != self.start:
+            self.close()
+            raise Conflict(f"could not {self._what}: the object was replaced while it was read")
+        self.answer = first
+
+    async def rest(self) -> bytes:
+        """Return all that is left."""
+        pieces = []
+        while piece := await self.read(1 << 20):
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def chunks(self, chunk_bytes: int) -> AsyncIterator[bytes]:
+        """Yield what is left, in chunks of at most `chunk_bytes`."""
+        try:
+            while chunk := await self.read(chunk_bytes):
+                yield chunk
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the connection back, or end it if there are bytes left in it; idempotent."""
+        body, self._body = self._body, None
+        slot, self._slot = self._slot, None
+        if body is not None:
+            body.close()
+        if slot is not None:
+            slot.release()
+
+
+class ParallelDownload:
+    """The bytes of one object in ranges of `part_bytes`, `parts` of them under way at a time. All are of the version
+    that the first one has met. Memory: parts × part_bytes."""
+
+    def __init__(self, first: Download, stop: int, part_bytes: int, parts: int, cleanup: Cleanup) -> None:
+        self._first = first
+        self._etag = first.answer.get("ETag")
+        self._next = first.stop
+        self._stop = stop
+        self._part_bytes = part_bytes
+        self._parts = parts
+        self._cleanup = cleanup
+        self._tasks: deque[asyncio.Task[bytes]] = deque()
+
+    async def chunks(self, chunk_bytes: int) -> AsyncIterator[bytes]:
+        """Yield the bytes in order, in chunks of at most `chunk_bytes`."""
+        try:
+            self._fill()
+            while chunk := await self._first.read(chunk_bytes):
+                yield chunk
+            while self._tasks:
+                task = self._tasks[0]
+                await asyncio.wait({task})
+                part = io.BytesIO(task.result())
+                self._tasks.popleft()
+                del task
+                while chunk := part.read(chunk_bytes):
+                    yield chunk
+                self._fill()
+        finally:
+            self._first.close()
+            for task in self._tasks:
+                task.cancel()
+
+    def _fill(self) -> None:
+        # One range less than `parts`, because that one is with the consumer.
+        while self._next < self._stop and len(self._tasks) < self._parts - 1:
+            end = min(self._next + self._part_bytes, self._stop)
+            task = self._cleanup.start(self._fetch(ByteRange(self._next, end)), name="read of a range", log=False)
+            task.add_done_callback(seen)  # of those that nobody asks for any more
+            self._tasks.append(task)
+            self._next = end
+
+    async def _fetch(self, byte_range: ByteRange) -> bytes:
+        part = Download(self._first._connection, self._first._what, self._first._target)
+        try:
+            await part.open(byte_range, etag=self._etag)
+            if part.answer.get("ETag") != self._etag or part.stop != byte_range.end:
+                raise Conflict(f"could not {part._what}: the object was replaced while it was read")
+            return await part.rest()
+        except StorageError as error:
+            raise (_changed(error, part._what) or error) from error.__cause__
+        finally:
+            part.close()
+
+
+def _changed(error: StorageError, what: str) -> Conflict | None:
+    """Return the error for an object that is not the one any more that we began with; None for other errors."""
+    if isinstance(error, NotFound):
+        return Conflict(f"could not {what}: the object was removed while it was read")
+    if code_of(error) in ("PreconditionFailed", "412", "InvalidRange"):
+        return Conflict(f"could not {what}: the object was replaced while it was read")
+    return None

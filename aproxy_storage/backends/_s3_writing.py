@@ -1,0 +1,375 @@
+"""How an object is made: one PUT, or a multipart upload with a few parts in memory; whole, or not at all.
+
+The request that makes it visible runs in a task of the backend's. A caller who is cancelled meanwhile waits a little
+for what has become of it, and takes it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..cleanup import Cleanup
+from ..content import Source
+from ..errors import AlreadyExists, Conflict, ContentError, NotFound, StorageError
+from ..feeds import seen
+from ..timeouts import IdleWatch
+from ._s3_client import Body, Connection
+from ._s3_errors import code_of
+from ._s3_objects import TOKEN
+
+__all__ = ["MAX_PARTS", "Target", "Upload", "copy_parts"]
+
+MAX_PARTS = 10_000  # of one upload: a rule of S3
+_SETTLED_BY_A_LOOK = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchUpload"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What one write is to make, and with what."""
+
+    connection: Connection
+    cleanup: Cleanup
+    uploads: MutableMapping[str, str]  # unfinished ones of this process -> token
+    bucket: str
+    key: str
+    what: str
+    token: str
+    params: Mapping[str, Any]  # of the new object: ContentType, Metadata …
+    conditional: bool
+    undo_within: float
+
+    @property
+    def at(self) -> dict[str, Any]:
+        """The parameters that name the object."""
+        return {"Bucket": self.bucket, "Key": self.key}
+
+
+class Upload:
+    """One write of one object."""
+
+    def __init__(self, target: Target, source: Source, *, part_bytes: int, parts: int, multipart_bytes: int) -> None:
+        self._target = target
+        self._source = source
+        self._part_bytes = part_bytes
+        self._parts = parts
+        self._multipart_bytes = multipart_bytes
+        self._pieces: _Pieces | None = None
+        self._watch: IdleWatch | None = None
+
+    async def run(self) -> tuple[int, str | None]:
+        """Write the content; return its size and the object's ETag."""
+        source = self._source
+        async with source.watched(None) as self._watch:
+            if source.data is not None and len(source.data) < self._multipart_bytes:
+                await source.measure()
+                return await self._put(Body(source.data))
+            async with contextlib.aclosing(source.chunks()) as chunks:
+                self._pieces = pieces = _Pieces(chunks)
+                if source.size is None or source.size < self._multipart_bytes:
+                    head = await pieces.take(self._multipart_bytes)
+                    if head.size < self._multipart_bytes:
+                        return await self._put(head)
+                else:
+                    head = Body()
+                return await self._multipart(head, pieces)
+
+    def _on_progress(self) -> None:
+        # While the content is waited for, a part that moves is no reason to start the clock.
+        if self._watch is not None and not (self._pieces is not None and self._pieces.waiting):
+            self._watch.go_on()
+
+    # -- in one piece
+
+    async def _put(self, body: Body) -> tuple[int, str | None]:
+        size = body.size
+        await refuse_taken(self._target)
+        answer = await decide(self._target, "put_object", body=body, on_progress=self._on_progress)
+        return size, answer.get("ETag")
+
+    # -- in parts
+
+    async def _multipart(self, head: Body, pieces: _Pieces) -> tuple[int, str | None]:
+        target = self._target
+        part_bytes = self._part_bytes
+        if self._source.size is not None:
+            part_bytes = max(part_bytes, -(-self._source.size // MAX_PARTS))
+
+        async def send_parts(upload_id: str) -> list[dict[str, Any]]:
+            nonlocal size
+            etags: dict[int, str] = {}
+            slots = asyncio.Semaphore(self._parts)
+
+            async def send(number: int, body: Body) -> None:
+                try:
+                    answer = await target.connection.call(
+                        "upload_part", target.what, body=body, on_progress=self._on_progress,
+                        UploadId=upload_id, PartNumber=number, **target.at,
+                    )  # fmt: skip
+                    etags[number] = answer["ETag"]
+                finally:
+                    body.close()
+                    slots.release()
+
+            async with one_error(), asyncio.TaskGroup() as group:
+                for number in range(1, MAX_PARTS + 2):
+                    await slots.acquire()  # first, so that the part that is being put together counts too
+                    body = await pieces.take(part_bytes, head if number == 1 else None)
+                    if not body.size:
+                        break
+                    if number > MAX_PARTS:
+                        raise ContentError(
+                            f"the content has more than {size} bytes, which {MAX_PARTS} parts of {part_bytes} bytes "
+                            "hold: declare its size, or enlarge part_bytes"
+                        )
+                    size += body.size
+                    group.create_task(send(number, body))
+                    del body
+            return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+
+        size = 0
+        answer = await in_parts(target, send_parts)
+        return size, answer.get("ETag")
+
+
+class _Pieces:
+    """Cuts what comes into parts, each of them the body of a request."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = b""
+        self.waiting = False
+
+    async def take(self, size: int, body: Body | None = None) -> Body:
+        """Return the next `size` bytes, fewer at the end; what `body` holds comes first."""
+        body = body or Body()
+        body.seek(0, 2)
+        while (room := size - body.tell()) > 0:
+            chunk = self._rest
+            if not chunk:
+                self.waiting = True
+                chunk = await anext(self._chunks, b"")
+                self.waiting = False
+            if not chunk:
+                break
+            body.write(chunk if len(chunk) <= room else memoryview(chunk)[:room])
+            self._rest = chunk[room:]
+        body.seek(0)
+        return body
+
+
+async def copy_parts(
+    target: Target, size: int, source: dict[str, Any], etag: str, *, part_bytes: int, parts: int
+) -> Any:
+    """Make the object of the bytes of another one, on the server, and only if that is still at `etag`."""
+    # CopyObject would do for small ones, but a service that does not know its If-None-Match yet would overwrite.
+    part_bytes = max(part_bytes, -(-size // MAX_PARTS))
+
+    async def send_parts(upload_id: str) -> list[dict[str, Any]]:
+        etags: dict[int, str] = {}
+        slots = asyncio.Semaphore(parts)
+
+        async def send(number: int, start: int) -> None:
+            try:
+                answer = await target.connection.call(
+                    "upload_part_copy", target.what, UploadId=upload_id, PartNumber=number,
+                    CopySource=source, CopySourceIfMatch=etag,
+                    CopySourceRange=f"bytes={start}-{min(start + part_bytes, size) - 1}", **target.at,
+                )  # fmt: skip
+                etags[number] = answer["CopyPartResult"]["ETag"]
+            finally:
+                slots.release()
+
+        async with one_error(), asyncio.TaskGroup() as group:
+            for number, start in enumerate(range(0, size, part_bytes), 1):
+                await slots.acquire()
+                group.create_task(send(number, start))
+        return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+
+    return await in_parts(target, send_parts)
+
+
+async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> Any:
+    """Do a multipart upload, whose parts `send_parts` sends; after an error or a cancellation none is left."""
+    if await _token_at(target) is not None:  # better now than when everything has been sent
+        raise AlreadyExists(f"could not {target.what}: there is an object already")
+    upload_id = await _begin(target)
+    target.uploads[upload_id] = target.token
+    try:
+        parts = await send_parts(upload_id)
+        await refuse_taken(target)
+        return await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
+    except BaseException as error:
+        # Of a request that did not decide, nothing can become visible.
+        if isinstance(error, asyncio.CancelledError) and not hasattr(error, "outcome_unknown"):
+            error.outcome_unknown = False  # type: ignore[attr-defined]
+        await target.cleanup.finish(abort(target, upload_id), within=target.undo_within, name="abort of an upload")
+        raise
+    finally:
+        target.uploads.pop(upload_id, None)
+
+
+async def _begin(target: Target) -> str:
+    work = target.connection.call("create_multipart_upload", target.what, again=False, **target.params, **target.at)
+
+    async def undo(task: asyncio.Task[Any]) -> bool:
+        answer = await _result(task)
+        if answer is not None:
+            await abort(target, answer["UploadId"])
+        return True  # without a completion nothing becomes visible
+
+    answer = await _owned(target, work, undo, "beginning of an upload")
+    return str(answer["UploadId"])
+
+
+async def abort(target: Target, upload_id: str) -> None:
+    """End an unfinished upload; one that is gone is fine."""
+    with contextlib.suppress(Conflict, NotFound):
+        await target.connection.call("abort_multipart_upload", target.what, UploadId=upload_id, **target.at)
+
+
+# -- the request that decides
+
+
+async def refuse_taken(target: Target) -> None:
+    """Where the service has no conditional writes, look first. Of two simultaneous writers both may win then.
+
+    Raises:
+        AlreadyExists: the key is taken.
+    """
+    if not target.conditional and await _token_at(target) is not None:
+        raise AlreadyExists(f"could not {target.what}: there is an object already")
+
+
+async def decide(
+    target: Target,
+    operation: str,
+    *,
+    body: Body | None = None,
+    on_progress: Callable[[], None] | None = None,
+    **params: Any,
+) -> Any:
+    """Send the request that makes the object visible, and return its answer.
+
+    Raises:
+        AlreadyExists: the key is taken, and not by this write, whose answer may have been lost at the first try.
+        Conflict: the upload is gone. StorageError.
+    """
+    if operation == "put_object":
+        params = {**target.params, **params}
+    if target.conditional:
+        params["IfNoneMatch"] = "*"
+
+    async def work() -> Any:
+        try:
+            return await target.connection.call(
+                operation, target.what, body=body, on_progress=on_progress, **params, **target.at
+            )
+        except StorageError as error:
+            if code_of(error) not in _SETTLED_BY_A_LOOK:
+                raise
+            return await _settle(target, error)
+
+    async def undo(task: asyncio.Task[Any]) -> bool:
+        if body is not None and not body.sent:
+            task.cancel()  # not all of it is on its way, so that it cannot count
+            await asyncio.wait({task})
+            return True
+        try:
+            answer = await _result(task)
+        except StorageError as error:
+            if not error.outcome_unknown:
+                return True
+            answer = None
+        with contextlib.suppress(StorageError):
+            await remove(target, target.token)
+            return answer is not None  # else it may still come
+        return False
+
+    return await _owned(target, work(), undo, "write")
+
+
+async def _settle(target: Target, error: StorageError) -> Any:
+    """Look whose object it is that stands in our way."""
+    try:
+        found = await _token_at(target)
+    except StorageError as unseen:
+        unseen.outcome_unknown = True
+        raise
+    if found == target.token:
+        return {}
+    if found is None and not isinstance(error, AlreadyExists):
+        raise error
+    taken = AlreadyExists(f"could not {target.what}: there is an object already")
+    taken.outcome_unknown = found is None and error.outcome_unknown
+    raise taken from error.__cause__
+
+
+async def _token_at(target: Target) -> str | None:
+    """Return the token of the object there: empty for one without, None where none is."""
+    try:
+        answer = await target.connection.call("head_object", target.what, **target.at)
+    except NotFound:
+        return None
+    return str((answer.get("Metadata") or {}).get(TOKEN, ""))
+
+
+async def remove(target: Target, token: str) -> None:
+    """Remove the object if it carries `token`."""
+    try:
+        answer = await target.connection.call("head_object", target.what, **target.at)
+    except NotFound:
+        return
+    if (answer.get("Metadata") or {}).get(TOKEN) != token:
+        return
+    # If-Match, because it may have been replaced since we looked.
+    pinned: dict[str, Any] = {"IfMatch": answer["ETag"]} if target.conditional and answer.get("ETag") else {}
+    with contextlib.suppress(AlreadyExists, NotFound, Conflict):  # replaced or gone
+        await target.connection.call("delete_object", target.what, **target.at, **pinned)
+
+
+# -- helpers
+
+
+async def _owned(
+    target: Target,
+    work: Coroutine[Any, Any, Any],
+    undo: Callable[[asyncio.Task[Any]], Coroutine[Any, Any, bool]],
+    name: str,
+) -> Any:
+    """Run `work` in a task of the backend's. If the caller is cancelled, `undo` is given that task, and returns whether
+    it is certain now that nothing becomes visible; the CancelledError says so."""
+    task = target.cleanup.start(work, name=name, context=contextvars.copy_context(), log=False)
+    task.add_done_callback(seen)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError as error:
+        certain = False
+
+        async def undoing() -> None:
+            nonlocal certain
+            certain = await undo(task)
+
+        await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
+        error.outcome_unknown = not certain  # type: ignore[attr-defined]
+        raise
+    return task.result()
+
+
+async def _result(task: asyncio.Task[Any]) -> Any:
+    """Wait for `task`; return its result, or raise its error."""
+    await asyncio.wait({task})
+    return task.result()
+
+
+@contextlib.asynccontextmanager
+async def one_error() -> AsyncIterator[None]:
+    """Raise the first error of a TaskGroup in place of the group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from group.exceptions[0].__cause__

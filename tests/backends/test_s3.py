@@ -1,0 +1,58 @@
+"""The S3 backend keeps every promise of the suite, against a real service: in one piece, in parts, without a prefix."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from aproxy_storage.backends.s3 import S3Backend
+from aproxy_storage.testing.backends import BackendTests
+from tests.services.s3 import S3Service
+
+
+def backend_of(service: S3Service, **options: Any) -> S3Backend:
+    """Return a backend of the tests' own prefix, that knows of SeaweedFS's directories, with small parts."""
+    known = {"prefix": service.prefix, "max_segment_bytes": 255, "flat_listings": False}
+    return S3Backend(**{**service.options, **known, "part_bytes": 5 << 20, "parts": 2, **options})
+
+
+class ObjectsBehind:
+    """How the tests look into and change the bucket, with a client of botocore's own."""
+
+    service: S3Service
+    client: Any
+
+    @pytest.fixture(autouse=True)
+    def _behind(self, s3_service: S3Service, s3_client: Any) -> None:
+        self.service, self.client = s3_service, s3_client
+
+    def _at(self, key: str) -> dict[str, str]:
+        return {"Bucket": self.service.bucket, "Key": self.service.prefix + key}
+
+    async def put_behind(self, backend: Any, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self.client.put_object, Body=data, **self._at(key))
+
+    async def get_behind(self, backend: Any, key: str) -> bytes | None:
+        try:
+            answer = await asyncio.to_thread(self.client.get_object, **self._at(key))
+        except self.client.exceptions.NoSuchKey:
+            return None
+        with contextlib.closing(answer["Body"]) as body:
+            return await asyncio.to_thread(body.read)  # type: ignore[no-any-return]
+
+    async def list_behind(self, backend: Any) -> list[str]:
+        return await asyncio.to_thread(self.service.everything, self.client)
+
+
+class TestS3Backend(ObjectsBehind, BackendTests):
+    """Content in one piece; a read is one stream."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+    @pytest_asyncio.fixture
+    async def backend(self, s3_service: S3Service) -> AsyncIterator[S3Backend]:
+        async with backend_of(s3_service, **self.options) as backend:
+            yield backend
