@@ -202,12 +202,13 @@ class Table:
             ConfigurationError: there is no column for a field of ``extra``, or none is given for a column without
                 a default.
         """
-        now = timezone.now()
+        now = datetime.now(UTC)
         row: dict[str, Any] = {}
         for name, field in self.fields.items():
             if name not in ("lease", "extra"):
                 value = getattr(record, name)
-                row[field.column] = self._prepared(name, now if value is None and name.endswith("_at") else value)
+                value = now if value is None and name in ("created_at", "updated_at") else value
+                row[field.column] = self._prepared(name, value, connection)
         self._check_original(record.original_storage_name)
         custom, rest = self._split(record.extra)
         if self.has_extra:
@@ -227,8 +228,8 @@ class Table:
             elif name == "original_storage_name" and not self.has_original_name:
                 self._check_original(value)
             else:
-                row[self.fields[name].column] = self._prepared(name, value)
-        row[self.fields["updated_at"].column] = self._prepared("updated_at", timezone.now())
+                row[self.fields[name].column] = self._prepared(name, value, connection)
+        row[self.fields["updated_at"].column] = self._prepared("updated_at", datetime.now(UTC), connection)
         return row
 
     def can_fail(self, changes: Mapping[str, Any]) -> bool:
@@ -243,14 +244,13 @@ class Table:
             return False
         return self.vendor != "postgresql" or "\0" not in text
 
-    def _prepared(self, name: str, value: Any) -> Any:
+    def _prepared(self, name: str, value: Any, connection: Any) -> Any:
         if name == "places":
             return _encode([(place.original, place.key, place.state) for place in value]) if value else "[]"
         if isinstance(value, datetime):
-            # Under USE_TZ=False Django keeps local time, in SQLite without a zone.
-            if not settings.USE_TZ:
-                return timezone.make_naive(value).isoformat(" ") if self.vendor == "sqlite" else value
-            return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ") if self.vendor == "sqlite" else value
+            # Under USE_TZ=False Django keeps local time.
+            moment = value if settings.USE_TZ else timezone.make_naive(value)
+            return connection.ops.adapt_datetimefield_value(moment)
         if isinstance(value, str):
             self._check_text(name, value, self.fields[name])
         return value
@@ -304,23 +304,20 @@ class Table:
         for field in self.custom:
             if field.generated:
                 continue
-            if field in given:
-                value = given[field]
-            else:
-                value = field.get_default()
-                if isinstance(value, DatabaseDefault):
-                    continue  # the database's business when a row is new, and left alone afterwards
-                if value is None and not field.null and field not in self._has_pre_save:
-                    if not adding:
-                        continue
-                    raise ConfigurationError(
-                        f"{self.label}.{field.name} has no default: give it in extra=, or from"
-                        " get_data_for_meta_backend_save of the storage"
-                    )
+            value = given[field] if field in given else field.get_default()
+            if isinstance(value, DatabaseDefault):
+                continue  # the database's business when a row is new, and left alone afterwards
             if field in self._has_pre_save:
                 instance = instance or self.model()
                 setattr(instance, field.attname, value)
                 value = field.pre_save(instance, adding)
+            if value is None and not field.null and field not in given:
+                if not adding:
+                    continue
+                raise ConfigurationError(
+                    f"{self.label}.{field.name} has no default: give it in extra=, or from"
+                    " get_data_for_meta_backend_save of the storage"
+                )
             row[field.column] = self._custom_value(field, value, connection)
         return row
 

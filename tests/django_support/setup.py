@@ -21,6 +21,7 @@ __all__ = [
     "close_connections",
     "configure",
     "django_database",
+    "forget_connections",
     "make_tables",
     "migrated_sqlite",
     "postgres_settings",
@@ -71,12 +72,19 @@ def remove_database(alias: str) -> None:
     """Close its connections, of this thread and of asgiref's, and forget it."""
     from django.db import connections
 
+    forget_connections(alias)
+    del connections.settings[alias]
+
+
+def forget_connections(alias: str) -> None:
+    """Close the connections to one database, of this thread and of asgiref's, with all that they know."""
+    from django.db import connections
+
     def forget() -> None:
         connections[alias].close()
         del connections[alias]
 
     _in_both_threads(forget)
-    del connections.settings[alias]
 
 
 def close_connections() -> None:

@@ -31,3 +31,18 @@ class Document(OriginalStorageNameMixin, ContentObjectFieldMixin, ProxyStorageMo
     price = models.DecimalField(max_digits=8, decimal_places=2, null=True)
     isbn = models.CharField(max_length=20, null=True, unique=True)
     shelf = models.ForeignKey(Shelf, null=True, on_delete=models.SET_NULL)
+
+
+class Note(models.Model):
+    """What goes with the document it is about."""
+
+    document = models.ForeignKey(Document, on_delete=models.CASCADE)
+
+
+class Stamped(OriginalStorageNameMixin, ProxyStorageModelBase):
+    """Files with columns that fill themselves, and one that must be given."""
+
+    owner = models.IntegerField()
+    filed_at = models.DateTimeField(auto_now_add=True)
+    touched_at = models.DateTimeField(auto_now=True)
+    label = models.CharField(max_length=20, db_default="none")

@@ -1,0 +1,225 @@
+"""Columns of the user's own: filled, read back, and what does not fit refused before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from asgiref.sync import async_to_sync, sync_to_async
+from django.db import transaction
+from django.test import override_settings
+
+from aproxy_storage import ConfigurationError, InvalidPath, MetaRecord, NotFound, NotSupported, ProxyStorage, Source
+from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
+from sync_bridge.models import StoredFile
+from tests.django_support.setup import forget_connections
+from tests.django_support.shelf.models import Document, NamedFile, Note, PlainFile, Shelf, Stamped
+
+pytestmark = pytest.mark.asyncio
+
+Make = Callable[..., ProxyStorage]
+
+
+@pytest_asyncio.fixture
+async def make(tmp_path: Path, database: str) -> AsyncIterator[Make]:
+    made: list[ProxyStorage] = []
+
+    def make(model: Any, kind: type[ProxyStorage] = ProxyStorage, **options: Any) -> ProxyStorage:
+        backend = FileSystemBackend(tmp_path)
+        originals = {"originals": backend} | options
+        storage = kind("media", meta=ORMMetaBackend(model, database, **options.pop("meta", {})), **originals)
+        made.append(storage)
+        return storage
+
+    yield make
+    for storage in made:
+        await storage.aclose()
+
+
+def written(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(("django.sqlite3", ".")))
+
+
+async def test_the_hook_fills_columns(make: Make, tmp_path: Path) -> None:
+    class Titled(ProxyStorage):
+        async def get_data_for_meta_backend_save(
+            self, *, path: str, original_storage_path: str, original_name: str, content: Source, **kwargs: Any
+        ) -> Mapping[str, Any]:
+            head = await content.peek(64)
+            return {
+                "title": head.decode().title(),
+                "pages": 3,
+                "content_type_id": 7,
+                "object_id": "uuid",
+                "field": "cv",
+            }
+
+    storage = make(Document, Titled)
+    path = await storage.save("cv.txt", b"a life")
+    row = await Document.objects.using(storage.meta.using).aget(path=path)
+    assert (row.title, row.pages, row.content_type_id, row.object_id, row.field) == ("A Life", 3, 7, "uuid", "cv")
+    assert (row.size, row.state, row.original_storage_name) == (6, "stored", "default")
+    record = await storage.get(path)
+    assert dict(record.extra) == {
+        "title": "A Life", "pages": 3, "content_type_id": 7, "object_id": "uuid", "field": "cv",
+    }  # fmt: skip
+    assert (record["id"], record["title"], record["tags"]) == (row.pk, "A Life", [])
+
+
+async def test_values_of_every_kind_come_back(make: Make) -> None:
+    storage = make(Document)
+    using = storage.meta.using
+    shelf = await Shelf.objects.using(using).acreate(title="top")
+    due = datetime(2027, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
+    extra = {"tags": ["a", {"b": None}], "due": due, "price": Decimal("12.50"), "shelf": shelf, "isbn": "x"}
+    path = await storage.save("a.txt", b"1", extra=extra)
+    record = await storage.get(path)
+    assert record.extra == {
+        "tags": ["a", {"b": None}], "due": due, "price": Decimal("12.50"), "shelf_id": shelf.pk, "isbn": "x",
+    }  # fmt: skip
+    [listed] = [each async for each in storage.list()]
+    assert listed == record
+    row = await Document.objects.using(using).aget()
+    assert (row.tags, row.due, row.price, row.shelf_id) == (["a", {"b": None}], due, Decimal("12.50"), shelf.pk)
+
+
+async def test_update_replaces_the_whole_mapping(make: Make) -> None:
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1", extra={"title": "one", "pages": 1})
+    changed = await storage.update(path, extra={"pages": 2})
+    assert changed.extra == {"pages": 2}
+    row = await Document.objects.using(storage.meta.using).aget()
+    assert (row.title, row.pages, row.version) == ("", 2, changed.version)
+
+
+async def test_copies_have_the_same_columns(make: Make) -> None:
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1", extra={"title": "one"})
+    copy = await storage.copy(path, "b.txt")
+    assert (await storage.get(copy)).extra == {"title": "one"}
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+@pytest.mark.parametrize(
+    ("model", "name", "extra", "error", "told"),
+    [
+        (
+            NamedFile,
+            "a.txt",
+            {"owner": 1},
+            ConfigurationError,
+            "no column for 'owner': add it, or a JSONField named extra",
+        ),
+        (Document, "a.txt", {"title": "x" * 21}, NotSupported, "title holds 20 characters, not the 21"),
+        (Document, "a.txt", {"pages": "many"}, NotSupported, "Document.pages cannot hold 'many'"),
+        (Document, "a.txt", {"title": None}, NotSupported, "title cannot be None"),
+        (Document, "a.txt", {"title": "\ud800"}, NotSupported, "a lone surrogate"),
+        (StoredFile, "a.txt", {"x": object()}, NotSupported, "representable in JSON"),
+        (StoredFile, "a.txt", {"x": "\ud800"}, NotSupported, "a lone surrogate"),
+        (Stamped, "a.txt", {}, ConfigurationError, "Stamped.owner has no default: give it in extra="),
+    ],
+)
+async def test_what_has_no_column_is_refused_before_a_byte_is_written(
+    make: Make,
+    tmp_path: Path,
+    database: str,
+    model: Any,
+    name: str,
+    extra: dict[str, Any],
+    error: type[Exception],
+    told: str,
+    in_transaction: bool,
+) -> None:
+    storage = make(model)
+
+    def save() -> None:
+        if not in_transaction:
+            async_to_sync(storage.save)(name, b"1", extra=extra)
+        else:
+            with transaction.atomic(using=database):
+                async_to_sync(storage.save)(name, b"1", extra=extra)
+
+    with pytest.raises(error, match=told) as caught:
+        await sync_to_async(save)()
+    assert not getattr(caught.value, "outcome_unknown", True)
+    assert written(tmp_path) == []
+    assert await model.objects.using(database).acount() == 0
+
+
+async def test_paths_that_do_not_fit_are_refused(make: Make, database: str) -> None:
+    storage = make(StoredFile, max_path_bytes=4000)
+    with pytest.raises(InvalidPath):
+        await storage.save("/".join(["x" * 100] * 12), b"1")
+    meta = storage.meta
+    with pytest.raises(InvalidPath, match="path holds 1024 characters, not the 1025"):
+        await meta.create(MetaRecord("x" * 1025))
+    with pytest.raises(NotSupported, match="content_type holds 255 characters"):
+        await meta.create(MetaRecord("x", content_type="x" * 256))
+
+
+async def test_columns_that_fill_themselves(make: Make) -> None:
+    storage = make(Stamped)
+    path = await storage.save("a.txt", b"1", extra={"owner": 5})
+    row = await Stamped.objects.using(storage.meta.using).aget()
+    assert (row.owner, row.label) == (5, "none")
+    assert row.filed_at is not None
+    assert row.touched_at is not None
+    changed = await storage.update(path, extra={"label": "new"})
+    after = await Stamped.objects.using(storage.meta.using).aget()
+    assert (after.owner, after.label) == (5, "new"), "what must not be empty stays"
+    assert after.touched_at > row.touched_at
+    assert changed["label"] == "new"
+
+
+async def test_a_model_without_the_name_of_the_original(make: Make, tmp_path: Path) -> None:
+    storage = make(PlainFile)
+    path = await storage.save("a.txt", b"1")
+    await storage.replace(path, b"2")
+    async with storage.open(path) as file:
+        assert await file.read() == b"2"
+    assert (await storage.get(path)).original_storage_name == "default"
+    assert await storage.meta.owners("default", ["a.txt"]) == {"a.txt": ["a.txt"]}
+    assert await storage.meta.owners("other", ["a.txt"]) == {}
+    await storage.delete(path)
+    assert written(tmp_path) == ["a_" + name[2:] for name in written(tmp_path)]  # the replaced bytes, kept a while
+
+    several = make(PlainFile, originals={"fs": FileSystemBackend(tmp_path), "other": FileSystemBackend(tmp_path)})
+    with pytest.raises(ConfigurationError, match="OriginalStorageNameMixin"):
+        await several.save("b.txt", b"1")
+    assert "b.txt" not in written(tmp_path)
+
+
+async def test_what_belongs_to_a_file_goes_with_it(make: Make) -> None:
+    storage = make(Document)
+    using = storage.meta.using
+    path = await storage.save("a.txt", b"1")
+    await Note.objects.using(using).acreate(document_id=(await storage.get(path))["id"])
+    await storage.delete(path)
+    assert await Note.objects.using(using).acount() == 0
+    with pytest.raises(NotFound):
+        await storage.meta.delete(path)
+
+
+@pytest.fixture
+def without_time_zones(database: str) -> Iterator[None]:
+    with override_settings(USE_TZ=False, TIME_ZONE="Asia/Kolkata"):
+        forget_connections(database)
+        yield
+    forget_connections(database)
+
+
+async def test_local_time(make: Make, without_time_zones: None) -> None:
+    storage = make(StoredFile)
+    path = await storage.save("a.txt", b"1")
+    record = await storage.get(path)
+    assert record.created_at is not None
+    assert abs((datetime.now(UTC) - record.created_at).total_seconds()) < 60
+    row = await StoredFile.objects.using(storage.meta.using).aget()
+    assert row.created_at.tzinfo is None
+    assert (await storage.meta.update(path, {"size": 1})).created_at == record.created_at
