@@ -246,7 +246,7 @@ class MetaBackend(abc.ABC):
             BackendUnavailable, DeadlineExceeded.
         """
         lower, inclusive = (after, False) if after is not None and after >= prefix else (prefix, True)
-        if delimiter is not None and after is not None:
+        if delimiter is not None and after is not None and after.startswith(prefix):
             head = _rolled_up(after, prefix, delimiter)
             if head is not None and head == after:  # `after` is itself a common prefix of an earlier page
                 skip = successor(head)

@@ -127,6 +127,7 @@ class ListTests(MetaBackendHooks):
         assert await listed(meta.list("d/", delimiter="/")) == ["d/", "d/1", "d/2", "d/e/"]
         assert await listed(meta.list("z/", delimiter="/")) == ["z//"]
         assert await listed(meta.list("d", delimiter="/")) == ["d/", "d0"]
+        assert await listed(meta.list("é", after="d/", delimiter="/")) == ["é/"]
         kinds = [isinstance(item, CommonPrefix) async for item in meta.list(delimiter="/")]
         assert kinds == [False, True, False, True, True]
 
