@@ -226,12 +226,10 @@ class Using:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         try:
-            if error is not None and not isinstance(error, StorageError | asyncpg.PostgresError):
-                self._connection.terminate()
             # What goes wrong here has cost the connection; the answer is there all the same.
-            with contextlib.suppress(
-                OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
-            ):
+            with contextlib.suppress(*_NATIVE):
+                if error is not None and not isinstance(error, StorageError | asyncpg.PostgresError):
+                    self._connection.terminate()
                 await self._pool.release(self._connection)
         finally:
             self._entry.leave()
