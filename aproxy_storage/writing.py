@@ -277,6 +277,35 @@ class Writing:
         journal = self._storage.journal
         return await journal.change(record, changes, lease=journal.lease_for(places))
 
+    async def add_copy(self, record: MetaRecord, original: str, source: Place) -> MetaRecord:
+        """Give a stored file one more copy, in `original`, read from `source`; return the new record.
+
+        The copy counts when it is whole and has the recorded checksum.
+
+        Raises:
+            IntegrityError: what is at `source` is not the file. Conflict: it was changed meanwhile. And as `save`.
+        """
+        storage, journal = self._storage, self._storage.journal
+        new = Place(original, self._token_key(record.path, new_token(), original), "doubtful")
+        since = asyncio.get_running_loop().time()
+        named = await self._with_latest(record, True, lambda now: {"places": (*now.places, new)})
+        write = Transfer(storage, named, (source,))
+        with journal.leases.hold(named, since=since) as held:
+            job = Job(write, named.token, held.check, forced=True)
+            try:
+                await self._attempts.attempt(job, Try(new))
+
+                def with_copy(now: MetaRecord) -> dict[str, Any]:
+                    return {"places": tuple(replace(at, state="good") if at == new else at for at in now.places)}
+
+                return await self._with_latest(held.record, True, with_copy)
+            except BaseException as error:
+                unsure = [new] if outcome_unknown(error) else job.unsure
+                await self._finish(self._take_back(held.record, [new], unsure), "undo of a copy")
+                raise
+            finally:
+                await write.aclose()
+
     async def _with_latest(
         self,
         record: MetaRecord,
@@ -321,8 +350,7 @@ class Writing:
             if current is None or current.token != record.token or current.state != STORED:
                 await journal.discard(new, record)  # deleted, or renamed: then only if nobody names it
                 return
-            primary = (current.original_storage_name, current.original_storage_path)
-            if any((place.original, place.key) == primary for place in new):
+            if any(replace(place, state="good") in current.good_places() for place in new):
                 return  # swapped in after all
             if not set(new) & set(current.places):  # reconcile has given them up already
                 await journal.discard(new, record)

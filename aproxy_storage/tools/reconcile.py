@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from ..backends.base import Backend
 from ..errors import NotFound, StorageError
+from ..mending import mend
 from ..meta_backends.base import MetaBackend
 from ..proxy import ProxyStorage
 from ..records import MetaRecord, ObjectInfo
@@ -23,7 +24,9 @@ class Finding:
 
     `action`: ``undone`` (a save), ``deleted``, ``cleared`` (old bytes of a stored file), ``settling`` (again later),
     ``moved on`` (somebody else was first), ``failed``; of a scan ``removed`` (bytes without a record), ``young``
-    (left, it may be a save in flight) and ``foreign`` (left, nothing says that this library wrote it).
+    (left, it may be a save in flight) and ``foreign`` (left, nothing says that this library wrote it). Where files
+    have several copies: ``copied`` (one that was missing), ``dropped`` (a surplus one), ``missing`` (its bytes are
+    gone), ``damaged`` (they are not the file).
     """
 
     action: str
@@ -50,7 +53,7 @@ class Report:
     @property
     def clean(self) -> bool:
         """Nothing was found that still wants something done."""
-        return not self.counts.keys() & {"failed", "settling", "foreign"}
+        return not self.counts.keys() & {"failed", "settling", "foreign", "damaged"}
 
 
 async def reconcile(
@@ -64,6 +67,9 @@ async def reconcile(
     metas: Iterable[MetaBackend] = (),
 ) -> Report:
     """Finish every record of `storage` that somebody left unfinished; with `scan`, look for bytes without a record.
+
+    Where the placement is `Replicate`, every file is brought to its number of copies too: each copy is asked for its
+    size, missing ones are made from one whose checksum is right, surplus ones are removed after `keep_replaced`.
 
     Args:
         older_than: only records whose lease ran out at least so many seconds ago, by the database's clock.
@@ -93,6 +99,10 @@ async def reconcile(
         if len(page) < _BATCH:
             break
         after = (page[-1].path,)
+    if storage.placement.limits.copies > 1:
+        async for record in storage.list():
+            for each in await mend(storage, record, dry_run=dry_run):
+                report.add(Finding(each.action, record.path, each.original, each.error))
     if scan:
         known = [storage.meta, *metas]
         for name, backend in storage.originals.items():
