@@ -1,7 +1,7 @@
 # Every target makes .venv first (see .ci/make-venv: uv or pip, Python 3.11-3.13); PYTHON=… chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint bench soak clean help
+.PHONY: demo docs test lint bench soak clean help
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 # Processes that run the tests side by side; 0: none but pytest's own, as a debugger needs it.
 PYTEST_WORKERS ?= auto
 BENCH_ARGS ?=
+DEMO_ARGS ?=
 
 $(STAMP): pyproject.toml .ci/make-venv
 	@./.ci/make-venv
@@ -17,8 +18,12 @@ $(STAMP): pyproject.toml .ci/make-venv
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-7s %s\n", $$1, $$2 }'
 
-demo: $(STAMP) ## store a few files of this project through a ProxyStorage and read them back
-	$(PY) examples/first.py README.md pyproject.toml LICENSE
+demo: $(STAMP) ## import some thousand files, verify them, kill an import half way, clean up, count what is left
+	$(PY) -m aproxy_storage demo $(DEMO_ARGS)
+
+docs: $(STAMP) ## build the documentation into build/docs, warnings being errors
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --cov --cov-report=term --durations=15 $(PYTEST_ARGS)

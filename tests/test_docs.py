@@ -1,11 +1,24 @@
-"""The pages keep their word: programs run, commands exist, links lead somewhere, tables agree with the code."""
+"""The pages keep their word: programs and commands run, links lead somewhere, tables agree with the code.
+
+The blocks of one page run in their order, in one empty directory and, the Python ones, in one namespace and one event
+loop. A comment above a block, on a line of its own, asks for more:
+
+    <!-- file: upload.py -->     the block is written to that file, for commands further down
+    <!-- needs: postgres -->     the fixture ``page_postgres`` (tests/services/pages.py) starts a server, and says which
+                                 texts of the block stand for it
+
+In a ``console`` block, what follows a command is compared with what it writes; ``…`` stands for anything.
+"""
 
 import ast
 import asyncio
 import inspect
+import os
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
@@ -16,40 +29,60 @@ from typing import Any, NamedTuple
 import pytest
 
 import aproxy_storage
-from aproxy_storage import StorageError, errors
+from aproxy_storage import StorageError, config, errors
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # A block of another language is prose to every test below, so those that we use are named.
-LANGUAGES = {"python", "shell", "console", "text", "toml"}
+LANGUAGES = {"python", "shell", "console", "text", "toml", "{toctree}", "{eval-rst}"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and the line that the text begins in."""
+    """A fenced block: its language, its text, the line that the text begins in, and the comments above it."""
 
     language: str
     text: str
     line: int
+    comments: dict[str, str]
+
+    @property
+    def file(self) -> str | None:
+        """The file that it is written to."""
+        return self.comments.get("file")
+
+    @property
+    def needs(self) -> list[str]:
+        """The services that it talks to."""
+        return self.comments.get("needs", "").replace(",", " ").split()
 
 
 def blocks(page: Path) -> Iterator[Block]:
     """Find the fenced blocks of a page, indented ones (in a list) too."""
     lines = page.read_text().splitlines()
     at = 0
+    comments: dict[str, str] = {}
     while at < len(lines):
-        fence = re.match(r"( *)(`{3,}|~{3,}) *(\w*)", lines[at])
+        fence = re.match(r"( *)(`{3,}|~{3,}) *(\{[\w-]+\}|\w*)", lines[at])
+        comment = re.fullmatch(r" *<!-- (\w+): (.+) -->", lines[at])
         at += 1
-        if fence is None:
-            continue
-        begin = at
-        while lines[at].strip() != fence[2]:
+        if comment:
+            comments[comment[1]] = comment[2]
+        elif fence is None:
+            comments = comments if not lines[at - 1].strip() else {}  # it may stand above an empty line
+        else:
+            begin = at
+            while lines[at].strip() != fence[2]:
+                at += 1
+            yield Block(fence[3], textwrap.dedent("\n".join(lines[begin:at])) + "\n", begin + 1, comments)
+            comments = {}
             at += 1
-        yield Block(fence[3], textwrap.dedent("\n".join(lines[begin:at])) + "\n", begin + 1)
-        at += 1
 
 
 def prose(page: Path) -> str:
@@ -68,17 +101,128 @@ def test_every_block_names_its_language(page: Path) -> None:
 
 
 @each_page
-def test_programs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_a_page_says_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    for name in [name for name in os.environ if name.startswith("APROXY_")]:
+        monkeypatch.delenv(name)
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    environment = shell_environment(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
     with asyncio.Runner() as runner:  # one loop for the page: what a block leaves open, the next one uses
         for block in blocks(page):
-            if block.language == "python":
-                text = "\n" * (block.line - 1) + block.text  # so that a traceback shows the line of the page
+            where = f"{page.name}:{block.line}"
+            text = with_services(block, request)
+            if block.file is not None:
+                target = place / block.file
+                assert target.resolve().is_relative_to(place), where
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text)
+            elif block.language == "python":
+                text = "\n" * (block.line - 1) + text  # so that a traceback shows the line of the page
                 code = compile(text, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
                 result = eval(code, names)
                 if inspect.iscoroutine(result):
                     runner.run(result)
+            elif block.language == "shell":
+                run_shell(text, where, environment)
+            elif block.language == "console":
+                for command, expected in commands_of(text):
+                    assert_written(run_shell(command, where, environment), expected, f"{where}: {command}")
+            if block.language == "toml":
+                check_toml(text, where, place)
+
+
+def with_services(block: Block, request: Any) -> str:
+    """Return the text of a block, in which what stands for a service is replaced by one that runs."""
+    text = block.text
+    for need in block.needs:
+        stands_for = request.getfixturevalue(f"page_{need}")
+        assert any(shown in text for shown in stands_for), f"nothing in the block stands for {need}: {stands_for}"
+        for shown, real in stands_for.items():
+            text = text.replace(shown, real)
+    return text
+
+
+def shell_environment(directory: Path) -> dict[str, str]:
+    """Return an environment with the commands of this Python first, and stand-ins for two that must not run here."""
+    stand_ins = directory / "bin"
+    stand_ins.mkdir()
+    # The tests run under make already, and pip would install what is installed; `test_commands_exist` checks them.
+    (stand_ins / "make").write_text(f'#!/bin/sh\nexec /usr/bin/env -i PATH=/usr/bin:/bin make -n -C "{ROOT}" "$@"\n')
+    (stand_ins / "pip").write_text("#!/bin/sh\n")
+    (stand_ins / "aproxy").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m aproxy_storage "$@"\n')
+    (stand_ins / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for stand_in in stand_ins.iterdir():
+        stand_in.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("APROXY_", "COV_", "PYTEST_"))}
+    return {
+        **kept,
+        "PATH": f"{stand_ins}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(directory),
+        "NO_COLOR": "1",
+        "COLUMNS": "120",
+        "LC_ALL": "C.UTF-8",
+    }
+
+
+def run_shell(text: str, where: str, environment: dict[str, str]) -> str:
+    """Run commands with bash; return what they write. Any that fails fails the page."""
+    command = ["bash", "-euo", "pipefail", "-c", text]
+    done = subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{where}: exit code {done.returncode} of\n{text}\n{done.stdout}"
+    return done.stdout
+
+
+def commands_of(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Take a console block apart: each command with the lines below it."""
+    command: str | None = None
+    expected: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            if command is not None:
+                yield command, expected
+            command, expected = line[2:], []
+        else:
+            assert command is not None, "a console block begins with a command"
+            expected.append(line)
+    if command is not None:
+        yield command, expected
+
+
+def assert_written(written: str, expected: list[str], what: str) -> None:
+    """Compare lines; ``…`` stands for anything, on a line of its own for any lines."""
+    pattern = "".join(
+        r"(?:.*\n)*?" if line == "…" else re.escape(line).replace("…", ".*?") + r"\n" for line in expected
+    )
+    lines = "".join(line.rstrip() + "\n" for line in written.splitlines())
+    assert re.fullmatch(pattern, lines), f"{what} wrote\n{written}"
+
+
+def check_toml(text: str, where: str, place: Path) -> None:
+    """Load a configuration file; of other TOML, that of a project, check the entry points."""
+    document = tomllib.loads(text)
+    if "storages" in document:
+        file = place / ".block.toml"
+        file.write_text(text)
+        assert config.load(file), where
+        return
+    groups = document["project"]["entry-points"]
+    assert groups.keys() <= set(config._GROUPS.values()), where
+
+
+@each_page
+def test_files_of_a_page_are_used(page: Path) -> None:
+    """A block that is only written to a file would be a block that nobody runs."""
+    found = list(blocks(page))
+    for number, block in enumerate(found):
+        if block.file is not None and block.file != "aproxy.toml":
+            after = [other.text for other in found[number + 1 :]]
+            assert any(Path(block.file).name in text for text in after), f"{page.name}:{block.line}: {block.file}"
 
 
 @each_page
@@ -97,40 +241,30 @@ def test_programs_import_only_what_is_public(page: Path) -> None:
 
 @each_page
 def test_commands_exist(page: Path) -> None:
+    """What has a stand-in when a page runs is checked here instead: targets of make, requirements of pip."""
     for block in blocks(page):
         if block.language in ("shell", "console"):
             for number, line in enumerate(block.text.splitlines(), block.line):
-                if block.language == "console":  # the rest is output
-                    if not line.startswith("$ "):
-                        continue
-                    line = line[2:]
-                words = shlex.split(line, comments=True)
-                if words:
-                    problem = what_is_wrong_with(words)
+                if re.match(r"(\$ )?(make|pip) ", line):
+                    problem = what_is_wrong_with(shlex.split(line.removeprefix("$ "), comments=True))
                     assert not problem, f"{page.name}:{number}: {problem}"
 
 
 def what_is_wrong_with(words: list[str]) -> str | None:
-    """Say what is wrong with a command of a page. One that is not known here cannot be checked, so it is wrong."""
+    """Say what is wrong with a call of make or pip."""
     command, *args = words
-    if command == "make":
-        makefile = (ROOT / "Makefile").read_text()
-        targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-        variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
-        for arg in args:
-            name, is_variable, value = arg.partition("=")
-            if name not in (variables if is_variable else targets):
-                return f"make knows no {arg}"
-            if name == "PYTEST_ARGS":
-                return next(
-                    (f"no {word}" for word in value.split() if "/" in word and not (ROOT / word).exists()), None
-                )
-        return None
     if command == "pip":
         return wrong_requirement(args)
-    if command.startswith("python"):
-        return None if args and (ROOT / args[0]).is_file() else f"no program {args}"
-    return f"unknown command {command!r}"
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    variables = set(re.findall(r"^([A-Z_]+) \?=", makefile, re.MULTILINE))
+    for arg in args:
+        name, is_variable, value = arg.partition("=")
+        if name not in (variables if is_variable else targets):
+            return f"make knows no {arg}"
+        if name == "PYTEST_ARGS":
+            return next((f"no {word}" for word in value.split() if "/" in word and not (ROOT / word).exists()), None)
+    return None
 
 
 def wrong_requirement(args: list[str]) -> str | None:

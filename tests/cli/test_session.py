@@ -113,8 +113,11 @@ def test_without_the_extra_it_says_what_to_install(here: Path) -> None:
 )
 def test_a_signal_stops_it_cleanly(run: Run, number: int, code: int, word: str) -> None:
     """Standard input that never ends keeps the save in the middle for as long as it takes."""
+    # A test runner may have us ignore Ctrl-C, and a process inherits that.
+    listening = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program = listening + "import runpy; runpy.run_module('aproxy_storage', run_name='__main__')"
     with subprocess.Popen(
-        command("put", "-", "--to", "half.bin"),
+        [sys.executable, "-W", "error", "-c", program, "put", "-", "--to", "half.bin"],
         env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -155,7 +158,11 @@ def test_what_was_done_is_said_when_it_is_interrupted(capsys: pytest.CaptureFixt
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.sleep(60)
 
-    assert Session(Output(quiet=True), creates=True).run(work) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # under xdist it is ignored
+    try:
+        assert Session(Output(quiet=True), creates=True).run(work) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     out, err = capsys.readouterr()
     assert out == ""
     assert "interrupted: 3 stored (3.0 kB); what was under way is undone" in err

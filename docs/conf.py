@@ -1,0 +1,28 @@
+"""Sphinx: ``make docs``. The source directory is the project's root, so that links between pages hold as on a forge."""
+
+from importlib.metadata import version as version_of
+
+project = "aproxy_storage"
+author = "the contributors to aproxy_storage"
+version = release = version_of("aproxy-storage")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**.md"]
+root_doc = "docs/index"
+
+# Headings get the anchors that a forge gives them; tests/test_docs.py checks the links themselves.
+myst_heading_anchors = 4
+myst_enable_extensions = ["colon_fence"]
+
+html_theme = "furo"
+html_title = f"aproxy_storage {version}"
+html_extra_path = ["_root"]  # index.html, which leads to docs/index.html
+
+# In docstrings `name` is code, linked where there is something to link to.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "separated"
+napoleon_use_rtype = False
+napoleon_use_ivar = True

@@ -1,0 +1,53 @@
+"""Services for the programs in README and docs/: a block that has ``<!-- needs: NAME -->`` above gets ``page_NAME``.
+
+Each fixture starts the service and gives a mapping: texts that stand for it on the page, such as a URL with a made-up
+host, and what is put in their place before the block runs. What a page makes there is its own, and is gone after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+
+__all__ = ["page_mongo", "page_postgres"]
+
+
+def _in_database(url: str, name: str) -> str:
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture
+def page_postgres(postgres_url: str) -> Iterator[Mapping[str, str]]:
+    """Give a database of its own for ``postgresql://app@db.example/app``."""
+    import asyncpg
+
+    name = f"page_{secrets.token_hex(6)}"
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(postgres_url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    asyncio.run(execute(f"CREATE DATABASE {name}"))
+    # By hand: urlunsplit makes postgresql:/x of a URL without a host.
+    head, _, query = postgres_url.partition("?")
+    url = f"{head.rpartition('/')[0]}/{name}" + (f"?{query}" if query else "")
+    yield {"postgresql://app@db.example/app": url}
+    asyncio.run(execute(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def page_mongo(mongo_url: str) -> Iterator[Mapping[str, str]]:
+    """Give a database of its own for ``mongodb://db.example/app``."""
+    import pymongo
+
+    name = f"page_{secrets.token_hex(6)}"
+    yield {"mongodb://db.example/app": _in_database(mongo_url, name)}
+    with pymongo.MongoClient(mongo_url) as client:
+        client.drop_database(name)
