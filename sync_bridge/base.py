@@ -63,6 +63,8 @@ class ConfiguredStorage(Storage):
     #: For subclasses: what `storage` is where it is not given.
     storage: ClassVar[Any] = None
     bridge: ClassVar[Bridge] = _bridge.bridge
+    #: Whether a subclass has a say in names.
+    _chooses_names: bool
 
     def __init__(
         self,
@@ -210,17 +212,6 @@ class ConfiguredStorage(Storage):
         if not self.is_published:
             return False
         return os.path.lexists(os.path.join(self.location, name.removeprefix(self.proxy.prefix)))
-
-    @property
-    def _chooses_names(self) -> bool:
-        """Whether a subclass has a say in names; otherwise ProxyStorage finds a free one, without a race."""
-        cls = type(self)
-        return (
-            cls.get_available_name is not Storage.get_available_name
-            or cls.is_name_available is not ConfiguredStorage.is_name_available
-            or cls.get_alternative_name is not ConfiguredStorage.get_alternative_name
-            or cls.exists is not ConfiguredStorage.exists
-        )
 
 
 _instances: weakref.WeakSet[ConfiguredStorage] = weakref.WeakSet()

@@ -270,7 +270,7 @@ class WritingFile(BridgeFile):
 
     def __del__(self) -> None:
         if not self.__dict__.get("_published", True):
-            self._published = True
+            self.abort()
             warnings.warn(
                 f"{self.name!r} was opened for writing and never closed: nothing was published",
                 ResourceWarning,

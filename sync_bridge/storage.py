@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from django.core.exceptions import SuspiciousFileOperation
+from django.core.files.storage import Storage
 from django.core.files.utils import validate_file_name
 
 from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound
@@ -237,6 +238,17 @@ class BridgeStorage(AsyncTwins):
             return f"{file_root}{file_ext}"
         name: str = super().get_alternative_name(file_root, file_ext)
         return name
+
+    @property
+    def _chooses_names(self) -> bool:  # type: ignore[override]
+        """Whether a subclass has a say in names; otherwise ProxyStorage finds a free one, without a race."""
+        cls = type(self)
+        return (
+            cls.get_available_name is not Storage.get_available_name
+            or cls.is_name_available is not BridgeStorage.is_name_available
+            or cls.get_alternative_name is not BridgeStorage.get_alternative_name
+            or cls.exists is not BridgeStorage.exists
+        )
 
     # -- verbs that Django's contract does not have
 

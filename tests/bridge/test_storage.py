@@ -1,0 +1,691 @@
+"""BridgeStorage held to Django's contract, over a directory and records of every kind."""
+
+import asyncio
+import gc
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
+from django.core.files.base import ContentFile, File
+from django.core.files.storage import FileSystemStorage, Storage, storages
+from django.core.files.uploadedfile import (
+    InMemoryUploadedFile,
+    SimpleUploadedFile,
+    TemporaryUploadedFile,
+)
+from django.test import override_settings
+
+from aproxy_storage import ProxyStorage
+from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+from sync_bridge import BridgeStorage, SyncCallOnEventLoop
+from sync_bridge.bridge import bridge
+
+
+@pytest.fixture(params=["sqlite", "orm", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BridgeStorage]:
+    if request.param == "orm":
+        request.getfixturevalue("default")
+        yield storages["default"]
+        return
+    sqlite = request.param == "sqlite"
+    proxy = ProxyStorage(
+        f"test-{request.param}",
+        originals=FileSystemBackend(tmp_path / "files", base_url="/media/") if sqlite else MemoryBackend(),
+        meta=SQLiteMetaBackend(tmp_path / "records.sqlite3") if sqlite else MemoryMetaBackend(),
+    )
+    yield BridgeStorage(storage=proxy, base_url="/media/")
+    bridge.call(proxy.aclose)
+
+
+def content_of(storage: Storage, name: str) -> bytes:
+    with storage.open(name) as file:
+        data: bytes = file.read()
+    return data
+
+
+# -- saving and names
+
+
+def test_what_is_saved_is_there_until_it_is_deleted(storage: BridgeStorage) -> None:
+    assert not storage.exists("a/hello.txt")
+    assert storage.save("a/hello.txt", ContentFile(b"Hello")) == "a/hello.txt"
+    assert storage.exists("a/hello.txt")
+    assert storage.size("a/hello.txt") == 5
+    assert content_of(storage, "a/hello.txt") == b"Hello"
+    storage.delete("a/hello.txt")
+    assert not storage.exists("a/hello.txt")
+    storage.delete("a/hello.txt")  # silent
+    with pytest.raises(ValueError, match="name"):
+        storage.delete("")
+    with pytest.raises(FileNotFoundError):
+        storage.size("a/hello.txt")
+    with pytest.raises(FileNotFoundError):
+        storage.open("a/hello.txt")
+
+
+def test_a_taken_name_gives_way(storage: BridgeStorage) -> None:
+    first, second = (storage.save("t/x.tar.gz", ContentFile(data)) for data in (b"1", b"2"))
+    assert first == "t/x.tar.gz"
+    assert second.startswith("t/x_")
+    assert second.endswith(".tar.gz")
+    assert len(second) == len(first) + 8
+    assert [content_of(storage, path) for path in (first, second)] == [b"1", b"2"]
+
+
+def test_max_length_is_kept_also_when_the_name_is_taken(storage: BridgeStorage) -> None:
+    paths = {storage.save("d/" + "n" * 30 + ".txt", ContentFile(b"x"), max_length=20) for _ in range(3)}
+    assert len(paths) == 3
+    assert all(len(path) <= 20 and path.endswith(".txt") for path in paths)
+    with pytest.raises(SuspiciousFileOperation):
+        storage.save("a.txt", ContentFile(b"x"), max_length=3)
+
+
+@pytest.mark.parametrize("name", ["../up.txt", "a/../../up.txt", "/etc/passwd", "a/..", "", ".", "..\\up.txt"])
+def test_names_that_lead_out_are_refused(storage: BridgeStorage, name: str) -> None:
+    with pytest.raises(SuspiciousFileOperation):
+        storage.save(name, ContentFile(b"x"))
+    with pytest.raises(SuspiciousFileOperation):
+        storage.open(name, "wb")
+    with pytest.raises(SuspiciousFileOperation):
+        asyncio.run(storage.asave(name, b"x"))
+    if ".." in name:
+        for ask in (storage.exists, storage.size, storage.open, storage.delete, storage.listdir):
+            with pytest.raises(SuspiciousFileOperation):
+                ask(name)
+
+
+def test_a_name_that_cannot_be_stored_is_suspicious_and_no_file(storage: BridgeStorage) -> None:
+    with pytest.raises(SuspiciousFileOperation, match="control"):
+        storage.save("line\nbreak.txt", ContentFile(b"x"))
+    assert storage.listdir("") == ([], [])
+
+
+def test_paths_are_taken_and_text_is_given_back(storage: BridgeStorage) -> None:
+    path = storage.save(Path("d") / "p.txt", ContentFile(b"x"))
+    assert (path, type(path)) == ("d/p.txt", str)
+    assert storage.exists(Path(path))
+    assert storage.size(Path(path)) == 1
+    assert storage.listdir(Path("d")) == ([], ["p.txt"])
+    storage.delete(Path(path))
+
+
+def test_a_subclass_has_a_say_in_names(storage: BridgeStorage) -> None:
+    class Shouting(BridgeStorage):
+        def get_available_name(self, name: str, max_length: int | None = None) -> str:
+            return super().get_available_name(name.upper(), max_length)
+
+    shouting = Shouting(storage=storage.proxy)
+    assert shouting.save("a.txt", ContentFile(b"1")) == "A.TXT"
+    assert asyncio.run(shouting.asave("b.txt", b"1")) == "B.TXT"
+
+
+def test_a_subclass_may_wrap_the_saving(storage: BridgeStorage) -> None:
+    class Zipping(BridgeStorage):
+        def _save(self, name: str, content: Any) -> str:
+            return super()._save(name + ".z", ContentFile(content.read()[::-1]))
+
+    path = Zipping(storage=storage.proxy).save("n" * 20, ContentFile(b"abc"), max_length=15)
+    assert len(path) <= 15
+    assert content_of(storage, path) == b"cba"
+
+
+# -- content of all kinds
+
+
+class Tricky(ContentFile):
+    """Has chunks of its own."""
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        yield b"from "
+        yield b""
+        yield b"chunks"
+
+
+class Failing(ContentFile):
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("the disk of the upload")
+
+
+class OneShot(io.RawIOBase):
+    """Can be read once, from where it is."""
+
+    def __init__(self, data: bytes) -> None:
+        self.left = data
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
+
+
+BIG = os.urandom(3 << 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda: ContentFile(b"bytes"), b"bytes"),
+        (lambda: ContentFile("täxt"), "täxt".encode()),
+        (lambda: SimpleUploadedFile("x.bin", b"simple", "application/x-own"), b"simple"),
+        (lambda: InMemoryUploadedFile(io.BytesIO(b"memory"), "f", "x.bin", "text/plain", 6, None), b"memory"),
+        (lambda: Tricky(b"not this"), b"from chunks"),
+        (lambda: io.BytesIO(b"no Django file"), b"no Django file"),
+        (lambda: File(OneShot(BIG)), BIG),
+        (lambda: b"just bytes", b"just bytes"),
+        (lambda: "just text", b"just text"),
+        (lambda: ContentFile(b""), b""),
+        (lambda: ContentFile(BIG), BIG),
+    ],
+)
+def test_content_of_every_kind(storage: BridgeStorage, content: Any, expected: bytes) -> None:
+    path = storage.save("x.bin", content())
+    assert content_of(storage, path) == expected
+    assert storage.size(path) == len(expected)
+
+
+def test_a_file_on_the_disk_is_read_from_its_start_and_left_open(storage: BridgeStorage, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(BIG)
+    with (tmp_path / "source").open("rb") as raw:
+        raw.read(100)
+        path = storage.save("x.bin", File(raw))
+        assert not raw.closed
+    assert content_of(storage, path) == BIG
+    assert (tmp_path / "source").read_bytes() == BIG
+
+
+def test_blocking_content_is_read_in_the_thread_of_the_caller(storage: BridgeStorage) -> None:
+    import threading
+
+    threads = set()
+
+    class Watching(Tricky):
+        def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+            threads.add(threading.get_ident())
+            yield b"x"
+
+    storage.save("x", Watching(b""))
+    assert threads == {threading.get_ident()}
+
+
+def test_content_that_fails_leaves_nothing_and_its_own_error(storage: BridgeStorage) -> None:
+    with pytest.raises(OSError, match="the disk of the upload"):
+        storage.save("x.bin", Failing(b""))
+    assert storage.listdir("") == ([], [])
+    assert storage.save("x.bin", ContentFile(b"later")) == "x.bin"
+
+
+def test_an_upload_on_the_same_disk_is_moved(default: BridgeStorage, media: Path) -> None:
+    media.mkdir()
+    with override_settings(FILE_UPLOAD_TEMP_DIR=media):
+        upload = TemporaryUploadedFile("up.bin", "application/octet-stream", len(BIG), None)
+        upload.write(BIG)
+        upload.seek(0)
+        inode = os.stat(upload.temporary_file_path()).st_ino
+        path = default.save("up.bin", upload)
+    assert (media / path).stat().st_ino == inode
+    assert content_of(default, path) == BIG
+    record = default.get(path)
+    assert (record.size, record.content_type) == (len(BIG), "application/octet-stream")
+    upload.close()
+
+
+def test_an_upload_goes_anywhere_else_as_a_copy(storage: BridgeStorage) -> None:
+    with TemporaryUploadedFile("up.bin", None, 9, None) as upload:
+        upload.write(b"temporary")
+        upload.seek(0)
+        path = storage.save(None, upload)
+    assert path == "up.bin"
+    assert content_of(storage, path) == b"temporary"
+
+
+def test_from_one_storage_into_another(storage: BridgeStorage) -> None:
+    path = storage.save("a.bin", ContentFile(BIG))
+    with storage.open(path) as file:
+        other = storage.save("b.bin", file)
+    assert content_of(storage, other) == BIG
+
+
+# -- open files
+
+
+def test_a_file_is_read_as_any_other(storage: BridgeStorage) -> None:
+    lines = b"".join(b"line %d\n" % number for number in range(200_000))  # several blocks
+    path = storage.save("lines.txt", ContentFile(lines))
+    with storage.open(path) as file:
+        assert (file.name, file.mode, file.size, len(file)) == (path, "rb", len(lines), len(lines))
+        assert file.readline() == b"line 0\n"
+        assert file.read(7) == b"line 1\n"
+        assert file.seek(-7, io.SEEK_END) == len(lines) - 7
+        assert file.read() == lines[-7:]
+        assert file.read() == b""
+        assert file.seek(1 << 20) == 1 << 20
+        assert file.read(10) == lines[1 << 20 : (1 << 20) + 10]
+        assert b"".join(file.chunks()) == lines
+        file.seek(0)
+        assert sum(1 for _ in file) == 200_000
+        assert file.record.path == path
+    assert file.closed
+    with pytest.raises(ValueError, match="closed"):
+        file.read()
+    with storage.open(path, "r") as text:
+        assert next(iter(text)) == "line 0\n"
+    again = file.open()
+    assert again is file
+    assert file.read() == lines
+    file.close()
+
+
+def test_a_small_file_needs_no_further_call(storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = storage.save("small", ContentFile(bytes(256 << 10)))
+    file = storage.open(path)
+    monkeypatch.setattr(type(bridge), "call", None)
+    assert len(file.read()) == 256 << 10
+    file.close()
+
+
+def test_an_open_file_goes_on_with_its_version(storage: BridgeStorage) -> None:
+    path = storage.save("a.bin", ContentFile(BIG))
+    with storage.open(path) as file:
+        assert file.read(10) == BIG[:10]
+        storage.replace(path, ContentFile(b"new"))
+        assert file.read() == BIG[10:]
+    assert content_of(storage, path) == b"new"
+
+
+def test_a_forgotten_file_is_closed_by_the_collector(storage: BridgeStorage, tmp_path: Path) -> None:
+    path = storage.save("a.bin", ContentFile(BIG))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        storage.open(path).read(1)
+    gc.collect()
+    bridge.call(asyncio.sleep, 0.2)
+    assert len(os.listdir("/proc/self/fd")) < before + 25
+
+
+@pytest.mark.parametrize("data", [b"small", BIG])
+def test_a_file_is_written_whole_when_it_is_closed(storage: BridgeStorage, data: bytes) -> None:
+    with storage.open("d/new.bin", "wb") as file:
+        file.write(data)
+        assert not storage.exists("d/new.bin")
+        assert file.size == len(data)
+    assert content_of(storage, "d/new.bin") == data
+    assert file.record.size == len(data)
+    with storage.open("d/new.bin", "wb") as file:
+        pass
+    assert content_of(storage, "d/new.bin") == b""
+
+
+def test_every_mode(storage: BridgeStorage) -> None:
+    with storage.open("t.txt", "w") as text:
+        text.write("zwölf\n")
+        text.writelines(["a\n", "b\n"])
+    assert content_of(storage, "t.txt") == "zwölf\na\nb\n".encode()
+    with storage.open("t.txt", "ab") as file:
+        file.write(b"more")
+    with storage.open("t.txt", "r+") as text:
+        assert text.read(1) == "z"
+        text.seek(0)
+        text.write("Z")
+    assert content_of(storage, "t.txt") == "Zwölf\na\nb\nmore".encode()
+    version = storage.get("t.txt").version
+    with storage.open("t.txt", "rb+") as file:
+        assert file.read(1) == b"Z"
+    assert storage.get("t.txt").version == version, "nothing was written, nothing is replaced"
+    with storage.open("new.txt", "x") as text:
+        text.write("new")
+    for mode, name, error in (
+        ("xb", "t.txt", FileExistsError),
+        ("r+", "no.txt", FileNotFoundError),
+        ("q", "t.txt", ValueError),
+    ):
+        with pytest.raises(error):
+            storage.open(name, mode)
+    with storage.open("appended.txt", "a") as text:
+        text.write("first")
+    assert content_of(storage, "appended.txt") == b"first"
+
+
+def test_an_exception_publishes_nothing(storage: BridgeStorage) -> None:
+    path = storage.save("old.txt", ContentFile(b"old"))
+    for name in (path, "new.txt"):
+        for mode in ("wb", "w"):
+            with pytest.raises(RuntimeError), storage.open(name, mode) as file:
+                file.write(b"half" if mode == "wb" else "half")
+                raise RuntimeError
+    assert content_of(storage, path) == b"old"
+    assert storage.listdir("") == ([], ["old.txt"])
+
+
+def test_a_file_that_is_never_closed_publishes_nothing(storage: BridgeStorage) -> None:
+    file = storage.open("new.txt", "wb")
+    file.write(b"half")
+    with pytest.warns(ResourceWarning, match="nothing was published"):
+        del file
+    assert not storage.exists("new.txt")
+
+
+# -- the rest of the contract
+
+
+def test_listdir(storage: BridgeStorage) -> None:
+    for name in ("a.txt", "b/c.txt", "b/d/e.txt", "f/g.txt"):
+        storage.save(name, ContentFile(b""))
+    assert storage.listdir("") == (["b", "f"], ["a.txt"])
+    assert storage.listdir("b") == storage.listdir("b/") == (["d"], ["c.txt"])
+    assert storage.listdir("nowhere") == ([], [])
+
+
+@pytest.mark.parametrize("use_tz", [True, False])
+def test_times_are_as_the_settings_want_them(storage: BridgeStorage, use_tz: bool) -> None:
+    path = storage.save("a.txt", ContentFile(b""))
+    with override_settings(USE_TZ=use_tz):
+        now = datetime.now(UTC) if use_tz else datetime.now()  # noqa: DTZ005
+        for moment in (storage.get_created_time(path), storage.get_modified_time(path)):
+            assert (moment.tzinfo is not None) == use_tz
+            assert abs(now - moment) < timedelta(minutes=1)
+    with pytest.raises(FileNotFoundError):
+        storage.get_modified_time("no.txt")
+
+
+def test_url_needs_no_record(storage: BridgeStorage) -> None:
+    assert storage.url("ä b/c?.txt") == "/media/%C3%A4%20b/c%3F.txt"
+    assert storage.url(None) == storage.url("") == "/media/"
+
+    async def on_a_loop() -> str:
+        return storage.url("a.txt")
+
+    assert asyncio.run(on_a_loop()) == "/media/a.txt"
+
+
+def test_a_path_is_there_where_a_directory_is(storage: BridgeStorage) -> None:
+    path = storage.save("a/b.txt", ContentFile(b"here"))
+    if isinstance(storage.proxy.get_original(), MemoryBackend):
+        for ask in (storage.path, storage.get_accessed_time):
+            with pytest.raises(NotImplementedError):
+                ask(path)
+        return
+    assert Path(storage.path(path)).read_bytes() == b"here"
+    storage.replace(path, ContentFile(b"there"))
+    assert Path(storage.path(path)).read_bytes() == b"there"
+    assert Path(storage.path("")).is_dir()
+    assert storage.path("no.txt").endswith("/no.txt")
+    assert storage.get_accessed_time(path).tzinfo is not None
+    for name in ("../up", "/etc/passwd"):
+        with pytest.raises(SuspiciousFileOperation):
+            storage.path(name)
+
+
+# -- verbs beyond the contract
+
+
+def test_the_verbs_of_a_proxy_storage(storage: BridgeStorage) -> None:
+    path = storage.save("a.txt", ContentFile(b"1"), content_type="text/x-own", extra={"tag": "x"})
+    record = storage.get(path)
+    assert (record.content_type, record["tag"], record["original_storage_path"]) == ("text/x-own", "x", "a.txt")
+    storage.update(path, extra={"tag": "y"})
+    assert storage.rename(path, "b.txt")["tag"] == "y"
+    copy = storage.copy("b.txt", "c.txt")
+    storage.replace("b.txt", ContentFile(b"22"))
+    assert [content_of(storage, name) for name in ("b.txt", copy)] == [b"22", b"1"]
+    assert [found and found.path for found in storage.get_many(["c.txt", "a.txt"])] == ["c.txt", None]
+    meta = storage.meta_backend
+    assert meta.get("b.txt").size == 2
+    assert meta.exists("b.txt")
+    assert meta.count() == 2
+    assert [found.path for found in meta.list(proxy_storage_name=storage.name)] == ["b.txt", "c.txt"]
+    assert [found and found.path for found in meta.get_many(["x", "b.txt"])] == [None, "b.txt"]
+    with pytest.raises(FileNotFoundError):
+        meta.get("a.txt")
+
+
+def test_using_is_of_one_call_only(tmp_path: Path) -> None:
+    proxy = ProxyStorage("two", originals={"one": MemoryBackend(), "other": MemoryBackend()}, meta=MemoryMetaBackend())
+    storage = BridgeStorage(storage=proxy)
+    chosen = [storage.save("x", ContentFile(b""), using=using) for using in (None, "other", None)]
+    assert [storage.get(path).original_storage_name for path in chosen] == ["one", "other", "one"]
+    assert storage.move(chosen[0], "other").original_storage_name == "other"
+
+
+def test_a_file_that_is_in_the_original_is_taken_in(default: BridgeStorage, media: Path) -> None:
+    media.mkdir()
+    (media / "old.txt").write_bytes(b"old")
+    assert not default.exists("old.txt")
+    assert default.save(None, None, original_storage_path="old.txt") == "old.txt"
+    assert default.adopt  # the verb itself
+    assert content_of(default, "old.txt") == b"old"
+    (media / "second.txt").write_bytes(b"2")
+    assert asyncio.run(asave_adopting(default)) == "renamed.txt"
+
+
+async def asave_adopting(storage: BridgeStorage) -> str:
+    from django.db import connections
+
+    try:
+        return await storage.asave("renamed.txt", None, original_storage_path="second.txt")
+    finally:
+        from asgiref.sync import sync_to_async
+
+        await sync_to_async(connections.close_all)()
+
+
+# -- asynchronous twins
+
+
+def test_the_twins_do_not_touch_the_bridge(storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = storage.proxy
+
+    async def main() -> None:
+        path = await storage.asave("a.txt", ContentFile(b"Hello"), max_length=50)
+        assert path == "a.txt"
+        assert await storage.aexists(path)
+        assert await storage.asize(path) == 5
+        assert (
+            await storage.aurl(path) if not isinstance(proxy.get_original(), MemoryBackend) else "/media/a.txt"
+        ) == "/media/a.txt"
+        assert await storage.alistdir("") == ([], ["a.txt"])
+        async with storage.aopen(path) as file:
+            assert await file.read() == b"Hello"
+        assert b"".join([chunk async for chunk in storage.astream(path)]) == b"Hello"
+        async with storage.aopen("b.txt", "wb") as file:
+            await file.write(b"written")
+        assert abs(await storage.aget_modified_time(path) - datetime.now(UTC)) < timedelta(minutes=1)
+        with pytest.raises(SyncCallOnEventLoop, match="asave"):
+            storage.save("c.txt", ContentFile(b""))
+        for call in (storage.open, storage.exists, storage.size, storage.delete, storage.listdir, storage.get):
+            with pytest.raises(SyncCallOnEventLoop):
+                call(path)
+        await storage.adelete(path)
+        await storage.adelete(path)
+        assert not await storage.aexists(path)
+        await proxy.aclose()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bridge), "_enter", None)
+        asyncio.run(main())
+    assert content_of(storage, "b.txt") == b"written"
+
+
+# -- as FileSystemStorage
+
+
+def test_it_takes_what_filesystemstorage_takes(default: object, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {
+        "location": tmp_path / "deep" / "down",
+        "base_url": "/files",
+        "file_permissions_mode": 0o640,
+        "directory_permissions_mode": 0o750,
+    }
+    ours, theirs = BridgeStorage(**arguments), FileSystemStorage(**arguments)
+    path = ours.save("a/b.txt", ContentFile(b"x"))
+    assert content_of(theirs, path) == b"x"
+    assert ours.path(path) == theirs.path(path)
+    assert ours.url(path) == theirs.url(path) == "/files/a/b.txt"
+    assert (ours.location, ours.base_url) == (theirs.location, theirs.base_url)
+    assert Path(ours.path(path)).stat().st_mode & 0o777 == 0o640
+    assert Path(ours.path("a")).stat().st_mode & 0o777 == 0o750
+
+
+def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
+    storage = BridgeStorage(location=tmp_path / "public", allow_overwrite=True)
+    for data in (b"first", b"second"):
+        assert storage.save("a.txt", ContentFile(data)) == "a.txt"
+        assert (tmp_path / "public" / "a.txt").read_bytes() == data
+    with storage.open("a.txt", "w") as file:
+        file.write("third")
+    assert (tmp_path / "public" / "a.txt").read_bytes() == b"third"
+    assert asyncio.run(overwritten(storage)) == "a.txt"
+    assert (tmp_path / "public" / "a.txt").read_bytes() == b"fourth"
+
+
+async def overwritten(storage: BridgeStorage) -> str:
+    from asgiref.sync import sync_to_async
+    from django.db import connections
+
+    path = await storage.asave("a.txt", b"fourth")
+    await sync_to_async(connections.close_all)()
+    return path
+
+
+def test_overwriting_on_any_other_original(storage: BridgeStorage) -> None:
+    overwriting = BridgeStorage(storage=storage.proxy, allow_overwrite=True)
+    for data in (b"first", b"second"):
+        assert overwriting.save("a.txt", ContentFile(data)) == "a.txt"
+        assert content_of(storage, "a.txt") == data
+
+
+def test_a_file_without_a_record_is_never_taken_for_one_with(default: BridgeStorage, media: Path) -> None:
+    """Its path stands in old rows, and its URL would show the new file's bytes, or the other way round."""
+    media.mkdir()
+    (media / "cv.txt").write_bytes(b"old and unknown")
+    path = default.save("cv.txt", ContentFile(b"new"))
+    assert path != "cv.txt"
+    assert (media / path).read_bytes() == b"new"
+    with pytest.raises(FileExistsError, match="adopt"), default.open("cv.txt", "wb") as file:
+        file.write(b"x")
+    assert (media / "cv.txt").read_bytes() == b"old and unknown"
+
+
+def test_reading_through_gives_old_files_a_record(default: object, tmp_path: Path) -> None:
+    root = tmp_path / "old"
+    (root / "d").mkdir(parents=True)
+    for number in range(6):
+        (root / "d" / f"{number}.txt").write_bytes(b"old")
+    storage = BridgeStorage(location=root, name="old", read_through=True)
+    assert content_of(storage, "d/0.txt") == b"old"
+    assert storage.exists("d/1.txt")
+    assert not storage.exists("d/no.txt")
+    assert storage.size("d/2.txt") == 3
+    storage.delete("d/3.txt")
+    assert not (root / "d" / "3.txt").exists()
+    assert storage.get("d/4.txt").size == 3
+    with storage.open("d/5.txt", "ab") as file:
+        file.write(b"er")
+    assert content_of(storage, "d/5.txt") == b"older"
+    assert storage.listdir("d") == ([], ["0.txt", "1.txt", "2.txt", "4.txt", "5.txt"])
+    with pytest.raises(FileNotFoundError):
+        storage.open("d/no.txt")
+
+
+# -- making one
+
+
+def test_settings_are_obeyed_when_they_change(default: BridgeStorage, tmp_path: Path) -> None:
+    path = default.save("a.txt", ContentFile(b"1"))
+    assert default.url(path) == "/media/a.txt"
+    with override_settings(MEDIA_ROOT=tmp_path / "other", MEDIA_URL="https://cdn.example/m/"):
+        assert default.url(path) == "https://cdn.example/m/a.txt"
+        assert default.save("b.txt", ContentFile(b"2")) == "b.txt"
+        assert (tmp_path / "other" / "b.txt").exists()
+    assert content_of(default, path) == b"1"
+    with override_settings(FILE_UPLOAD_PERMISSIONS=0o600):
+        assert os.stat(default.path(default.save("c.txt", ContentFile(b"")))).st_mode & 0o777 == 0o600
+
+
+def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
+    given = {"BACKEND": "sync_bridge.BridgeStorage"}
+    urls = {"original": f"file://{tmp_path}/files", "meta": f"sqlite:///{tmp_path}/records.sqlite3", "name": "by-urls"}
+    toml = tmp_path / "storages.toml"
+    toml.write_text(
+        f'[storages.by-toml]\noriginals = {{ fs = "file://{tmp_path}/files2" }}\nmeta = "sqlite:///{tmp_path}/two.sqlite3"\n'
+    )
+    several = {
+        "originals": {"one": MemoryBackend(), "two": f"file://{tmp_path}/files3"},
+        "meta": MemoryMetaBackend(),
+        "name": "several",
+        "keys": "token",
+    }
+    described = {
+        "urls": urls,
+        "toml": {"config": str(toml)},
+        "several": several,
+        "dotted": {"storage": f"{__name__}.made"},
+    }
+    with override_settings(STORAGES={alias: {**given, "OPTIONS": options} for alias, options in described.items()}):
+        for alias in described:
+            storage = storages[alias]
+            path = storage.save("a.txt", ContentFile(b"x"))
+            assert content_of(storage, path) == b"x"
+            assert storage.get(path).get_proxy_storage() is storage.proxy
+            bridge.call(storage.proxy.aclose)
+
+
+made = ProxyStorage("made", originals=MemoryBackend(), meta=MemoryMetaBackend())
+
+
+def test_what_is_described_twice_is_one_storage(default: BridgeStorage) -> None:
+    assert BridgeStorage().proxy is default.proxy
+    with pytest.raises(ImproperlyConfigured, match="named 'default'"):
+        BridgeStorage(original="memory://", meta="memory://").proxy  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"durabilty": "power"}, "did you mean 'durability'"),
+        ({"storage": "x.y", "name": "z"}, "whole storage"),
+        ({"config": "x.toml", "keys": "token"}, "only name="),
+        ({"original": "memory://", "originals": {}}, "not both"),
+        ({"original": "memory://", "location": "/x"}, "directory of its own"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ImproperlyConfigured, match=message):
+        BridgeStorage(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"storage": "no.such.module"}, "cannot be imported"),
+        ({"storage": "os.path.join"}, "cannot be made"),
+        ({"storage": "os.sep"}, "not a ProxyStorage"),
+        ({"storage": "unknown"}, "no storage named 'unknown'"),
+        ({"original": "gopher://x", "name": "g"}, "gopher"),
+        ({"durability": "never", "name": "n"}, "'process' or 'power'"),
+    ],
+)
+def test_a_storage_that_cannot_be_made_says_why_on_first_use(options: dict[str, Any], message: str) -> None:
+    storage = BridgeStorage(**options)
+    with pytest.raises(ImproperlyConfigured, match=message):
+        storage.exists("x")
+
+
+def test_temporary_files_of_writers_are_where_djangos_are(storage: BridgeStorage, tmp_path: Path) -> None:
+    (tmp_path / "uploads").mkdir()
+    with override_settings(FILE_UPLOAD_TEMP_DIR=tmp_path / "uploads"), storage.open("a", "wb") as file:
+        file.write(BIG)
+    assert tempfile.gettempdir() != str(tmp_path / "uploads")
+    assert storage.size("a") == len(BIG)
