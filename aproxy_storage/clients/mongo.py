@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -31,14 +31,14 @@ try:
     import pymongo
     from bson.codec_options import CodecOptions
     from bson.errors import BSONError
-    from pymongo import AsyncMongoClient, ReadPreference, WriteConcern
+    from pymongo import AsyncMongoClient, IndexModel, ReadPreference, WriteConcern
     from pymongo import errors as native
     from pymongo.asynchronous.database import AsyncDatabase
     from pymongo.driver_info import DriverInfo
 except ImportError as error:
     raise MissingDependency.of("pymongo", "mongo") from error
 
-__all__ = ["JOURNALLED", "Connected", "Databases", "collection_of", "mongo_error"]
+__all__ = ["DUPLICATE_KEY", "JOURNALLED", "Connected", "Databases", "collection_of", "ensure_indexes", "mongo_error"]
 
 T = TypeVar("T")
 
@@ -57,6 +57,7 @@ _OTHER_LOOP = (
     "function that returns a database of the running loop: both are asked once for each loop and process"
 )
 
+DUPLICATE_KEY = 11000
 _UNAUTHORIZED, _AUTHENTICATION_FAILED, _ATLAS_ERROR = 13, 18, 8000
 _OUT_OF_SPACE = frozenset({14031, 12501})  # OutOfDiskSpace; quota exceeded
 _TOO_LARGE = frozenset({15, 10334, 17419, 17420})  # nested too deep, or a document larger than the server's limit
@@ -174,6 +175,38 @@ def collection_of(database: Any, name: str, write_concern: WriteConcern) -> Any:
         write_concern=write_concern,
         read_preference=ReadPreference.PRIMARY,
     )
+
+
+async def ensure_indexes(collection: Any, indexes: Sequence[IndexModel], what: str) -> None:
+    """Make those `indexes` that are missing, whatever those there are called. That others do so at the same time is
+    nothing to the server.
+
+    Raises:
+        ConfigurationError: one that has to be unique is there and is not, or documents are in the way of it. `what`
+            says of which collection.
+    """
+    there = await collection.index_information()
+    by_key = {tuple(tuple(field) for field in index["key"]): index for index in there.values()}
+    missing = []
+    for index in indexes:
+        wanted = index.document
+        found = by_key.get(tuple(wanted["key"].items()))
+        if found is None:
+            missing.append(index)
+        elif wanted.get("unique") and not found.get("unique"):
+            names = ", ".join(wanted["key"])
+            raise ConfigurationError(f"{what} has an index on {names} that is not unique; drop it, and it is made anew")
+    if not missing:
+        return
+    try:
+        await collection.create_indexes(missing)
+    except native.OperationFailure as error:
+        if error.code != DUPLICATE_KEY:
+            raise
+        twice = (error.details or {}).get("keyValue", "")
+        raise ConfigurationError(
+            f"{what} cannot have its unique index: some documents are the same in {twice}"
+        ) from error
 
 
 def mongo_error(error: BaseException, what: str) -> StorageError | None:

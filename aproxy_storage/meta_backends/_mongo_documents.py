@@ -17,7 +17,7 @@ from ..paths import successor
 from ..records import STORED, MetaRecord, Place, Revision, State
 from ._rows import dump_extra
 
-__all__ = ["change", "expected", "is_storable", "matching", "naming", "places_of", "to_document", "to_record"]
+__all__ = ["change", "expected", "is_storable", "matching", "places_of", "to_document", "to_record"]
 
 _TIMES = frozenset({"lease", "created_at", "updated_at"})
 _TEXTS = ("proxy_storage_name", "original_storage_name", "original_storage_path", "token")
@@ -156,12 +156,6 @@ def matching(
     if state is not None:
         found["state"] = _or_missing(state, STORED)
     return found
-
-
-def naming(keys: Iterable[str]) -> Document:
-    """Return the filter of the records that name one of `keys`, in whatever original."""
-    listed = list(keys)
-    return {"$or": [{"original_storage_path": {"$in": listed}}, {"places.key": {"$in": listed}}]}
 
 
 def _or_missing(value: Any, default: Any) -> Any:

@@ -12,7 +12,7 @@ from bson.raw_bson import RawBSONDocument
 from pymongo import ASCENDING, DeleteOne, IndexModel, ReturnDocument, WriteConcern
 from pymongo.errors import BulkWriteError, ConnectionFailure, DuplicateKeyError, OperationFailure
 
-from ..clients.mongo import JOURNALLED, Databases, collection_of, mongo_error
+from ..clients.mongo import DUPLICATE_KEY, JOURNALLED, Databases, collection_of, ensure_indexes, mongo_error
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
@@ -24,7 +24,6 @@ from ._mongo_documents import (
     expected,
     is_storable,
     matching,
-    naming,
     places_of,
     to_document,
     to_record,
@@ -39,9 +38,6 @@ P = ParamSpec("P")
 _CHUNK = 500  # items of one call that share a statement
 _AT_ONCE = 16  # statements of one update_many in flight
 
-_DUPLICATE = 11000
-
-_UNFINISHED = "aproxy_unfinished"
 _INDEXES = (
     # Named and made as django-proxy-storage does.
     IndexModel([("path", ASCENDING)], name="path_1", unique=True),
@@ -49,7 +45,7 @@ _INDEXES = (
     IndexModel([("places.key", ASCENDING)], name="aproxy_places_key", sparse=True),
     IndexModel(
         [("unfinished", ASCENDING), ("path", ASCENDING)],
-        name=_UNFINISHED,
+        name="aproxy_unfinished",
         partialFilterExpression={"unfinished": True},
     ),
 )
@@ -167,7 +163,7 @@ class MongoMetaBackend(MetaBackend):
         # First the record, then the look: somebody who renames at the same instant sees ours, or we see his.
         reserved = await self._insert(used, record, lease)
         wanted = {(place.original, place.key) for place in record.all_places()}
-        for document in await used.found(naming(key for _, key in wanted), _PLACES):
+        for document in await used.naming([key for _, key in wanted]):
             if document["path"] != record.path and wanted & _places(document):
                 changes = {
                     "original_storage_path": spare.original_storage_path,
@@ -277,7 +273,7 @@ class MongoMetaBackend(MetaBackend):
             taken = {document["path"]: document for document in await used.found({"path": {"$in": paths}})}
         for number, told in failed.items():
             record = records[number]
-            if told.get("code") != _DUPLICATE:
+            if told.get("code") != DUPLICATE_KEY:
                 answers[number] = self._mapped(
                     OperationFailure(str(told.get("errmsg")), told.get("code"), dict(told)), "create", record.path
                 )
@@ -403,7 +399,7 @@ class MongoMetaBackend(MetaBackend):
         owners: dict[str, list[str]] = {}
         for chunk in _chunks([key for key in keys if is_storable(key)]):
             asked = set(chunk)
-            for document in await self._on(_Collection.found, naming(chunk), _PLACES):
+            for document in await self._on(_Collection.naming, chunk):
                 named = {
                     key
                     for original, key in _places(document)
@@ -442,6 +438,15 @@ class _Collection:
         documents: list[Document] = await self.files.find(wanted, fields).batch_size(_CHUNK).to_list(None)
         return documents
 
+    async def naming(self, keys: Sequence[str]) -> list[Document]:
+        """Return the path and the places of the records that name one of `keys`, in whatever original.
+
+        Two look-ups, each served by its index: for an ``$or`` of both some servers read every document.
+        """
+        found = await self.found({"original_storage_path": {"$in": keys}}, _PLACES)
+        further = await self.found({"places.key": {"$in": keys}}, _PLACES)
+        return list({document["_id"]: document for document in (*found, *further)}.values())
+
     async def page(self, wanted: Document, limit: int) -> list[Document]:
         cursor = self.files.find(wanted).sort("path", ASCENDING).limit(limit).batch_size(limit)
         documents: list[Document] = await cursor.to_list(None)
@@ -454,32 +459,11 @@ class _Collection:
         return await self.page(wanted, limit)
 
     async def prepare(self, shown: str) -> None:
-        """Make the indexes that are missing. That others do so at the same time is nothing to the server."""
+        """Make the indexes that are missing."""
         async with self._preparing:
             if self.ready:
                 return
-            there = await self.files.index_information()
-            keys = {tuple(tuple(one) for one in index["key"]): index for index in there.values()}
-            missing = []
-            for index in _INDEXES:
-                document = index.document
-                found = keys.get(tuple(document["key"].items()))
-                if found is None:
-                    missing.append(index)
-                elif document.get("unique") and not (found.get("unique") and not found.get("partialFilterExpression")):
-                    raise ConfigurationError(
-                        f"{shown} has an index on path that is not unique; drop it, and it is made anew"
-                    )
-            if missing:
-                try:
-                    await self.files.create_indexes(missing)
-                except OperationFailure as error:
-                    if error.code == _DUPLICATE:
-                        raise ConfigurationError(
-                            f"{shown} holds several documents of one path, so that no unique index can be made: "
-                            f"{(error.details or {}).get('keyValue', '')}"
-                        ) from error
-                    raise
+            await ensure_indexes(self.files, _INDEXES, shown)
             self.ready = True
 
 
