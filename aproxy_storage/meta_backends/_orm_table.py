@@ -103,14 +103,16 @@ class Table:
         quote = connection.ops.quote_name
         postgres = self.vendor == "postgresql"
         self.table = t = quote(self.name)
-        self.column = column = {name: quote(field.column) for name, field in self.fields.items()}
+        # Always with the table: SQLite takes "name" alone for a text where there is no such column.
+        self.column = column = {name: f"{t}.{quote(field.column)}" for name, field in self.fields.items()}
+        self._path = quote(self.fields["path"].column)
         path, key, places = column["path"], column["original_storage_path"], column["places"]
         self.clock = clock = _CLOCK[self.vendor]
         # Text in byte order, also where the column of a model of the user's has the collation of a locale.
         self._ordered = ordered = f'{path} COLLATE "C"' if postgres else path
         self._casts = {field.column: f"%s::{field.db_type(connection)}" for field in meta.concrete_fields if postgres}
-        names = [*column.values(), quote(meta.pk.column), *(quote(field.column) for field in self.custom)]
-        self.columns = ", ".join(names)
+        further = (f"{t}.{quote(field.column)}" for field in (meta.pk, *self.custom))
+        self.columns = ", ".join([*column.values(), *further])
         self._quote = quote
         self._seed = zlib.crc32(self.name.encode())
         self._inserts: dict[tuple[Any, ...], str] = {}
@@ -133,19 +135,16 @@ class Table:
         self.in_order = f" ORDER BY {ordered} LIMIT %s"
         name = column.get("original_storage_name", "''")
         if postgres:
-            each, its_original, its_key = (
-                f"jsonb_array_elements({t}.{places}::jsonb) AS place",
-                "place->>0",
-                "place->>1",
-            )
+            each = f"jsonb_array_elements({places}::jsonb) AS place"
+            its_original, its_key = "place->>0", "place->>1"
         else:
-            each, pick = f"json_each({t}.{places}) AS place", "json_extract(place.value, '$[{}]')"
-            its_original, its_key = pick.format(0), pick.format(1)
+            each = f"json_each({places}) AS place"
+            its_original, its_key = "json_extract(place.value, '$[0]')", "json_extract(place.value, '$[1]')"
         self.owners = (
             f"SELECT {path}, {name}, {path} FROM {t} WHERE {path} IN ({{0}}) AND {key} = {path}"
             f" UNION ALL SELECT {key}, {name}, {path} FROM {t} WHERE NOT ({key} = {path}) AND {key} IN ({{0}})"
-            f" UNION ALL SELECT {its_key}, {its_original}, {t}.{path} FROM {t}, {each}"
-            f" WHERE NOT ({t}.{places} = '[]') AND {its_key} IN ({{0}})"
+            f" UNION ALL SELECT {its_key}, {its_original}, {path} FROM {t}, {each}"
+            f" WHERE NOT ({places} = '[]') AND {its_key} IN ({{0}})"
         )
 
     # -- statements that depend on the values
@@ -159,7 +158,6 @@ class Table:
         found = self._inserts.get((columns, rows, guarded))
         if found is not None:
             return found
-        path = self.column["path"]
         marks = [
             f"{self.clock} + {self._casts.get(name, '%s')}" if name == self.lease else self._casts.get(name, "%s")
             for name in columns
@@ -168,12 +166,12 @@ class Table:
         text = f"INSERT INTO {self.table} ({', '.join(map(self._quote, columns))})"
         if self.vendor == "postgresql" and rows == 1:
             # ON CONFLICT alone would wait for whoever is changing or deleting a row of that path.
-            text += f" SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {self.table} WHERE {path} = %s)"
+            text += f" SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {self.table} WHERE {self.column['path']} = %s)"
             if guarded:
                 text += f" AND pg_try_advisory_xact_lock(hashtextextended(%s, {self._seed}))"
         else:
             text += " VALUES " + ", ".join([f"({values})"] * rows)
-        text += f" ON CONFLICT ({path}) DO NOTHING RETURNING {self.columns}"
+        text += f" ON CONFLICT ({self._path}) DO NOTHING RETURNING {self.columns}"
         if len(self._inserts) < 1000:
             self._inserts[columns, rows, guarded] = text
         return text
@@ -186,10 +184,10 @@ class Table:
         """
         sets = [f"{self._quote(name)} = {self._casts.get(name, '%s')}" for name in columns]
         if lease:
-            sets.append(f"{self.column['lease']} = {self.clock} + {self._casts.get(self.lease, '%s')}")
+            sets.append(f"{self._quote(self.lease)} = {self.clock} + {self._casts.get(self.lease, '%s')}")
         text = f"UPDATE {self.table} SET {', '.join(sets)} WHERE {self.column['path']} = %s"
         if moves:
-            text += f" AND NOT EXISTS (SELECT 1 FROM {self.table} AS other WHERE other.{self.column['path']} = %s)"
+            text += f" AND NOT EXISTS (SELECT 1 FROM {self.table} AS other WHERE other.{self._path} = %s)"
         return text
 
     # -- from records to values
