@@ -172,6 +172,7 @@ class Attempts:
 
     async def _place(self, job: Job, places: Sequence[Place]) -> Placed:
         limits = self._storage.placement.limits
+        await job.write.content_type()  # which may wait for the content: not at the expense of an original
         if limits.copies > 1 and len(places) > 1:
             from .replication import place_copies
 
@@ -243,6 +244,7 @@ class Attempts:
                         job.doubt(one.place)
                         job.losers.append((task, one))
                 if placed is not None:
+                    placed = placed._replace(written=await job.write.written())
                     async with job.naming:  # a loser is not cut short in the middle of a change of the record
                         self.leave(job, running, outrun=True)
                     return placed

@@ -67,7 +67,6 @@ class _Copies:
 
     async def place(self, places: Sequence[Place]) -> Placed:
         job, write = self._job, self._job.write
-        await write.content_type()  # which looks into the content, before it is read
         data = write.source.data
         try:
             if data is not None and len(data) <= _SMALL:

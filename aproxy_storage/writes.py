@@ -64,7 +64,6 @@ class Write(abc.ABC):
         if source.data is None:
             if source.size is None or source.size > limit:
                 return None
-            await self.content_type()
             source.data = b"".join([chunk async for chunk in source.chunks()])
         await source.measure()
         return source.data if len(source.data) <= limit else None
