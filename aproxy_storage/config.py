@@ -41,6 +41,8 @@ __all__ = [
 #: Schemes of original backends.
 ORIGINALS = {
     "file": "aproxy_storage.backends.filesystem:FileSystemBackend",
+    "gridfs+mongodb": "aproxy_storage.backends.gridfs:GridFSBackend",
+    "gridfs+mongodb+srv": "aproxy_storage.backends.gridfs:GridFSBackend",
     "memory": "aproxy_storage.backends.memory:MemoryBackend",
     "s3": "aproxy_storage.backends.s3:S3Backend",
 }
@@ -49,6 +51,8 @@ ORIGINALS = {
 META_BACKENDS = {
     "django-orm": "aproxy_storage.meta_backends.orm:ORMMetaBackend",
     "memory": "aproxy_storage.meta_backends.memory:MemoryMetaBackend",
+    "mongodb": "aproxy_storage.meta_backends.mongo:MongoMetaBackend",
+    "mongodb+srv": "aproxy_storage.meta_backends.mongo:MongoMetaBackend",
     "sqlite": "aproxy_storage.meta_backends.sqlite:SQLiteMetaBackend",
 }
 

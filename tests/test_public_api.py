@@ -79,8 +79,10 @@ BRIDGE = [
 #: Modules that users import by name, with what they find there.
 PUBLIC_MODULES = {
     "backends.filesystem": ["FileSystemBackend"],
+    "backends.gridfs": ["GridFSBackend"],
     "backends.memory": ["MemoryBackend"],
     "meta_backends.memory": ["MemoryMetaBackend"],
+    "meta_backends.mongo": ["MongoMetaBackend"],
     "meta_backends.sqlite": ["SQLiteMetaBackend"],
     "config": [
         "EMBEDDED",
