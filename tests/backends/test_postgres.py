@@ -5,34 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import asyncpg
-import pytest
 import pytest_asyncio
 
 from aproxy_storage.backends.postgres import PostgresBackend
-from aproxy_storage.paths import new_token
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
 
 _FOREIGN_CHUNK = 100_000  # another length than ours
 
 
-@pytest.fixture
-def table() -> str:
-    return f"o_{new_token()}"
-
-
 @pytest_asyncio.fixture
-async def behind(postgres_url: str, table: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of our own; the tables are dropped at the end."""
-    connection = await asyncpg.connect(postgres_url)
-    yield connection
-    await connection.execute(f'DROP TABLE IF EXISTS "{table}", "{table}_chunks"')
-    await connection.close()
-
-
-@pytest_asyncio.fixture
-async def backend(postgres_url: str, table: str, behind: asyncpg.Connection) -> AsyncIterator[PostgresBackend]:
-    async with PostgresBackend(postgres_url, table=table) as backend:
+async def backend(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+) -> AsyncIterator[PostgresBackend]:
+    async with PostgresBackend(postgres_url, table=postgres_table) as backend:
         await backend.setup()
         yield backend
 
@@ -41,8 +27,8 @@ class TestPostgresBackend(BackendTests):
     behind: asyncpg.Connection
 
     @pytest_asyncio.fixture(autouse=True)
-    async def look_behind(self, behind: asyncpg.Connection) -> None:
-        self.behind = behind
+    async def look_behind(self, postgres_behind: asyncpg.Connection) -> None:
+        self.behind = postgres_behind
 
     async def put_behind(self, backend: PostgresBackend, key: str, data: bytes) -> None:
         async with self.behind.transaction():

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import asyncpg
-import pytest
 import pytest_asyncio
 
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
-from aproxy_storage.paths import new_token
 from aproxy_storage.testing.meta_backends import MetaBackendTests
 
 NOW = "extract(epoch FROM clock_timestamp())"
-
-
-@pytest.fixture
-def table() -> str:
-    return f"t_{new_token()}"
-
-
-@pytest_asyncio.fixture
-async def behind(postgres_url: str, table: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of our own; the table is dropped at the end."""
-    connection = await asyncpg.connect(postgres_url)
-    yield connection
-    await connection.execute(f'DROP TABLE IF EXISTS "{table}"')
-    await connection.close()
 
 
 class PostgresTests(MetaBackendTests):
@@ -36,8 +19,8 @@ class PostgresTests(MetaBackendTests):
     behind: asyncpg.Connection
 
     @pytest_asyncio.fixture(autouse=True)
-    async def look_behind(self, behind: asyncpg.Connection) -> None:
-        self.behind = behind
+    async def look_behind(self, postgres_behind: asyncpg.Connection) -> None:
+        self.behind = postgres_behind
 
     async def row_behind(self, meta: PostgresMetaBackend, path: str) -> Mapping[str, Any] | None:
         row = await self.behind.fetchrow(f'SELECT * FROM "{meta.table}" WHERE path = $1', path)
@@ -58,8 +41,8 @@ class PostgresTests(MetaBackendTests):
 
 class TestPostgres(PostgresTests):
     @pytest_asyncio.fixture
-    async def meta(self, postgres_url: str, table: str) -> AsyncIterator[PostgresMetaBackend]:
-        async with PostgresMetaBackend(postgres_url, table=table) as meta:
+    async def meta(self, postgres_url: str, postgres_table: str) -> AsyncIterator[PostgresMetaBackend]:
+        async with PostgresMetaBackend(postgres_url, table=postgres_table) as meta:
             yield meta
 
 
@@ -67,6 +50,6 @@ class TestEachAlone(PostgresTests):
     """Without coalescing."""
 
     @pytest_asyncio.fixture
-    async def meta(self, postgres_url: str, table: str) -> AsyncIterator[PostgresMetaBackend]:
-        async with PostgresMetaBackend(postgres_url, table=table, coalesce=False) as meta:
+    async def meta(self, postgres_url: str, postgres_table: str) -> AsyncIterator[PostgresMetaBackend]:
+        async with PostgresMetaBackend(postgres_url, table=postgres_table, coalesce=False) as meta:
             yield meta

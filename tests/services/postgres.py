@@ -16,14 +16,26 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import asyncpg
 import pytest
+import pytest_asyncio
 
-__all__ = ["PostgresServer", "binaries", "is_alive", "own_postgres", "postgres_url"]
+from aproxy_storage.paths import new_token
+
+__all__ = [
+    "PostgresServer",
+    "binaries",
+    "is_alive",
+    "own_postgres",
+    "postgres_behind",
+    "postgres_table",
+    "postgres_url",
+]
 
 #: fsync is off, because nobody pulls the plug. A commit is still written before it is answered, so that what was
 #: answered survives the SIGKILL of the server.
@@ -298,3 +310,20 @@ def own_postgres() -> Iterator[PostgresServer]:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture
+def postgres_table() -> str:
+    """Name of a table that nobody else uses."""
+    return f"t_{new_token()}"
+
+
+@pytest_asyncio.fixture
+async def postgres_behind(postgres_url: str, postgres_table: str) -> AsyncIterator[asyncpg.Connection]:
+    """Give a connection of the test's own, to look behind a backend's back; its table is dropped at the end."""
+    connection = await asyncpg.connect(postgres_url)
+    try:
+        yield connection
+        await connection.execute(f'DROP TABLE IF EXISTS "{postgres_table}", "{postgres_table}_chunks"')
+    finally:
+        await connection.close()

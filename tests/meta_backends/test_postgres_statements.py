@@ -1,0 +1,309 @@
+"""What `PostgresMetaBackend` sends to the server: together, apart, through the indexes, and into which table."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+
+from aproxy_storage.errors import AlreadyExists, ConfigurationError, NotSupported, StorageError
+from aproxy_storage.meta_backends import _postgres_sql
+from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
+from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place
+from aproxy_storage.testing.meta_backends import make_record, make_reservation
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def meta(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+) -> AsyncIterator[PostgresMetaBackend]:
+    async with PostgresMetaBackend(postgres_url, table=postgres_table) as meta:
+        yield meta
+
+
+async def statements(meta: PostgresMetaBackend, monkeypatch: pytest.MonkeyPatch, work: Any) -> list[str]:
+    """Return the texts that `work` sends."""
+    texts: list[str] = []
+    for name in ("fetch", "fetchrow", "fetchval"):
+        inner = getattr(asyncpg.Connection, name)
+
+        async def spy(connection: Any, text: str, *values: Any, inner: Any = inner, **options: Any) -> Any:
+            texts.append(text)
+            return await inner(connection, text, *values, **options)
+
+        monkeypatch.setattr(asyncpg.Connection, name, spy)
+    await work
+    return texts
+
+
+# -- together
+
+
+async def test_what_many_tasks_ask_for_at_once_is_one_statement(
+    meta: PostgresMetaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        records = [make_record(f"{number:03}") for number in range(64)]
+        made = await asyncio.gather(*map(meta.create, records))
+        await asyncio.gather(*(meta.get(record.path) for record in made))
+        await asyncio.gather(*(meta.exists(record.path) for record in made))
+        changes = {"state": STORED, "version": 1}
+        made = await asyncio.gather(*(meta.update(r.path, changes, expect=r.revision, lease=5.0) for r in made))
+        await asyncio.gather(*(meta.delete(record.path, expect=record.revision) for record in made))
+
+    texts = await statements(meta, monkeypatch, work())
+    # The first of each kind goes at once, and alone; all the others share a statement.
+    assert len(texts) == 2 * 5, texts
+
+
+async def test_who_is_alone_waits_for_nobody(meta: PostgresMetaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        for number in range(5):
+            await meta.create(make_record(str(number)))
+
+    assert await statements(meta, monkeypatch, work()) == [meta._sql.insert] * 5
+
+
+async def test_coalescing_can_be_turned_off(
+    postgres_url: str,
+    postgres_table: str,
+    postgres_behind: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with PostgresMetaBackend(postgres_url, table=postgres_table, coalesce=False) as meta:
+        work = asyncio.gather(*(meta.create(make_record(str(number))) for number in range(20)))
+        assert await statements(meta, monkeypatch, work) == [meta._sql.insert] * 20
+
+
+async def test_changes_of_one_record_do_not_share_a_statement(meta: PostgresMetaBackend) -> None:
+    await meta.create(make_record("a", token="t"))
+    answers = await asyncio.gather(*(meta.update("a", {"size": number}) for number in range(100)))
+    assert sorted(record.size or 0 for record in answers) == list(range(100))
+
+
+async def test_a_cancelled_caller_takes_nobody_along(meta: PostgresMetaBackend) -> None:
+    tasks = [asyncio.ensure_future(meta.create(make_record(f"{number:02}"))) for number in range(60)]
+    await asyncio.sleep(0)  # they have asked
+    for task in tasks[::3]:
+        task.cancel()
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    kept = [f"{number:02}" for number in range(60) if number % 3]
+    assert [answer.path for answer in answers if isinstance(answer, MetaRecord)] == kept
+    assert sum(isinstance(answer, asyncio.CancelledError) for answer in answers) == 20
+    assert {record.path async for record in meta.list()} >= set(kept)
+
+
+# -- apart
+
+
+async def test_a_failing_row_fails_itself_alone(meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection) -> None:
+    await postgres_behind.execute(f"""ALTER TABLE "{meta.table}" ADD CONSTRAINT no_evil CHECK (path NOT LIKE '%7')""")
+    expected = [f"{number:02}" for number in range(50) if number % 10 != 7]
+    records = [make_record(f"{number:02}") for number in range(50)]
+    for attempt in ("at once", "in one call"):
+        if attempt == "at once":
+            answers: Any = await asyncio.gather(*map(meta.create, records), return_exceptions=True)
+        else:
+            answers = await meta.create_many(records)
+        failed = [number for number, answer in enumerate(answers) if not isinstance(answer, MetaRecord)]
+        assert failed == [7, 17, 27, 37, 47]
+        for number in failed:
+            answer = answers[number]
+            assert isinstance(answer, NotSupported), repr(answer)
+            assert not answer.outcome_unknown
+            assert (answer.path, answer.backend) == (f"{number:02}", str(meta))
+        assert [record.path async for record in meta.list()] == expected
+        await postgres_behind.execute(f'DELETE FROM "{meta.table}"')
+
+
+async def test_values_that_cannot_be_kept_fail_alone(meta: PostgresMetaBackend) -> None:
+    good = [make_record(f"good{number}") for number in range(10)]
+    evil = [
+        make_record("nul", extra={"x": "a\0b"}),
+        make_record("surrogate", extra={"x": "\ud800"}),
+        make_record("name", name="a\0b"),
+        make_record("key", original_storage_path="\ud800"),
+        make_record("size", size=2**70),
+    ]
+    answers = await asyncio.gather(*map(meta.create, [*good, *evil]), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [MetaRecord] * 10 + [NotSupported] * 5
+    await meta.delete_many([(record.path, None) for record in good])
+    answers = list(await meta.create_many([*good, *evil]))
+    assert [type(answer) for answer in answers] == [MetaRecord] * 10 + [NotSupported] * 5
+    changes = [meta.update(f"good{number}", {"size": 2**70 if number == 3 else number}) for number in range(10)]
+    changed = await asyncio.gather(*changes, return_exceptions=True)
+    assert [isinstance(answer, StorageError) for answer in changed] == [number == 3 for number in range(10)]
+
+
+async def test_a_row_that_a_transaction_holds_keeps_only_its_own_waiting(
+    meta: PostgresMetaBackend,
+    postgres_behind: asyncpg.Connection,
+) -> None:
+    await meta.create_many([make_record(f"{number:02}") for number in range(30)])
+    transaction = postgres_behind.transaction()
+    await transaction.start()
+    await postgres_behind.execute(f"""INSERT INTO "{meta.table}" (path) VALUES ('held')""")
+    await postgres_behind.execute(f"""UPDATE "{meta.table}" SET size = 1 WHERE path = '15'""")
+    held = asyncio.ensure_future(meta.create(make_record("held")))
+    creates = [held, *(asyncio.ensure_future(meta.create(make_record(f"new{number}"))) for number in range(30))]
+    updates = [asyncio.ensure_future(meta.update(f"{number:02}", {"size": 2})) for number in range(30)]
+    waiting = {held, updates[15]}
+    await asyncio.wait({*creates, *updates} - waiting, timeout=20)
+    assert {task for task in (*creates, *updates) if not task.done()} == waiting
+    await transaction.rollback()
+    assert (await held).path == "held"
+    assert (await updates[15]).size == 2
+
+
+# -- reserve
+
+
+@pytest.mark.parametrize("company", [0, 5])
+async def test_a_record_renamed_while_its_path_is_waited_for_keeps_its_key(
+    meta: PostgresMetaBackend,
+    postgres_behind: asyncpg.Connection,
+    company: int,
+) -> None:
+    await meta.create(make_record("old"))
+    transaction = postgres_behind.transaction()
+    await transaction.start()
+    await postgres_behind.execute(f"""UPDATE "{meta.table}" SET path = 'new' WHERE path = 'old'""")
+    reservations = [make_reservation(path) for path in ("old", *(f"other{number}" for number in range(company)))]
+    tasks = [asyncio.ensure_future(meta.reserve(one, lease=60.0, spare=spare)) for one, spare in reservations]
+    await asyncio.sleep(0.1)
+    assert not tasks[0].done()
+    await transaction.commit()
+    reserved = await asyncio.gather(*tasks)
+    wanted = [spare if record.path == "old" else record for record, spare in reservations]
+    assert [one and one.original_storage_path for one in reserved] == [one.original_storage_path for one in wanted]
+    assert await meta.owners("fs", ["old"]) == {"old": ["new"]}
+
+
+# -- indexes
+
+
+async def test_every_statement_has_its_index(meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection) -> None:
+    records = [
+        make_record(f"{number:05}", state=PENDING if number % 1000 == 0 else STORED, extra={"n": number})
+        for number in range(12_000)
+    ]
+    await meta.create_many(records)
+    await meta.create_many(
+        [make_record(f"renamed{n}", original_storage_path=f"k{n}", places=(Place("s3", f"p{n}"),)) for n in range(50)]
+    )
+    await postgres_behind.execute(f'ANALYZE "{meta.table}"')
+    sql = meta._sql
+    keys = [f"{number:05}" for number in range(0, 5000, 100)]
+    calls: list[tuple[Any, ...]] = [
+        (sql.get, "00001"),
+        (sql.get_many, keys),
+        (sql.exists_many, keys),
+        (sql.page(inclusive=True, bounded=True), "00", "media", STORED, 500, "01"),
+        (sql.page(inclusive=False, bounded=False), "05000", "media", STORED, 500),
+        (sql.unfinished(after=False), "media", False, 0.0, 500),
+        (sql.unfinished(after=True), "media", False, 0.0, 500, "05"),
+        (sql.owners, keys, "fs"),
+        (sql.owners, keys, None),
+        (sql.update(("size",), expecting=True, many=True), keys, [""] * 50, [0] * 50, [1] * 50),
+        (sql.delete_many, keys, [None] * 50, [None] * 50),
+    ]
+    record, spare = make_reservation("k1")
+    new = meta._new(record, 60.0, spare)
+    place = ([new.path], ["fs"], ["k1"])
+    calls.append((sql.reserve, *([value] for value in new.values), [new.spare[3]], [new.spare[7]], *place))
+    for text, *values in calls:
+        plan = "\n".join(row[0] for row in await postgres_behind.fetch(f"EXPLAIN {text}", *values))
+        assert "Seq Scan" not in plan, f"{text}\n{plan}"
+
+
+# -- the table
+
+
+async def test_setup_under_a_race(postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection) -> None:
+    metas = [PostgresMetaBackend(postgres_url, table=postgres_table, schema=f"S_{postgres_table}") for _ in range(8)]
+    try:
+        await asyncio.gather(*(meta.setup() for meta in metas))
+        await asyncio.gather(*(meta.create(make_record(str(number))) for number, meta in enumerate(metas)))
+        assert await metas[0].count() == 8
+        assert str(metas[0]).endswith(f"S_{postgres_table}.{postgres_table})")
+    finally:
+        for meta in metas:
+            await meta.aclose()
+        await postgres_behind.execute(f'DROP SCHEMA "S_{postgres_table}" CASCADE')
+
+
+async def test_a_newer_table_is_refused(meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection) -> None:
+    await postgres_behind.execute(f"""COMMENT ON TABLE "{meta.table}" IS 'aproxy-storage schema 99'""")
+    with pytest.raises(ConfigurationError, match="99"):
+        await meta.setup()
+
+
+async def test_a_table_of_another_program(
+    postgres_url: str,
+    postgres_table: str,
+    postgres_behind: asyncpg.Connection,
+) -> None:
+    """As Django makes it: an id, the database's own collation, and no more columns than it knows."""
+    await postgres_behind.execute(
+        f'CREATE TABLE "{postgres_table}" (id serial PRIMARY KEY, path varchar(255) NOT NULL UNIQUE, '
+        "proxy_storage_name varchar(50) NOT NULL, original_storage_path varchar(255) NOT NULL)"
+    )
+    await postgres_behind.execute(f"""INSERT INTO "{postgres_table}" VALUES (1, 'old.txt', 'media', '/srv/old.txt')""")
+    meta = PostgresMetaBackend(postgres_url, table=postgres_table)
+    with pytest.raises(ConfigurationError, match=r"lacks the columns .*state.*docs/postgres\.md"):
+        await meta.setup()
+    page = (ROOT / "docs" / "postgres.md").read_text()
+    (migration,) = re.findall(r"```sql\n(ALTER TABLE media_file.*?)```", page, re.DOTALL)
+    await postgres_behind.execute(migration.replace("media_file", f'"{postgres_table}"'))
+    async with meta:
+        record = await meta.get("old.txt")
+        assert (record.state, record.version, record.original_storage_path) == (STORED, 0, "/srv/old.txt")
+        await meta.create_many([make_record(path) for path in ("Z", "a-b", "ab", "a b", "é")])
+        assert [record.path async for record in meta.list()] == ["Z", "a b", "a-b", "ab", "old.txt", "é"]
+        assert (await meta.update("old.txt", {"version": 1}, expect=record.revision)).version == 1
+        await postgres_behind.execute("SET enable_seqscan = off; SET enable_sort = off")
+        page = meta._sql.page(inclusive=True, bounded=False)
+        plan = await postgres_behind.fetch(f"EXPLAIN {page}", "a", None, None, 10)
+        assert f"{postgres_table}_order" in str(plan), plan
+
+
+async def test_names_are_checked() -> None:
+    for options in ({"table": 'x"; DROP TABLE y'}, {"table": ""}, {"schema": "a.b"}, {"table": "x" * 64}):
+        with pytest.raises(ConfigurationError):
+            PostgresMetaBackend("postgresql://host/db", **options)
+
+
+async def test_long_table_names_have_indexes_of_their_own(
+    postgres_url: str,
+    postgres_behind: asyncpg.Connection,
+    postgres_table: str,
+) -> None:
+    name = (postgres_table + "x" * 63)[:63]
+    async with PostgresMetaBackend(postgres_url, table=name) as meta:
+        found = await postgres_behind.fetchval("SELECT count(*) FROM pg_indexes WHERE tablename = $1", name)
+        assert found == 1 + len(_postgres_sql.Statements(name, None).create_indexes)
+        await meta.setup()
+    await postgres_behind.execute(f'DROP TABLE "{name}"')
+
+
+async def test_a_table_that_was_dropped_is_made_again(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    await meta.create(make_record("a", state=DELETING))
+    await postgres_behind.execute(f'DROP TABLE "{meta.table}"')
+    with pytest.raises(ConfigurationError, match="setup"):
+        await meta.get("a")
+    await meta.setup()
+    await meta.create(make_record("a"))
+    with pytest.raises(AlreadyExists):
+        await meta.create(make_record("a"))
