@@ -40,10 +40,13 @@ __all__ = [
 
 #: Schemes of original backends.
 ORIGINALS = {
+    "az": "aproxy_storage.backends.obstore:ObstoreBackend",
     "file": "aproxy_storage.backends.filesystem:FileSystemBackend",
+    "gs": "aproxy_storage.backends.obstore:ObstoreBackend",
     "gridfs+mongodb": "aproxy_storage.backends.gridfs:GridFSBackend",
     "gridfs+mongodb+srv": "aproxy_storage.backends.gridfs:GridFSBackend",
     "memory": "aproxy_storage.backends.memory:MemoryBackend",
+    "obstore+s3": "aproxy_storage.backends.obstore:ObstoreBackend",
     "s3": "aproxy_storage.backends.s3:S3Backend",
 }
 
