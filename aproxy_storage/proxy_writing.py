@@ -250,6 +250,39 @@ class WritingVerbs(ReadingVerbs):
         finally:
             await write.aclose()
 
+    async def restore_key(self, path: Path) -> MetaRecord:
+        """Let the key of a file be its path again, which it is not after `replace` and `rename`; return its record.
+
+        For directories that are published as they are, where the key is the URL. Replaced bytes are discarded now,
+        whatever `keep_replaced` says, because one of them may have the key; then the file is copied there, on the
+        server where that can be, and changes over in one step. Where the key is somebody else's, or something cannot
+        be reached, the file stays as it is.
+
+        Raises:
+            NotFound; Conflict: replaced, renamed or deleted meanwhile. And as `move`.
+        """
+        record = await self._record(path)
+        original, key = record.original_storage_name or next(iter(self.originals)), record.path[len(self.prefix) :]
+        if record.original_storage_path == key or self.keys != "path":
+            return record
+        if any(place.state != "good" for place in record.places):
+            if await self.journal.finish(record) != "cleared":
+                return await self.get(record.path)
+            record = await self.get(record.path)
+        if (await self.meta.owners(original, [key])).get(key):
+            return record  # a file that was renamed keeps its key, and its deletion would take ours with it
+        write = self._writing.transfer_of(record)
+        try:
+            moved = await self._writing.swap(
+                record, [original], write, pinned=True, forced=True, same_bytes=True, key=key
+            )
+        except AlreadyExists:
+            return await self.get(record.path)
+        finally:
+            await write.aclose()
+        await self.journal.finish(moved)
+        return await self.get(record.path)
+
     async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:
         """Give a file another path; no byte moves. Return the new record.
 

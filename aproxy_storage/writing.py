@@ -222,16 +222,18 @@ class Writing:
         pinned: bool,
         forced: bool = False,
         same_bytes: bool = False,
+        key: str | None = None,
     ) -> MetaRecord:
         """Write under new keys and make them the file's; the old bytes stay for `keep_replaced` seconds.
 
         `pinned`: only `record` as it is may be replaced; otherwise whatever it has become, while it is there.
+        `key`: one that no other record names, instead of a new one.
         `same_bytes`: they are only moved, so that further copies stay what they are.
         """
         storage, journal = self._storage, self._storage.journal
         self._attempts.check_any(candidates, forced=forced)
         self._check_replayable(write, candidates)
-        new = [Place(name, self._token_key(record.path, new_token(), name), "doubtful") for name in candidates]
+        new = [Place(name, key or self._token_key(record.path, new_token(), name), "doubtful") for name in candidates]
         for place in new:
             storage.get_original(place.original).check_key(place.key)
         since = asyncio.get_running_loop().time()

@@ -247,6 +247,7 @@ BY_POSITION = {
     "ProxyStorage.open_bytes": ["record", "places", "byte_range"],
     "ProxyStorage.open": ["path", "mode"],
     "ProxyStorage.rename": ["path", "new_path"],
+    "ProxyStorage.restore_key": ["path"],
     "ProxyStorage.replace": ["path", "content"],
     "ProxyStorage.save": ["name", "content"],
     "ProxyStorage.save_many": ["items"],
