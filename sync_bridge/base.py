@@ -227,7 +227,7 @@ def find_proxy(name: str) -> ProxyStorage | None:
         if isinstance(cls, type) and issubclass(cls, ConfiguredStorage):
             storages[alias]  # now it is an instance
     for instance in list(_instances):
-        if instance.options.storage is None and instance.options.name == name:
+        if instance.options.name == name:  # not for those that are only known by a dotted path or a name
             return instance.proxy
     return None
 

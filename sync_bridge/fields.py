@@ -116,7 +116,9 @@ class _Remembering(FileDescriptor):
 
     def __set__(self, instance: models.Model, value: Any) -> None:
         if self.field.attname not in instance.__dict__:  # in the constructor, or where the field was deferred
-            instance.__dict__[_memory(self.field)] = value if isinstance(value, str) else None
+            # Where it was deferred, the value is the file of another instance, which was loaded for it.
+            path = value.name if isinstance(value, FieldFile) and value._committed else value
+            instance.__dict__[_memory(self.field)] = path if isinstance(path, str) else None
         super().__set__(instance, value)
 
 

@@ -267,14 +267,14 @@ class BridgeStorage(AsyncTwins):
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.
 
-        They go to another key: in a directory that a web server publishes the file has another URL then, which
-        `aurl` and the record know. `save` with ``allow_overwrite`` keeps the key.
+        They go to another key. In a directory of Django's settings, where the URL is the path, they come back to that
+        of the file before this returns, or when the transaction commits; replaced bytes are not kept there.
         """
-        return self.bridge.call(self.proxy.replace, name, in_callers_thread(content), **options)
+        return self.bridge.call(self._replace, name, in_callers_thread(content), **options)
 
     def rename(self, name: str, new_name: str) -> MetaRecord:
-        """Give a file another path; no byte moves, so its key is the old one. See `ProxyStorage.rename`."""
-        return self.bridge.call(self.proxy.rename, name, new_name)
+        """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path."""
+        return self.bridge.call(self._rename, name, new_name)
 
     def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
@@ -11,12 +12,14 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.files.utils import validate_file_name
 
-from aproxy_storage import AlreadyExists, InvalidPath, MetaRecord, NotFound, NotSupported
+from aproxy_storage import AlreadyExists, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
 from aproxy_storage.files import Opening
 
 from .base import ConfiguredStorage, Saving, asked, suspicious, url_below
 
 __all__ = ["AsyncTwins", "as_set"]
+
+_log = logging.getLogger(__name__)
 
 
 class AsyncTwins(ConfiguredStorage):
@@ -167,12 +170,33 @@ class AsyncTwins(ConfiguredStorage):
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
         proxy = self.proxy
         path = name if name.startswith(proxy.prefix) else proxy.prefix + name
-        if self.is_published and not exclusive:
-            # Its URL is its path, so the bytes may not move to another key: not atomic, as in Django's own storage.
-            await proxy.delete(await self._touched(path), missing_ok=True)
-        if self._is_on_disk(path):
+        if self._is_on_disk(path) and not await self.aexists(path):
             raise FileExistsError(f"{path!r} is in {self.location} without a record; adopt it first")
-        return await proxy.write_to(path, content, exclusive=exclusive)
+        record = await proxy.write_to(path, content, exclusive=exclusive)
+        return record if exclusive else await self._with_its_key(record)
+
+    async def _with_its_key(self, record: MetaRecord) -> MetaRecord:
+        """In a directory that may be published, give a file that has new bytes or a new path the key that its URL
+        says; inside a transaction when that commits. Return its record."""
+        if not self.is_published or record.original_storage_path == record.path.removeprefix(self.proxy.prefix):
+            return record
+        latest = record
+
+        async def restore() -> None:
+            nonlocal latest
+            try:
+                latest = await self.proxy.restore_key(record.path)
+            except StorageError as error:  # it is stored, and can be read; only its URL leads nowhere
+                _log.warning("%r could not be given its own key again: %s", record.path, error)
+
+        await self.proxy.meta.after_commit(restore)
+        return latest
+
+    async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
+        return await self._with_its_key(await self.proxy.replace(name, content, **options))
+
+    async def _rename(self, name: str, new_name: str) -> MetaRecord:
+        return await self._with_its_key(await self.proxy.rename(name, new_name))
 
 
 def as_set(moment: datetime | None) -> datetime:

@@ -1,0 +1,310 @@
+"""The management commands: adopt, copy, reconcile, verify."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.django_support.setup import configure
+
+configure()
+
+from django.core.files.base import ContentFile  # noqa: E402
+from django.core.files.storage import FileSystemStorage, Storage, default_storage, storages  # noqa: E402
+from django.core.management import CommandError, call_command  # noqa: E402
+from django.test import override_settings  # noqa: E402
+
+from aproxy_storage import MetaRecord  # noqa: E402
+from sync_bridge import BridgeStorage, get_content_object  # noqa: E402
+from sync_bridge.management.base import StorageCommand, bridge_storage, unwrapped  # noqa: E402
+from sync_bridge.models import StoredFile  # noqa: E402
+from tests.bridge.desk.models import Message, Picture, Plain  # noqa: E402
+
+
+def run(command: str, *arguments: Any, **options: Any) -> tuple[str, str]:
+    """Run a command; return what it said, and what it complained about."""
+    said, complained = io.StringIO(), io.StringIO()
+    try:
+        call_command(command, *arguments, stdout=said, stderr=complained, **options)
+    except CommandError as error:
+        complained.write(str(error))
+    return said.getvalue(), complained.getvalue()
+
+
+@pytest.fixture
+def before(media: Path, django_database: Path) -> FileSystemStorage:
+    """The storage that the site had before: files below MEDIA_ROOT, no records."""
+    return FileSystemStorage(media)
+
+
+def old_messages(before: FileSystemStorage, count: int) -> list[Message]:
+    """Make messages as Django's own field had left them."""
+    made = []
+    for number in range(count):
+        name = before.save(f"messages/{number} 写真.txt", ContentFile(f"letter {number}".encode()))
+        made.append(Message(text=str(number), attach=name))
+    Message.objects.bulk_create(made)
+    return list(Message.objects.order_by("pk"))
+
+
+# -- adopt
+
+
+@pytest.mark.parametrize("batch", [2, 500])
+def test_the_files_of_a_field_are_adopted(before: FileSystemStorage, batch: int) -> None:
+    messages = old_messages(before, 5)
+    Message.objects.create(text="without a file")
+    said, complained = run("proxystorage_adopt", "desk.Message.attach", batch=batch)
+    assert (said, complained) == ("5 adopted, 0 had a record.\n", "")
+    for message in messages:
+        path = message.attach.name
+        assert message.attach.read() == f"letter {message.text}".encode()
+        record = default_storage.get(path)
+        assert record.original_storage_path == path
+        assert get_content_object(record) == message
+    assert run("proxystorage_adopt", "desk.Message.attach")[0] == "0 adopted, 5 had a record.\n"
+
+
+def test_a_field_of_djangos_own_is_adopted_too(before: FileSystemStorage) -> None:
+    Plain.objects.create(file=before.save("plain/x.txt", ContentFile(b"x")))
+    assert run("proxystorage_adopt", "desk.Plain.file")[0] == "1 adopted, 0 had a record.\n"
+    assert default_storage.exists("plain/x.txt")
+
+
+def test_two_rows_with_one_file(before: FileSystemStorage) -> None:
+    name = before.save("shared.txt", ContentFile(b"x"))
+    Message.objects.bulk_create([Message(attach=name), Message(attach=name)])
+    assert run("proxystorage_adopt", "desk.Message.attach")[1] == ""
+    assert StoredFile.objects.count() == 1
+
+
+def test_a_dry_run_changes_nothing_and_finds_what_is_missing(before: FileSystemStorage) -> None:
+    messages = old_messages(before, 3)
+    before.delete(messages[1].attach.name)
+    said, complained = run("proxystorage_adopt", "desk.Message.attach", dry_run=True)
+    assert said == "2 adopted, 0 had a record. Nothing was changed.\n"
+    assert complained.startswith(f"desk.Message.attach of {messages[1].pk}: 'messages/1_写真.txt'")
+    assert "1 failed" in complained
+    assert StoredFile.objects.count() == 0
+
+
+def test_a_failed_file_is_reported_and_the_rest_goes_on(before: FileSystemStorage) -> None:
+    messages = old_messages(before, 4)
+    before.delete(messages[0].attach.name)
+    Message.objects.filter(pk=messages[2].pk).update(attach="../etc/passwd")
+    said, complained = run("proxystorage_adopt", "desk.Message.attach", batch=1)
+    assert said == "2 adopted, 0 had a record.\n"
+    assert f"desk.Message.attach of {messages[0].pk}" in complained
+    assert f"desk.Message.attach of {messages[2].pk}: '../etc/passwd'" in complained
+    assert "2 failed" in complained
+
+
+def test_it_goes_on_after_a_key(before: FileSystemStorage) -> None:
+    messages = old_messages(before, 4)
+    said, _ = run("proxystorage_adopt", "desk.Message.attach", after=str(messages[1].pk))
+    assert said.startswith("2 adopted")
+
+
+def test_uploads_go_on_beside_it(before: FileSystemStorage) -> None:
+    """What a live site stores meanwhile has its records, and keeps its owner."""
+    old_messages(before, 40)
+    stop, made = threading.Event(), []
+
+    def site() -> None:
+        from django.db import connections
+
+        try:
+            while not stop.is_set():
+                made.append(Message(text="new"))
+                made[-1].attach.save("new.txt", ContentFile(b"new"))
+        finally:
+            connections.close_all()
+
+    thread = threading.Thread(target=site)
+    thread.start()
+    try:
+        complaints = [run("proxystorage_adopt", "desk.Message.attach", batch=3)[1] for _ in range(3)]
+    finally:
+        stop.set()
+        thread.join()
+    assert complaints == ["", "", ""]
+    for message in Message.objects.all():
+        assert get_content_object(default_storage.get(message.attach.name)) == message
+
+
+def test_everything_in_the_directory_is_adopted(before: FileSystemStorage) -> None:
+    for name in ("a.txt", "sub/b.txt", "sub/写真.txt"):
+        before.save(name, ContentFile(b"x"))
+    assert default_storage.save("new.txt", ContentFile(b"x")) == "new.txt"
+    said, complained = run("proxystorage_adopt", storage="default", batch=2)
+    assert (said, complained) == ("3 adopted, 1 had a record.\n", "")
+    assert default_storage.listdir("sub") == ([], ["b.txt", "写真.txt"])
+    assert run("proxystorage_adopt", storage="default")[0] == "0 adopted, 4 had a record.\n"
+
+
+def test_a_name_that_another_storage_has_taken_is_changed_in_the_row(before: FileSystemStorage) -> None:
+    message = old_messages(before, 1)[0]
+    other = MetaRecord(path=message.attach.name, proxy_storage_name="other", original_storage_path="elsewhere")
+    storage = bridge_storage("default")
+    storage.bridge.call(storage.proxy.meta.create, other)
+    assert run("proxystorage_adopt", "desk.Message.attach")[0] == "1 adopted, 0 had a record.\n"
+    old = message.attach.name
+    message.refresh_from_db()
+    assert message.attach.name != old
+    assert message.attach.read() == b"letter 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        ((), {}, "give either"),
+        (("desk.Message.text",), {}, "is a CharField, not a file field"),
+        (("desk.Message",), {}, "names no field"),
+        (("desk.Message.attach",), {"storage": "default"}, "give either"),
+        ((), {"storage": "nobody"}, "no storage 'nobody'"),
+        ((), {"storage": "staticfiles"}, "is StaticFilesStorage, not a BridgeStorage"),
+    ],
+)
+def test_mistakes_are_said(
+    before: FileSystemStorage, arguments: tuple[str, ...], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(CommandError, match=reason):
+        call_command("proxystorage_adopt", *arguments, **options)
+
+
+# -- copy
+
+
+@pytest.fixture
+def live(tmp_path: Path, media: Path, django_database: Path) -> Iterator[FileSystemStorage]:
+    """The storage of the live site, besides our own."""
+    from django.conf import settings
+
+    backend = "django.core.files.storage.FileSystemStorage"
+    live = {"BACKEND": backend, "OPTIONS": {"location": str(tmp_path / "live")}}
+    with override_settings(STORAGES={**settings.STORAGES, "live": live}):
+        found = storages["live"]
+        assert isinstance(found, FileSystemStorage)
+        yield found
+
+
+def test_the_files_of_all_models_are_copied(live: FileSystemStorage) -> None:
+    names = [live.save(f"messages/{n} 写真.txt", ContentFile(b"x" * n)) for n in range(5)]
+    Message.objects.bulk_create([Message(attach=name) for name in names])
+    Picture.objects.bulk_create([Picture(image=live.save("pictures/om.png", ContentFile(b"png")))])
+    live.save("of nobody.txt", ContentFile(b"no row names it"))
+    dry, _ = run("proxystorage_copy", "live", "default", dry_run=True)
+    assert dry == "6 copied, 0 there already. Nothing was changed.\n"
+    assert StoredFile.objects.count() == 0
+    assert run("proxystorage_copy", "live", "default") == ("6 copied, 0 there already.\n", "")
+    assert StoredFile.objects.count() == 6
+    for message in Message.objects.all():
+        assert message.attach.read() == live.open(message.attach.name).read()
+    assert run("proxystorage_copy", "live", "default") == ("0 copied, 6 there already.\n", "")
+
+
+def test_a_failed_copy_is_reported_and_the_rest_goes_on(live: FileSystemStorage) -> None:
+    names = [live.save(f"{n}.txt", ContentFile(b"x")) for n in range(6)]
+    Message.objects.bulk_create([Message(attach=name) for name in names])
+    live.delete(names[1])
+    default_storage.save(names[3], ContentFile(b"another one"))
+    said, complained = run("proxystorage_copy", "live", "default", concurrency=2)
+    assert said == "4 copied, 0 there already.\n"
+    assert "desk.Message.attach of 2: '1.txt'" in complained
+    assert "desk.Message.attach of 4: '3.txt': the target has another file of that name" in complained
+    assert default_storage.open(names[3]).read() == b"another one"
+
+
+def test_one_field_and_back_into_a_storage_of_djangos_own(live: FileSystemStorage) -> None:
+    message, picture = Message(text="x"), Picture()
+    message.attach.save("letter.txt", ContentFile(b"letter"))
+    picture.image.save("om.png", ContentFile(b"png"), save=False)
+    said, _ = run("proxystorage_copy", "default", "live", field=["desk.Message.attach"])
+    assert said == "1 copied, 0 there already.\n"
+    assert live.open(message.attach.name).read() == b"letter"
+    assert not live.exists(picture.image.name)
+
+
+def test_a_target_that_renames_is_left_as_it_was(live: FileSystemStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = Message(text="x")
+    message.attach.save("letter.txt", ContentFile(b"letter"))
+    monkeypatch.setattr(live, "get_available_name", lambda name, max_length=None: "renamed.txt")
+    _, complained = run("proxystorage_copy", "default", "live")
+    assert "would have called it 'renamed.txt'" in complained
+    assert live.listdir("")[1] == []
+
+
+# -- reconcile and verify
+
+
+def test_reconcile_and_verify(media: Path, django_database: Path) -> None:
+    storage = bridge_storage("default")
+    for name in ("good.txt", "bad.txt"):
+        storage.save(name, ContentFile(b"content"))
+    assert run("proxystorage_verify", "default") == ("2 files with 14 bytes were read.\n", "")
+    (media / "bad.txt").write_bytes(b"CONTENT")
+    said, complained = run("proxystorage_verify")
+    assert said == "2 files with 7 bytes were read.\n"
+    assert "bad.txt" in complained
+    assert "1 failed" in complained
+
+    name = storage.proxy.name
+    assert run("proxystorage_reconcile")[0].startswith(f"{name}: nothing is left over\nNothing was changed")
+    left = MetaRecord(
+        path="half.txt",
+        proxy_storage_name=name,
+        original_storage_path="half.txt",
+        state="pending",
+        token="t",
+        version=1,
+    )
+    storage.bridge.call(storage.proxy.meta.create, left, lease=0.0)
+    assert f"{name}: 1 undone" in run("proxystorage_reconcile", "default")[0]
+    assert StoredFile.objects.filter(state="pending").count() == 1
+    said, complained = run("proxystorage_reconcile", "default", apply=True, force=True, verbosity=2)
+    assert (f"{name}: undone half.txt" in said, complained) == (True, "")
+    assert StoredFile.objects.filter(state="pending").count() == 0
+
+
+def test_a_scan_knows_the_files_of_all_storages(media: Path, django_database: Path) -> None:
+    bridge_storage("default").save("known.txt", ContentFile(b"x"))
+    StoredFile.objects.all().delete()  # as after the loss of a database
+    scan = {"scan": True, "apply": True, "min_age": -1.0}
+    assert "1 removed" in run("proxystorage_reconcile", "default", **scan)[0]
+    assert not (media / "known.txt").exists()
+
+
+# -- telling
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal, "\r\033[K1 files"), (io.StringIO, "1 files\n")])
+def test_progress(stream: type[io.StringIO], shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StorageCommand, "EVERY", (0.0, 0.0))
+
+    class Command(StorageCommand):
+        def handle(self, **_: Any) -> None:
+            self.progress("1 files")
+            self.failed("x", "reason")
+            self.conclude("done")
+
+    out, err = stream(), io.StringIO()
+    with pytest.raises(CommandError, match="1 failed"):
+        call_command(Command(), stdout=out, stderr=err)
+    assert out.getvalue().startswith(shown)
+    assert out.getvalue().endswith("done\n")
+    assert err.getvalue() == "x: reason\n"
+
+
+def test_the_lazy_default_is_unwrapped(media: Path) -> None:
+    assert isinstance(unwrapped(default_storage), BridgeStorage)
+    assert isinstance(unwrapped(storages["default"]), Storage)

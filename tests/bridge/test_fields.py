@@ -1,0 +1,476 @@
+"""File fields: their owner is in the record; files go on commit; every verb has an async twin; forms, fixtures."""
+
+import asyncio
+import io
+import unittest
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.core import serializers
+from django.core.exceptions import FieldError
+from django.core.files.base import ContentFile
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.core.management import call_command
+from django.db import connections, transaction
+from django.db.migrations.writer import MigrationWriter
+from django.forms import modelform_factory
+from django.template import Context, Template
+from django.test import RequestFactory, override_settings
+from PIL import Image
+
+from aproxy_storage import ProxyStorage, registry
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from sync_bridge import (
+    BridgeStorage,
+    ProxyStorageFileField,
+    SyncCallOnEventLoop,
+    aget_content_object,
+    get_content_object,
+)
+from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain
+
+pytestmark = pytest.mark.usefixtures("default")
+
+
+class Rollback(Exception):
+    pass
+
+
+@pytest.fixture
+def person() -> Person:
+    return Person.objects.create(name="Om")
+
+
+def file(data: bytes = b"data", name: str = "f.txt") -> ContentFile:
+    return ContentFile(data, name=name)
+
+
+def run(function: Callable[[], Any]) -> Any:
+    """Run an asynchronous test body, and close what Django opened for it in its own thread."""
+
+    async def whole() -> Any:
+        try:
+            return await function()
+        finally:
+            await sync_to_async(connections.close_all)()
+
+    return asyncio.run(whole())
+
+
+# -- the owner
+
+
+def test_the_record_names_the_owner(default: BridgeStorage) -> None:
+    message = Message.objects.create(attach=file())
+    assert message.attach.name == "messages/f.txt"
+    record = default.get(message.attach.name)
+    assert (record["object_id"], record["field"]) == (str(message.pk), "attach")
+    assert get_content_object(record) == message
+
+
+def test_the_owner_is_written_only_when_the_file_has_changed(
+    default: BridgeStorage, django_assert_queries: Any
+) -> None:
+    message = Message.objects.create(attach=file())
+    with django_assert_queries(1):
+        message.save()
+    loaded = Message.objects.get(pk=message.pk)
+    loaded.text = "changed"
+    with django_assert_queries(1):
+        loaded.save()
+    deferred = Message.objects.defer("attach").get(pk=message.pk)
+    with django_assert_queries(1):
+        deferred.save()
+    assert deferred.attach.name == message.attach.name
+    with django_assert_queries(1):
+        deferred.save()
+    loaded.attach = default.save("elsewhere.txt", file())
+    loaded.save(update_fields=["text"])
+    assert get_content_object(default.get("elsewhere.txt")) is None
+    loaded.save()
+    assert get_content_object(default.get("elsewhere.txt")) == message
+
+
+@pytest.fixture
+def django_assert_queries() -> Any:
+    from django.db import connection
+    from django.test.utils import CaptureQueriesContext
+
+    class Exactly(CaptureQueriesContext):
+        def __init__(self, count: int) -> None:
+            super().__init__(connection)
+            self.count = count
+
+        def __exit__(self, *details: Any) -> None:
+            super().__exit__(*details)
+            statements = [query["sql"] for query in self.captured_queries]
+            assert (
+                sum(not text.startswith(("SAVEPOINT", "RELEASE", "BEGIN", "COMMIT")) for text in statements)
+                == self.count
+            )
+
+    return Exactly
+
+
+@pytest.mark.parametrize("cls", [Memo, Notice])
+def test_a_proxy_or_child_names_the_model_that_has_the_column(default: BridgeStorage, cls: Any) -> None:
+    written = cls.objects.create(attach=file())
+    record = default.get(written.attach.name)
+    assert get_content_object(record) == Message.objects.get(pk=written.pk)
+    Message.objects.get(pk=written.pk).save()
+    assert default.get(written.attach.name).extra == record.extra
+
+
+def test_an_object_with_a_key_of_its_own_kind(default: BridgeStorage, person: Person) -> None:
+    paper = Paper(owner=person)
+    paper.file.save("p.txt", file(), save=False)
+    assert get_content_object(default.get(paper.file.name)) is None
+    paper.save()
+    assert isinstance(paper.pk, uuid.UUID)
+    assert paper.file.name == "papers/Om/p.txt"
+    assert get_content_object(default.get(paper.file.name)) == paper
+
+
+def test_no_record_is_no_reason_to_fail(default: BridgeStorage, caplog: pytest.LogCaptureFixture) -> None:
+    message = Message.objects.create(attach="was/never/stored.txt")
+    assert "has no record" in caplog.text
+    assert Message.objects.get(pk=message.pk).attach.name == "was/never/stored.txt"
+
+
+def test_fixtures(default: BridgeStorage, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    message = Message.objects.create(attach=file())
+    dumped = serializers.serialize("json", Message.objects.all())
+    message.delete()
+    (restored,) = serializers.deserialize("json", dumped)
+    restored.save()
+    assert Message.objects.get().attach.read() == b"data"
+    (tmp_path / "messages.json").write_text(dumped.replace("messages/f.txt", "not/here.txt"))
+    call_command("loaddata", tmp_path / "messages.json", verbosity=0)
+    assert not caplog.records
+
+
+def test_an_owner_that_is_gone_is_none(default: BridgeStorage) -> None:
+    message = Message.objects.create(attach=file())
+    record = default.get(message.attach.name)
+    message.delete()
+    assert get_content_object(record) is None
+    assert get_content_object({**record, "object_id": "not a number"}) is None
+    assert get_content_object({**record, "content_type_id": 987654}) is None
+    assert get_content_object({"path": "a"}) is None
+    assert default.exists(record.path), "deleting a row does not delete the file, unless it is asked for"
+
+
+# -- the seed's authorization: any file of any model, by one look-up
+
+
+def may_read(storage: BridgeStorage, person: Person, path: str) -> bool:
+    record = storage.meta_backend.get(path)
+    owner: Any = get_content_object(record)
+    return owner is not None and owner.may_be_read_by(person, record["field"])
+
+
+def test_who_may_read_a_file_is_known_to_its_owner(default: BridgeStorage, person: Person) -> None:
+    other, third = Person.objects.create(name="Nom"), Person.objects.create(name="Third")
+    message = Message.objects.create(author=person, receiver=other, attach=file(name="om.png"))
+    paper = Paper.objects.create(owner=person, file=file(name="om.png"))
+    # The three problems of one directory for each model: equal names, a query for each model, no field to tell.
+    assert message.attach.name != paper.file.name
+    assert [may_read(default, one, message.attach.name) for one in (person, other, third)] == [True, True, False]
+    assert [may_read(default, one, paper.file.name) for one in (person, other, third)] == [True, False, False]
+
+
+def test_two_storages_share_their_records_and_every_record_finds_its_own(
+    default: BridgeStorage, tmp_path: Path
+) -> None:
+    resumes = BridgeStorage(location=tmp_path / "resumes", name="resumes")
+    first = default.save("om.png", file(b"attachment"))
+    second = resumes.save("om.png", file(b"resume"))
+    assert first != second, "a path is one file, whatever its storage"
+    for path, expected in ((first, default), (second, resumes)):
+        record = default.meta_backend.get(path)
+        assert record.get_proxy_storage() is expected.proxy
+        assert registry.get_storage(record.proxy_storage_name) is expected.proxy
+    with pytest.raises(FileNotFoundError):
+        default.get(second)
+    assert default.meta_backend.get(second).get_original_storage_full_path() == resumes.path(second)
+
+
+# -- the file as an attribute
+
+
+def test_the_attribute_is_a_file(default: BridgeStorage) -> None:
+    message = Message()
+    assert not message.attach
+    with pytest.raises(ValueError, match="no file"):
+        message.attach.open()
+    message.attach.save("a.txt", file(b"Hello"))
+    message = Message.objects.get()
+    assert (message.attach.size, message.attach.url) == (5, "/media/messages/a.txt")
+    assert Path(message.attach.path).read_bytes() == b"Hello"
+    with message.attach.open() as opened:
+        assert opened.read() == b"Hello"
+    with pytest.raises(RuntimeError), message.attach.open("wb") as opened:
+        opened.write(b"half")
+        raise RuntimeError
+    assert default.open(message.attach.name).read() == b"Hello"
+    message.attach.delete()
+    assert not Message.objects.get().attach
+    assert not default.exists("messages/a.txt")
+    with pytest.raises(FieldError):
+        Message.objects.create(attach=ContentFile(b"without a name"))
+
+
+def test_max_length_of_the_column_is_kept(person: Person) -> None:
+    papers = [Paper.objects.create(owner=person, file=file(name="n" * 90 + ".txt")) for _ in range(2)]
+    assert all(len(paper.file.name) <= 60 for paper in papers)
+    assert len({paper.file.name for paper in papers}) == 2
+
+
+def test_djangos_own_field_works_over_it(default: BridgeStorage) -> None:
+    plain = Plain.objects.create(file=file())
+    assert default.get(plain.file.name).size == 4
+    assert Plain.objects.get().file.read() == b"data"
+    plain.file.close()
+
+
+def png(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_dimensions_of_images(default: BridgeStorage) -> None:
+    picture = Picture.objects.create(image=SimpleUploadedFile("p.png", png(30, 20), "image/png"))
+    picture = Picture.objects.get(pk=picture.pk)
+    assert (picture.width, picture.height, picture.image.width) == (30, 20, 30)
+    assert default.get(picture.image.name).content_type == "image/png"
+    picture.image.close()
+    picture.image.save("q.png", SimpleUploadedFile("q.png", png(7, 8)))
+    assert (Picture.objects.get().width, Picture.objects.get().height) == (7, 8)
+
+    async def main() -> None:
+        await picture.image.asave("r.png", SimpleUploadedFile("r.png", png(5, 6)))
+        assert (await Picture.objects.aget()).width == 5
+        await picture.image.adelete()
+        assert (await Picture.objects.aget()).width is None
+
+    run(main)
+
+
+# -- asynchronous
+
+
+def test_the_twins_of_the_attribute(default: BridgeStorage) -> None:
+    async def main() -> None:
+        message = Message()
+        await message.attach.asave("a.txt", ContentFile(b"Hello"))
+        message = await Message.objects.aget()
+        assert await message.attach.aread() == b"Hello"
+        assert await message.attach.asize() == 5
+        assert await message.attach.aurl() == "/media/messages/a.txt"
+        async with message.attach.aopen() as opened:
+            assert await opened.read() == b"Hello"
+        assert [chunk async for chunk in message.attach] == [b"Hello"]
+        assert await aget_content_object(await default.proxy.get(message.attach.name)) == message
+        await message.attach.adelete()
+        assert not (await Message.objects.aget()).attach
+        with pytest.raises(ValueError, match="no file"):
+            await message.attach.aread()
+        await message.attach.adelete()
+        await default.proxy.aclose()
+
+    run(main)
+
+
+def test_a_synchronous_save_in_an_async_view_says_what_to_do(default: BridgeStorage) -> None:
+    async def main() -> None:
+        with pytest.raises(SyncCallOnEventLoop, match="asave"):
+            Message().attach.save("a.txt", file())
+        await sync_to_async(Message.objects.create)(attach=file())  # as the error says
+
+    run(main)
+    assert Message.objects.count() == 1
+
+
+def test_a_template_on_the_loop_shows_the_url(default: BridgeStorage) -> None:
+    message = Message.objects.create(attach=file(name="ä.txt"))
+    unsigned = ProxyStorage("unsigned", originals=MemoryBackend(), meta=MemoryMetaBackend())
+    without = BridgeStorage(storage=unsigned)
+
+    async def main() -> None:
+        loaded = await Message.objects.aget(pk=message.pk)
+        assert Template("{{ m.attach.url }}").render(Context({"m": loaded})) == "/media/messages/%C3%A4.txt"
+        with pytest.raises(SyncCallOnEventLoop, match="aurl"):
+            without.url("a.txt")
+
+    run(main)
+
+
+# -- transactions
+
+
+def test_a_save_that_is_rolled_back_is_no_file(default: BridgeStorage, media: Path) -> None:
+    with pytest.raises(Rollback), transaction.atomic():
+        message = Message.objects.create(attach=file())
+        assert default.exists(message.attach.name)
+        assert message.attach.read() == b"data"
+        raise Rollback
+    assert not default.exists(message.attach.name)
+    assert (media / "messages" / "f.txt").exists(), "a scan finds it"
+
+    from aproxy_storage.tools.reconcile import reconcile
+    from sync_bridge.bridge import bridge
+
+    report = bridge.call(reconcile, default.proxy, scan=True, min_age=0, dry_run=False)
+    assert report.counts == {"removed": 1}
+    assert not (media / "messages" / "f.txt").exists()
+
+
+def test_what_is_deleted_or_replaced_is_as_it_was_after_a_rollback(default: BridgeStorage, media: Path) -> None:
+    path = default.save("a.txt", file(b"old"))
+    for change in (
+        lambda: default.delete(path),
+        lambda: default.replace(path, ContentFile(b"new")),
+        lambda: default.rename(path, "b.txt"),
+        lambda: default.open(path, "wb").close(),
+    ):
+        with pytest.raises(Rollback), transaction.atomic():
+            change()
+            raise Rollback
+        with default.open(path) as opened:
+            assert opened.read() == b"old"
+    with transaction.atomic():
+        default.delete(path)
+        assert (media / path).exists(), "no byte goes before the commit"
+        assert not default.exists(path)
+    assert not (media / path).exists()
+
+
+def test_on_commit_inside_a_testcase(default: BridgeStorage, media: Path) -> None:
+    from django.test import TestCase
+
+    class Case(TestCase):
+        def runTest(self) -> None:
+            with self.captureOnCommitCallbacks(execute=True):
+                path = default.save("t.txt", file())
+                default.delete(path)
+                assert (media / path).exists()
+            assert not (media / path).exists()
+            Message.objects.create(attach=file())
+
+    result = unittest.TestSuite([Case()]).run(unittest.TestResult())
+    assert result.wasSuccessful(), (result.errors, result.failures)
+    assert not Message.objects.exists()
+
+
+def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
+    paper = Paper.objects.create(owner=person, file=file(b"1", "first.txt"))
+    first = paper.file.name
+    with pytest.raises(Rollback), transaction.atomic():
+        paper.file = file(b"2", "second.txt")
+        paper.save()
+        raise Rollback
+    assert default.exists(first)
+    paper = Paper.objects.get()
+    copy = Paper.objects.create(owner=person, file=first)
+    paper.file = file(b"3", "third.txt")
+    paper.save()
+    assert default.exists(first), "the copy of the object has it too"
+    copy.file = None
+    copy.save()
+    assert not default.exists(first)
+
+
+@pytest.mark.parametrize("how", ["instance", "queryset"])
+def test_delete_with_object(default: BridgeStorage, person: Person, how: str) -> None:
+    paper = Paper.objects.create(owner=person, file=file())
+    path = paper.file.name
+    with pytest.raises(Rollback), transaction.atomic():
+        Paper.objects.all().delete()
+        raise Rollback
+    assert default.exists(path)
+    if how == "instance":
+        paper.delete()
+    else:
+        Paper.objects.all().delete()
+    assert not default.exists(path)
+    message = Message.objects.create(attach=file())
+    message.delete()
+    assert default.exists(message.attach.name)
+
+
+# -- forms, uploads
+
+
+def test_a_form_uploads_changes_and_clears(default: BridgeStorage, person: Person) -> None:
+    form_class = modelform_factory(Paper, fields=["file"])
+
+    def submit(instance: Paper, files: dict[str, Any], **data: Any) -> Paper:
+        form = form_class(data, files, instance=instance)
+        assert form.is_valid(), form.errors
+        saved: Paper = form.save()
+        return saved
+
+    paper = submit(Paper(owner=person), {"file": SimpleUploadedFile("a.txt", b"1")})
+    first = paper.file.name
+    assert "papers/Om/a.txt" in str(form_class(instance=paper))
+    submit(Paper.objects.get(), {})
+    assert Paper.objects.get().file.name == first
+    submit(Paper.objects.get(), {"file": SimpleUploadedFile("b.txt", b"2")})
+    assert not default.exists(first)
+    paper = submit(Paper.objects.get(), {}, **{"file-clear": "on"})
+    assert not Paper.objects.get().file
+    assert default.listdir("papers/Om") == ([], [])
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_an_upload_through_a_request(default: BridgeStorage, memory: int) -> None:
+    data = bytes(range(256)) * 400
+    with override_settings(FILE_UPLOAD_MAX_MEMORY_SIZE=memory):
+        request = RequestFactory().post("/", {"attach": SimpleUploadedFile("u.own", data, "application/x-own")})
+        message = Message.objects.create(attach=request.FILES["attach"])
+        request.close()
+    record = default.get(message.attach.name)
+    assert (record.size, record.content_type) == (len(data), "application/x-own")
+    with default.open(message.attach.name) as opened:
+        assert opened.read() == data
+
+
+# -- migrations
+
+
+live = ProxyStorage("live", originals=MemoryBackend(), meta=MemoryMetaBackend())
+
+
+def make_live() -> ProxyStorage:
+    return live
+
+
+def test_migrations_write_names_and_no_secrets(default: BridgeStorage) -> None:
+    def written(storage: BridgeStorage) -> str:
+        return MigrationWriter.serialize(ProxyStorageFileField(storage=storage, upload_to="x"))[0]
+
+    assert "storage=sync_bridge.BridgeStorage(storage='live')" in written(BridgeStorage(storage=live))
+    assert f"storage='{__name__}.make_live'" in written(BridgeStorage(storage=make_live))
+    assert f"storage='{__name__}.live'" in written(BridgeStorage(storage=f"{__name__}.live"))
+    assert "location='/srv/x', name='x'" in written(BridgeStorage(location="/srv/x", name="x", keys="path")).replace(
+        ", keys='path'", ""
+    )
+    secret = BridgeStorage(name="described", original="memory://user:password@host", meta="memory://")
+    assert "password" not in written(secret)
+    assert "storage='described'" in written(secret)
+    kept = BridgeStorage(storage=live)
+    assert BridgeStorage(storage="live").proxy is kept.proxy is live
+    field = ProxyStorageFileField(delete_on_replace=True, delete_with_object=True)
+    assert field.deconstruct()[3] == {"delete_on_replace": True, "delete_with_object": True, "upload_to": ""}
+    again = BridgeStorage(storage=live)
+    assert again.deconstruct() == BridgeStorage(storage=live).deconstruct()
+
+
+def test_makemigrations_finds_nothing_to_do() -> None:
+    call_command("makemigrations", "sync_bridge", check=True, dry_run=True, verbosity=0)
