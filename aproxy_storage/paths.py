@@ -64,8 +64,12 @@ def new_token() -> str:
 
 def token_key(path: str, token: str, *, max_bytes: int = MAX_PATH_BYTES, max_segment_bytes: int | None = None) -> str:
     """Return the key ``dir/stem_TOKEN.ext`` for `path`. Where that is too long the stem, then the extension give way,
-    and in the end directories: a key need not look like its path, but every path must have one."""
+    and in the end directories: a key need not look like its path, but every path must have one. So must one from
+    before there were rules; its illegal parts are left out."""
+    if not _FORBIDDEN.isdisjoint(path):
+        path = "".join("_" if character in _FORBIDDEN else character for character in path)
     *directories, base = path.split("/")
+    directories = [part for part in directories if part not in ("", ".", "..")]
     if max_segment_bytes is not None:
         directories = [part for part in directories if len(part.encode()) <= max_segment_bytes]
     while True:

@@ -145,6 +145,22 @@ def test_names_of_greatest_length_have_alternatives() -> None:
         alternative("abc.txt", max_length=8)
 
 
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("/srv/media/a.txt", f"srv/media/a_{TOKEN}.txt"),
+        ("../../etc/./passwd", f"etc/passwd_{TOKEN}"),
+        ("a//b", f"a/b_{TOKEN}"),
+        ("C:\\old\n.txt", f"C:_old__{TOKEN}.txt"),
+        ("dir/", f"dir/_{TOKEN}"),
+        ("..", f".._{TOKEN}"),
+    ],
+)
+def test_paths_from_before_there_were_rules_have_token_keys(path: str, key: str) -> None:
+    assert token_key(path, TOKEN) == key
+    assert _is_legal(key)
+
+
 @given(paths)
 def test_token_key_is_legal_and_says_whose_it_is(path: str) -> None:
     assume(len(path.encode()) < 900)
