@@ -88,7 +88,7 @@ def test_a_dry_run_changes_nothing_and_finds_what_is_missing(before: FileSystemS
     before.delete(messages[1].attach.name)
     said, complained = run("proxystorage_adopt", "desk.Message.attach", dry_run=True)
     assert said == "2 adopted, 0 had a record. Nothing was changed.\n"
-    assert complained.startswith(f"desk.Message.attach of {messages[1].pk}: 'messages/1_写真.txt'")
+    assert complained.startswith(f"desk.Message.attach of {messages[1].pk}: 'messages/1 写真.txt'")
     assert "1 failed" in complained
     assert StoredFile.objects.count() == 0
 
@@ -196,7 +196,7 @@ def live(tmp_path: Path, media: Path, django_database: Path) -> Iterator[FileSys
 def test_the_files_of_all_models_are_copied(live: FileSystemStorage) -> None:
     names = [live.save(f"messages/{n} 写真.txt", ContentFile(b"x" * n)) for n in range(5)]
     Message.objects.bulk_create([Message(attach=name) for name in names])
-    Picture.objects.bulk_create([Picture(image=live.save("pictures/om.png", ContentFile(b"png")))])
+    Picture.objects.bulk_create([Picture(width=1, height=1, image=live.save("pictures/om.png", ContentFile(b"png")))])
     live.save("of nobody.txt", ContentFile(b"no row names it"))
     dry, _ = run("proxystorage_copy", "live", "default", dry_run=True)
     assert dry == "6 copied, 0 there already. Nothing was changed.\n"
@@ -204,7 +204,8 @@ def test_the_files_of_all_models_are_copied(live: FileSystemStorage) -> None:
     assert run("proxystorage_copy", "live", "default") == ("6 copied, 0 there already.\n", "")
     assert StoredFile.objects.count() == 6
     for message in Message.objects.all():
-        assert message.attach.read() == live.open(message.attach.name).read()
+        with message.attach.open() as copy, live.open(message.attach.name) as original:
+            assert copy.read() == original.read()
     assert run("proxystorage_copy", "live", "default") == ("0 copied, 6 there already.\n", "")
 
 
@@ -226,7 +227,8 @@ def test_one_field_and_back_into_a_storage_of_djangos_own(live: FileSystemStorag
     picture.image.save("om.png", ContentFile(b"png"), save=False)
     said, _ = run("proxystorage_copy", "default", "live", field=["desk.Message.attach"])
     assert said == "1 copied, 0 there already.\n"
-    assert live.open(message.attach.name).read() == b"letter"
+    with live.open(message.attach.name) as copy:
+        assert copy.read() == b"letter"
     assert not live.exists(picture.image.name)
 
 

@@ -1,0 +1,150 @@
+"""Give records to files that are there already; no byte moves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from django.core.management.base import CommandError, CommandParser
+from django.db import models
+
+from aproxy_storage import AlreadyExists, NotFound, ProxyStorage, StorageError
+
+from ...fields import ProxyStorageFileField, ProxyStorageImageField
+from ...storage import BridgeStorage
+from ..base import StorageCommand, bridge_storage, file_field, unwrapped
+
+AT_ONCE = 16  # adoptions under way at a time
+
+
+class Command(StorageCommand):
+    """Adopts the files of a field, or all that lie in an original."""
+
+    help = (
+        "Give records to files that are there already; no byte moves. Either those that the rows of a file field name "
+        "(app.Model.field, whose storage is a BridgeStorage by now), or, with --storage, all that lie in an original "
+        "of that storage. Can be repeated, and runs beside a live site."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("field", nargs="?", help="app.Model.field")
+        parser.add_argument("--storage", help="alias in STORAGES or name in PROXY_STORAGE: everything in its original")
+        parser.add_argument("--using", help="the original, where there are several")
+        parser.add_argument("--database", default="default", help="the database of the field's model")
+        parser.add_argument("--after", help="go on after this primary key, or with --storage after this key")
+        parser.add_argument("--batch", type=int, default=500, help="rows, or files, looked at in one go")
+        parser.add_argument("--dry-run", action="store_true", help="only say what would be adopted")
+
+    def handle(self, *, field: str | None, storage: str | None, **options: Any) -> None:
+        if (field is None) == (storage is None):
+            raise CommandError("give either app.Model.field or --storage")
+        self._dry = options["dry_run"]
+        self._using = options["using"]
+        self._counts = {"adopted": 0, "had a record": 0}
+        if field is not None:
+            self._adopt_field(file_field(field), options["database"], options["after"], options["batch"])
+        else:
+            assert storage is not None
+            one = bridge_storage(storage)
+            one.bridge.call(self._adopt_all, one.proxy, options["after"], options["batch"])
+        counts = ", ".join(f"{count} {what}" for what, count in self._counts.items())
+        self.conclude(f"{counts}.{' Nothing was changed.' if self._dry else ''}")
+
+    # -- the files of a field
+
+    def _adopt_field(self, field: models.FileField, database: str, after: Any, batch: int) -> None:
+        label = f"{field.model._meta.label}.{field.name}"
+        storage = unwrapped(field.storage)
+        if not isinstance(storage, BridgeStorage):
+            raise CommandError(
+                f"the storage of {label} is {type(storage).__name__}; give the field its new storage first"
+            )
+        for rows in self._rows(field, database, after, batch):
+            known = dict(zip(rows, storage.get_many(list(rows.values())), strict=True))
+            missing = {key: name for key, name in rows.items() if known[key] is None}
+            self._counts["had a record"] += len(rows) - len(missing)
+            owned = isinstance(field, ProxyStorageFileField | ProxyStorageImageField)
+            extras = {key: field.owner_of(field.model(pk=key)) if owned else {} for key in missing}
+            answers = storage.bridge.call(self._adopt_many, storage.proxy, missing, extras)
+            for key, answer in answers.items():
+                if isinstance(answer, StorageError):
+                    self.failed(f"{label} of {key}", f"{missing[key]!r}: {answer}")
+                    continue
+                self._counts["adopted"] += 1
+                if answer != missing[key] and not self._dry:  # the name is that of another storage's file
+                    rows_of = field.model._base_manager.using(database)
+                    rows_of.filter(pk=key, **{field.attname: missing[key]}).update(**{field.attname: answer})
+            self.progress(f"{label}: {sum(self._counts.values())} files, up to the key {next(reversed(rows))}")
+
+    @staticmethod
+    def _rows(field: models.FileField, database: str, after: Any, batch: int) -> Iterator[dict[Any, str]]:
+        """Yield the primary keys and names of the rows that have a file, by pages: the site may go on meanwhile."""
+        found = field.model._base_manager.using(database).exclude(**{field.attname: ""}).order_by("pk")
+        found = found.exclude(**{f"{field.attname}__isnull": True})
+        last = field.model._meta.pk.to_python(after) if after is not None else None
+        while True:
+            page = found if last is None else found.filter(pk__gt=last)
+            rows = dict(page.values_list("pk", field.attname)[:batch])
+            if not rows:
+                return
+            yield rows
+            last = next(reversed(rows))
+
+    async def _adopt_many(
+        self, proxy: ProxyStorage, names: Mapping[Any, str], extras: Mapping[Any, Mapping[str, Any]]
+    ) -> dict[Any, str | StorageError]:
+        """Adopt the files that are called `names`; return for each its path, or why it could not be."""
+        answers: dict[Any, str | StorageError] = {}
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def adopt(key: Any, name: str) -> None:
+            async with room:
+                try:
+                    answers[key] = await self._adopt(proxy, name, extras.get(key, {}))
+                except StorageError as error:
+                    answers[key] = error
+
+        first: dict[str, Any] = {}  # several rows may name one file
+        for key, name in names.items():
+            first.setdefault(name, key)
+        async with asyncio.TaskGroup() as group:
+            for name, key in first.items():
+                group.create_task(adopt(key, name))
+        return {key: answers[first[name]] for key, name in names.items()}
+
+    async def _adopt(self, proxy: ProxyStorage, name: str, extra: Mapping[str, Any]) -> str:
+        key = name.removeprefix(proxy.prefix)
+        if self._dry:
+            await proxy.get_original(self._using or "").stat(key)
+            return name
+        return await proxy.adopt(key, name=proxy.prefix + key, using=self._using, extra=extra)
+
+    # -- all files of an original
+
+    async def _adopt_all(self, proxy: ProxyStorage, after: str | None, batch: int) -> None:
+        original = self._using or next(iter(proxy.originals))
+        keys: list[str] = []
+        async for info in proxy.get_original(original).list(after=after):
+            keys.append(info.key)
+            if len(keys) >= batch:
+                await self._adopt_keys(proxy, original, keys)
+                keys.clear()
+        await self._adopt_keys(proxy, original, keys)
+
+    async def _adopt_keys(self, proxy: ProxyStorage, original: str, keys: list[str]) -> None:
+        """Adopt those of `keys` that no record names. They were listed first: a save in flight has its record."""
+        owned = await proxy.meta.owners(original, keys)
+        self._counts["had a record"] += len(owned)
+        names = {key: proxy.prefix + key for key in keys if key not in owned}
+        for key, answer in (await self._adopt_many(proxy, names, {})).items():
+            if isinstance(answer, NotFound):
+                continue  # deleted meanwhile
+            if isinstance(answer, AlreadyExists):
+                self._counts["had a record"] += 1  # by now
+            elif isinstance(answer, StorageError):
+                self.failed(key, answer)
+            else:
+                self._counts["adopted"] += 1
+        if keys:
+            self.progress(f"{original}: {sum(self._counts.values())} files, up to {keys[-1]}")

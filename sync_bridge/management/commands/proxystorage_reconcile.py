@@ -1,0 +1,57 @@
+"""Finish what crashed processes left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import CommandParser
+
+from aproxy_storage import StorageError
+from aproxy_storage.tools.reconcile import reconcile
+
+from ..base import StorageCommand, bridge_storages
+
+
+class Command(StorageCommand):
+    """`aproxy_storage.tools.reconcile.reconcile` over the storages of the settings."""
+
+    help = (
+        "Finish what crashed processes left: undo half saves, end deletions, drop replaced bytes. Shows what would be "
+        "done; --apply does it. Safe beside live callers."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("storage", nargs="*", help="alias in STORAGES or name in PROXY_STORAGE; default: all")
+        parser.add_argument("--apply", action="store_true", help="do it")
+        parser.add_argument("--scan", action="store_true", help="look for bytes without a record too")
+        parser.add_argument("--min-age", type=float, default=86_400.0, help="seconds; a scan leaves younger bytes")
+        parser.add_argument("--older-than", type=float, default=0.0, help="seconds since the lease ran out")
+        parser.add_argument("--force", action="store_true", help="do not wait for leases; only if nothing else runs")
+
+    def handle(self, *, storage: list[str], apply: bool, **options: Any) -> None:
+        chosen = list(bridge_storages(storage))
+        # A scan must not take the files of another storage in the same directory for orphans.
+        metas = {id(other.proxy.meta): other.proxy.meta for other in bridge_storages([])}
+        for one in chosen:
+            try:
+                report = one.bridge.call(
+                    reconcile,
+                    one.proxy,
+                    dry_run=not apply,
+                    scan=options["scan"],
+                    force=options["force"],
+                    min_age=options["min_age"],
+                    older_than=options["older_than"],
+                    metas=metas.values(),
+                )
+            except StorageError as error:
+                self.failed(one.proxy.name, error)
+                continue
+            for finding in report.findings:
+                if finding.error is not None:
+                    self.failed(f"{one.proxy.name}: {finding.path}", finding.error)
+                elif options["verbosity"] > 1:
+                    self.tell(f"{one.proxy.name}: {finding.action} {finding.path}")
+            counts = ", ".join(f"{count} {action}" for action, count in sorted(report.counts.items()))
+            self.tell(f"{one.proxy.name}: {counts or 'nothing is left over'}")
+        self.conclude("Done." if apply else "Nothing was changed; --apply does it.")
