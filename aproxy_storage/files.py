@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .digest import INLINE_BYTES
-from .errors import BackendUnavailable, Conflict, IntegrityError, NotFound, NotSupported, StorageError
+from .errors import BackendUnavailable, Conflict, DeadlineExceeded, IntegrityError, NotFound, NotSupported, StorageError
 from .records import ByteRange, MetaRecord, Place
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ class AsyncFile:
 
     def __init__(
         self, record: MetaRecord, backend: Backend, reading: Reading, byte_range: ByteRange | None, chunk_bytes: int,
-        verify: bool, elsewhere: Elsewhere | None = None,
+        verify: bool, elsewhere: Elsewhere | None = None, patience: float | None = None,
     ) -> None:  # fmt: skip
         self._elsewhere = elsewhere
+        self._patience = patience  # seconds for each chunk, where there is another copy to go to
         self._failed: list[Place] = []  # copies that broke off
         self.record = record
         self.name = record.path
@@ -162,7 +163,7 @@ class AsyncFile:
             await self._read_from(self._position)
         assert self._reading is not None
         try:
-            chunk = await anext(self._reading, b"")
+            chunk = await self._chunk_of(self._reading)
         except NotFound as error:
             raise self._vanished() from error
         except BackendUnavailable as error:
@@ -179,6 +180,17 @@ class AsyncFile:
         if self._hash is not None:
             await self._hash.update(chunk)
         return chunk
+
+    async def _chunk_of(self, reading: Reading) -> bytes:
+        if self._patience is None or self._elsewhere is None:
+            return await anext(reading, b"")
+        try:
+            async with asyncio.timeout(self._patience):
+                return await anext(reading, b"")
+        except TimeoutError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise DeadlineExceeded(f"no chunk came from {self._backend} within {self._patience:g} seconds") from error
 
     async def _go_on_elsewhere(self, error: StorageError) -> bool:
         """Go on at another copy, from where this one broke off; return False if there is none."""

@@ -121,7 +121,10 @@ class ReadingVerbs(abc.ABC):
                     record = current
                 elif not differs:
                     elsewhere = partial(self._elsewhere, record, opened.place) if len(places) > 1 else None
-                    file = AsyncFile(record, backend, reading, byte_range, self.chunk_bytes, verify, elsewhere)
+                    patience = self.gate_of(opened.place.original).attempt_timeout
+                    file = AsyncFile(
+                        record, backend, reading, byte_range, self.chunk_bytes, verify, elsewhere, patience
+                    )
                     opened = None
                     return file
                 elif len(places) > 1:

@@ -396,9 +396,8 @@ class Writing:
     async def _finish(self, work: Any, name: str) -> None:
         await self._storage.cleanup.finish(work, within=self._storage.timeouts.cleanup, name=name)
 
-    @staticmethod
-    def _check_replayable(write: Write, candidates: Sequence[str]) -> None:
-        if len(candidates) > 1 and not write.source.replayable:
+    def _check_replayable(self, write: Write, candidates: Sequence[str]) -> None:
+        if len(candidates) > 1 and self._storage.placement.limits.copies == 1 and not write.source.replayable:
             raise ContentError(
                 "the content can be read only once and must not be kept (spool_bytes=None), so there is nothing for "
                 "a second original; hand over bytes, a path or a file that can seek, or name one with using="
