@@ -16,7 +16,6 @@ from ..timeouts import IdleWatch
 try:
     from aiobotocore.config import AioConfig
     from aiobotocore.session import AioSession
-    from botocore import UNSIGNED  # noqa: F401  (one of the ways to sign, for those who pass a config)
     from botocore.handlers import add_expect_header
 except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
@@ -149,7 +148,10 @@ class Connection:
     async def _open(self, endpoint_url: str | None) -> Any:
         options = self._options
         if self._session is None:
-            self._session = AioSession(profile=options.profile)
+            self._session = _new_session(options.profile)
+        verify = options.verify
+        if verify is None and (endpoint_url or "").startswith("http:"):
+            verify = False  # nothing to verify, and reading the certificates takes 30 ms
         make = getattr(self._session, "create_client", None) or self._session.client  # aiobotocore's, or aioboto3's
         client = await self._stack.enter_async_context(
             make(
@@ -159,7 +161,7 @@ class Connection:
                 aws_access_key_id=options.access_key,
                 aws_secret_access_key=options.secret_key,
                 aws_session_token=options.session_token,
-                verify=options.verify,
+                verify=verify,
                 config=options.client_config(),
             )
         )
@@ -287,6 +289,21 @@ class Connection:
             if isinstance(error, ValueError):
                 mapped = ConfigurationError(f"could not {what}: {error}")  # "Invalid endpoint: …"
             raise mapped from error
+
+
+_loader: Any = None  # of botocore's descriptions of services
+
+
+def _new_session(profile: str | None) -> Any:
+    """Return a session. Each loop has its own, because fetched credentials are guarded by locks of their loop; but
+    what they read from the disk, which takes nearly all of the time, is shared."""
+    global _loader
+    session = AioSession(profile=profile)
+    if _loader is None:
+        _loader = session.get_component("data_loader")
+    else:
+        session.register_component("data_loader", _loader)
+    return session
 
 
 async def pause(number: int, *, throttled: bool = False) -> None:

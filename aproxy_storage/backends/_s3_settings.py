@@ -112,6 +112,7 @@ def from_url(text: str) -> dict[str, Any]:
         checksums=choice("when_required", "when_supported"),
         sign_payload=boolean,
         conditional_writes=boolean,
+        conditional_copies=boolean,
         custom_domain=str,
         querystring_auth=boolean,
         expires_in=float,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..cleanup import Cleanup
 from ..content import Source
-from ..errors import AlreadyExists, Conflict, ContentError, NotFound, StorageError
+from ..errors import AccessDenied, AlreadyExists, Conflict, ContentError, NotFound, StorageError, outcome_unknown
 from ..feeds import seen
 from ..timeouts import IdleWatch
 from ._s3_client import Body, Connection
@@ -63,7 +63,13 @@ class Upload:
 
     async def run(self) -> tuple[int, str | None]:
         """Write the content; return its size and the object's ETag."""
-        source = self._source
+        try:
+            return await self._run(self._source)
+        except asyncio.CancelledError as error:
+            _nothing_was_decided(error)
+            raise
+
+    async def _run(self, source: Source) -> tuple[int, str | None]:
         async with source.watched(None) as self._watch:
             if source.data is not None and len(source.data) < self._multipart_bytes:
                 await source.measure()
@@ -195,8 +201,9 @@ async def copy_parts(
 
 async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> Any:
     """Do a multipart upload, whose parts `send_parts` sends; after an error or a cancellation none is left."""
-    if await _token_at(target) is not None:  # better now than when everything has been sent
-        raise AlreadyExists(f"could not {target.what}: there is an object already")
+    with contextlib.suppress(AccessDenied):  # who may only write finds out in the end
+        if await _token_at(target) is not None:  # better now than when everything has been sent
+            raise AlreadyExists(f"could not {target.what}: there is an object already")
     upload_id = await _begin(target)
     target.uploads[upload_id] = target.token
     try:
@@ -204,10 +211,9 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
         await refuse_taken(target)
         return await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:
-        # Of a request that did not decide, nothing can become visible.
-        if isinstance(error, asyncio.CancelledError) and not hasattr(error, "outcome_unknown"):
-            error.outcome_unknown = False  # type: ignore[attr-defined]
-        await target.cleanup.finish(abort(target, upload_id), within=target.undo_within, name="abort of an upload")
+        _nothing_was_decided(error)
+        with _as_unknown_as(error):
+            await target.cleanup.finish(abort(target, upload_id), within=target.undo_within, name="abort of an upload")
         raise
     finally:
         target.uploads.pop(upload_id, None)
@@ -217,8 +223,8 @@ async def _begin(target: Target) -> str:
     work = target.connection.call("create_multipart_upload", target.what, again=False, **target.params, **target.at)
 
     async def undo(task: asyncio.Task[Any]) -> bool:
-        answer = await _result(task)
-        if answer is not None:
+        with contextlib.suppress(StorageError):
+            answer = await _result(task)
             await abort(target, answer["UploadId"])
         return True  # without a completion nothing becomes visible
 
@@ -259,7 +265,7 @@ async def decide(
         AlreadyExists: the key is taken, and not by this write, whose answer may have been lost at the first try.
         Conflict: the upload is gone. StorageError.
     """
-    if operation == "put_object":
+    if operation != "complete_multipart_upload":  # else they were given when it began
         params = {**target.params, **params}
     if target.conditional:
         params["IfNoneMatch"] = "*"
@@ -354,10 +360,28 @@ async def _owned(
             nonlocal certain
             certain = await undo(task)
 
-        await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
+        error.outcome_unknown = True  # type: ignore[attr-defined]
+        with _as_unknown_as(error):
+            await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
         error.outcome_unknown = not certain  # type: ignore[attr-defined]
         raise
     return task.result()
+
+
+def _nothing_was_decided(error: BaseException) -> None:
+    """Note on a cancellation that nothing becomes visible, unless the request that decides has said otherwise."""
+    if isinstance(error, asyncio.CancelledError) and not hasattr(error, "outcome_unknown"):
+        error.outcome_unknown = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _as_unknown_as(first: BaseException) -> Iterator[None]:
+    """Let a second cancellation, amid the cleanup, say as much as the error that it follows."""
+    try:
+        yield
+    except asyncio.CancelledError as second:
+        second.outcome_unknown = outcome_unknown(first)  # type: ignore[attr-defined]
+        raise
 
 
 async def _result(task: asyncio.Task[Any]) -> Any:

@@ -70,6 +70,9 @@ class S3Backend(Backend):
         expires_in: seconds that signed URLs live unless the call says otherwise.
         conditional_writes: the service honours ``If-None-Match: *``. Without it a write looks first, and of two
             simultaneous writers of one key both may believe that they have won.
+        conditional_copies: the service honours it on CopyObject too, so that a copy of up to 256 MiB takes one request.
+            By default on AWS only: elsewhere copies are multipart uploads, because a service that ignores it would
+            overwrite.
         part_bytes, parts: content of this size and more goes in parts of `part_bytes`, `parts` of them in flight:
             the memory of one write is their product. Without a declared size it may have 10,000 parts at most.
         multipart_bytes: from which size on content goes in parts; `part_bytes` by default, and never more.
@@ -127,6 +130,7 @@ class S3Backend(Backend):
         querystring_auth: bool = True,
         expires_in: float = 3600.0,
         conditional_writes: bool = True,
+        conditional_copies: bool | None = None,
         part_bytes: int = 8 << 20,
         parts: int = 4,
         multipart_bytes: int | None = None,
@@ -191,10 +195,14 @@ class S3Backend(Backend):
         self._cloudfront = cloudfront
         self._querystring_auth = querystring_auth
         self._expires_in = expires_in
+        self._conditional_copies = (
+            endpoint_url is None and conditional_writes if conditional_copies is None else conditional_copies
+        )
         self._part_bytes = part_bytes
         self._parts = parts
         self._multipart_bytes = multipart_bytes
         self._parallel_reads = parallel_reads
+        self._range_bytes = part_bytes
         self._flat_listings = flat_listings
         self._copy_part_bytes = 256 << 20
         self._connections: PerLoop[Connection] = PerLoop(self._connect)
@@ -291,13 +299,16 @@ class S3Backend(Backend):
         token = token or new_token()
         params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
         target = self._target(what, new_key, token, params)
-        size = int(found["ContentLength"])
-        if size:
-            answer = await copy_parts(
-                target, size, source, found["ETag"], part_bytes=self._copy_part_bytes, parts=self._parts
-            )
-        else:  # of nothing no part can be made
+        size, etag = int(found["ContentLength"]), found["ETag"]
+        if not size:  # of nothing no part can be made
             answer = await decide(target, "put_object", body=Body())
+        elif size <= self._copy_part_bytes and self._conditional_copies:
+            answer = await decide(
+                target, "copy_object", CopySource=source, CopySourceIfMatch=etag, MetadataDirective="REPLACE"
+            )
+            answer = answer.get("CopyObjectResult", answer)
+        else:
+            answer = await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
         return replace(info_of(new_key, found), etag=answer.get("ETag"), token=token, modified_at=None, changed_at=None)
 
     # -- reading
@@ -313,7 +324,7 @@ class S3Backend(Backend):
         download = Download(connection, what, target)
         wanted = byte_range
         if byte_range is None and self._parallel_reads > 1:
-            byte_range = ByteRange(0, self._part_bytes)
+            byte_range = ByteRange(0, self._range_bytes)
         try:
             await download.open(byte_range)
         except StorageError as error:
@@ -324,7 +335,7 @@ class S3Backend(Backend):
         try:
             if byte_range is not wanted and download.stop < download.size:
                 parallel = ParallelDownload(
-                    download, download.size, self._part_bytes, self._parallel_reads, self.cleanup
+                    download, download.size, self._range_bytes, self._parallel_reads, self.cleanup
                 )
                 return Reader(info, parallel.chunks(chunk_bytes))
             if download.stop - download.start <= chunk_bytes:
