@@ -47,6 +47,8 @@ ORIGINALS = {
     "gridfs+mongodb+srv": "aproxy_storage.backends.gridfs:GridFSBackend",
     "memory": "aproxy_storage.backends.memory:MemoryBackend",
     "obstore+s3": "aproxy_storage.backends.obstore:ObstoreBackend",
+    "postgres": "aproxy_storage.backends.postgres:PostgresBackend",
+    "postgresql": "aproxy_storage.backends.postgres:PostgresBackend",
     "s3": "aproxy_storage.backends.s3:S3Backend",
 }
 
@@ -56,6 +58,8 @@ META_BACKENDS = {
     "memory": "aproxy_storage.meta_backends.memory:MemoryMetaBackend",
     "mongodb": "aproxy_storage.meta_backends.mongo:MongoMetaBackend",
     "mongodb+srv": "aproxy_storage.meta_backends.mongo:MongoMetaBackend",
+    "postgres": "aproxy_storage.meta_backends.postgres:PostgresMetaBackend",
+    "postgresql": "aproxy_storage.meta_backends.postgres:PostgresMetaBackend",
     "sqlite": "aproxy_storage.meta_backends.sqlite:SQLiteMetaBackend",
 }
 
