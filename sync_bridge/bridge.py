@@ -161,7 +161,7 @@ class Bridge:
             BridgeError: threads do not work here (gevent, uWSGI without ``--enable-threads``).
         """
         if asyncio._get_running_loop() is not None:
-            refuse_on_event_loop(_name_of(function), "the asynchronous method")
+            refuse_on_event_loop(f"the synchronous side of {_name_of(function)}()", f"{_name_of(function)}() itself")
         running = self._enter()
 
         async def on_bridge() -> T:
