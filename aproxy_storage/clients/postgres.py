@@ -298,8 +298,11 @@ def _name_of(dsn: str) -> str:
     url = URL.parse(dsn)
     if url.scheme not in ("postgresql", "postgres"):
         raise ConfigurationError(f"a PostgreSQL URL begins with postgresql://, not with {url.scheme}:")
-    if url.host is not None and "@" in dsn.partition("@")[2].partition("?")[0]:
-        raise ConfigurationError("cannot read the postgresql URL: write an @ in its user name or password as %40")
+    authority, _, rest = dsn.partition("?")[0].partition("//")[2].partition("/")
+    if authority.count("@") > 1 or "@" in rest or "#" in dsn:
+        raise ConfigurationError(
+            "cannot read the postgresql URL: in user names and passwords, characters like / @ # are written %2F %40 %23"
+        )
     query = dict(url.query)
     host = url.host or query.get("host") or "localhost"
     port = f":{url.port}" if url.port else ""

@@ -72,7 +72,7 @@ class Coalescer:
         timeout: seconds for one operation, waiting included; None for no limit.
         apart: whether an error of a statement for many means that it did nothing because of one of them; then each
             is tried alone.
-        failed: returns a new error of ours for one operation whose shared statement has failed.
+        failed: returns a new error of ours for one operation, given its kind and item, whose statement has failed.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Coalescer:
         timeout: float | None,
         *,
         apart: Callable[[BaseException], bool],
-        failed: Callable[[Exception], StorageError],
+        failed: Callable[[Any, Any, Exception], StorageError],
     ) -> None:
         self._cleanup = cleanup
         self._timeout = timeout
@@ -162,11 +162,11 @@ class Coalescer:
         except Exception as error:
             if len(jobs) > 1 and self._apart(error):
                 for job in jobs:
-                    self._cleanup.start(self._fly_alone(queue, job), name="statement", log=False)
+                    self._cleanup.start(self._fly_alone(kind, queue, job), name="statement", log=False)
             else:
                 for job in jobs:
                     if not job.future.done():
-                        job.future.set_exception(self._failure(error))
+                        job.future.set_exception(self._failed(kind, job.item, error))
         except BaseException:  # cut short by a drain that took too long
             for job in jobs:
                 job.future.cancel()
@@ -178,20 +178,15 @@ class Coalescer:
             queue.flying -= 1
             self._next(here, kind, queue)
 
-    async def _fly_alone(self, queue: _Queue, job: _Job) -> None:
+    async def _fly_alone(self, kind: Hashable, queue: _Queue, job: _Job) -> None:
         try:
             async with asyncio.timeout_at(job.deadline if self._timeout is not None else None):
                 _answer(job, await queue.alone(job.item))
         except Exception as error:
-            _answer(job, self._failure(error))
+            _answer(job, self._failed(kind, job.item, error))
         except BaseException:
             job.future.cancel()
             raise
-
-    def _failure(self, error: Exception) -> StorageError:
-        failure = self._failed(error)
-        failure.__cause__ = error
-        return failure
 
     def _tick(self, here: _Here) -> None:
         now = here.loop.time()

@@ -102,7 +102,7 @@ class PostgresMetaBackend(MetaBackend):
             self.cleanup,
             limits.operation,
             apart=undid_itself,
-            failed=lambda error: self._map_error(error, f"use {self}"),
+            failed=self._failed,
         )
 
     @classmethod
@@ -365,11 +365,21 @@ class PostgresMetaBackend(MetaBackend):
             await self._prepare()
         return await work
 
+    def _failed(self, kind: Any, item: Any, error: Exception) -> StorageError:
+        """Return an error of its own for one of those that shared a statement."""
+        verb = kind if isinstance(kind, str) else kind[0]
+        path = item if isinstance(item, str) else item.path
+        return self._failure(error, f"{verb} {path!r} in {self}")
+
     def _failure(self, error: Exception, what: str) -> StorageError:
         """Return an error of its own for one of many."""
         mapped = self._map_error(error, what)
-        if mapped is not error:
-            mapped.__cause__ = error
+        cause: BaseException | None = error
+        if mapped is error:  # of ours already, and shared with others
+            cause = error.__cause__
+            unknown = mapped.outcome_unknown
+            mapped = type(mapped)(str(error), path=mapped.path, retryable=mapped.retryable, outcome_unknown=unknown)
+        mapped.__cause__ = cause
         # An error that is kept, not raised, must not keep this frame and all other answers alive.
         return mapped.with_traceback(None)
 
