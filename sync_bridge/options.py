@@ -196,7 +196,10 @@ def _meta(given: Any) -> MetaBackend:
     with _lock:
         key = ("meta", given if isinstance(given, str) else given._meta.label)
         if key not in _metas:
-            _metas[key] = ORMMetaBackend(apps.get_model(given) if isinstance(given, str) else given)
+            try:
+                _metas[key] = ORMMetaBackend(apps.get_model(given) if isinstance(given, str) else given)
+            except (LookupError, ValueError) as error:
+                raise ImproperlyConfigured(f"meta={given!r} is no model: {error}") from error
         return _metas[key]
 
 

@@ -1,0 +1,291 @@
+"""Names of storages, the setting, system checks, and the storage of static files."""
+
+import os
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.apps import apps
+from django.contrib.staticfiles.storage import ManifestFilesMixin
+from django.core import checks
+from django.core.exceptions import ImproperlyConfigured
+from django.core.files.base import ContentFile
+from django.core.files.storage import storages
+from django.core.management import call_command
+from django.db import models
+from django.test import override_settings
+from django.test.utils import isolate_apps
+
+from aproxy_storage import ConfigurationError, ProxyStorage, registry
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from sync_bridge import BridgeStorage, ProxyStorageFileField, get_storage, proxy_storage_settings
+from sync_bridge.bridge import bridge
+from sync_bridge.checks import check_storages, check_tables
+from tests.django_support.setup import migrated_sqlite  # noqa: F401
+
+
+def make(name: str) -> ProxyStorage:
+    return ProxyStorage(name, originals=MemoryBackend(), meta=MemoryMetaBackend())
+
+
+instance = make("instance")
+bridged = BridgeStorage(storage=make("bridged"))
+
+
+def function() -> ProxyStorage:
+    return make("function")
+
+
+class Nameless(ProxyStorage):
+    originals = {"m": MemoryBackend()}  # noqa: RUF012
+    meta = MemoryMetaBackend()
+
+
+class Named(Nameless):
+    name = "named"
+
+
+def setting(**targets: Any) -> Any:
+    return override_settings(PROXY_STORAGE={"PROXY_STORAGE_CLASSES": targets})
+
+
+# -- PROXY_STORAGE
+
+
+def test_the_setting_names_storages() -> None:
+    here = __name__
+    with setting(
+        instance=f"{here}.instance", function=f"{here}.function", named=f"{here}.Named", nameless=f"{here}.Nameless",
+        bridged=f"{here}.bridged", live=make("live"),
+    ):  # fmt: skip
+        classes = proxy_storage_settings.PROXY_STORAGE_CLASSES
+        assert {name: storage.name for name, storage in classes.items()} == {name: name for name in classes}
+        assert classes["instance"] is instance
+        assert get_storage("function") is classes["function"], "made once"
+        assert registry.get_storage("named") is classes["named"]
+        assert BridgeStorage(storage="nameless").proxy is classes["nameless"]
+        assert not check_storages()
+        path = BridgeStorage(storage="instance").save("a.txt", ContentFile(b""))
+        assert bridge.call(instance.get, path).get_proxy_storage() is instance
+    assert proxy_storage_settings.names() == ()
+    with pytest.raises(ConfigurationError, match="'named'"):
+        get_storage("named")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"PROXY_STORAGE_CLASSES": {"other": f"{__name__}.instance"}}, "same name in both places"),
+        ({"PROXY_STORAGE_CLASSES": {"x": "no.such.thing"}}, "cannot be imported"),
+        ({"PROXY_STORAGE_CLASSES": {"x": "os.sep"}}, "not a ProxyStorage"),
+        ({"PROXY_STORAGE_CLASSES": {"x": "os.path.join"}}, "cannot be made"),
+        ({"PROXY_STORAGE_CLASS": {}}, "no key 'PROXY_STORAGE_CLASS'"),
+        ({"PROXY_STORAGE_CLASSES": ["media"]}, "has to be"),
+    ],
+)
+def test_mistakes_in_the_setting_are_found_at_start(given: Any, message: str) -> None:
+    with override_settings(PROXY_STORAGE=given):
+        (found,) = check_storages()
+        assert found.id == "sync_bridge.E002"
+        assert message in found.msg
+        with pytest.raises(ImproperlyConfigured, match=message):
+            _ = proxy_storage_settings.PROXY_STORAGE_CLASSES
+
+
+def test_a_record_finds_a_storage_that_only_an_alias_describes(tmp_path: Path) -> None:
+    options = {"name": "by-alias", "original": "memory://", "meta": f"sqlite:///{tmp_path}/r.sqlite3"}
+    with override_settings(STORAGES={"x": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}):
+        found = registry.get_storage("by-alias")
+        assert found is storages["x"].proxy
+
+
+def test_other_finders_are_asked_too() -> None:
+    wanted = make("wanted")
+    registry.add_finder(finder := lambda name: wanted if name == "wanted" else None)
+    registry.add_finder(finder)
+    assert registry.get_storage("wanted") is wanted
+    registry._finders.remove(finder)
+
+
+# -- checks
+
+
+def ids(found: list[checks.CheckMessage]) -> list[str]:
+    return [message.id or "" for message in found]
+
+
+def with_default(**options: Any) -> Any:
+    return override_settings(STORAGES={"default": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "message"),
+    [
+        ({}, [], ""),
+        ({"durabilty": "power"}, ["sync_bridge.E001"], "did you mean 'durability'"),
+        ({"storage": "no.such"}, ["sync_bridge.E001"], "cannot be imported"),
+        ({"original": "gopher://x"}, ["sync_bridge.E001"], "gopher"),
+        ({"meta": "no.Model"}, ["sync_bridge.E001"], "no.Model"),
+        ({"location": "{tmp}/x"}, ["sync_bridge.W002"], "no name"),
+        ({"location": "{tmp}/static/x", "name": "x"}, ["sync_bridge.E004"], "inside STATIC_ROOT"),
+        ({"location": "", "name": "x"}, ["sync_bridge.E003"], "working directory"),
+        ({"meta": "sqlite:///{tmp}/media/records.sqlite3"}, ["sync_bridge.E005"], "web servers publish"),
+        ({"meta": "sqlite:///{tmp}/static/records.sqlite3"}, ["sync_bridge.E005"], "web servers publish"),
+        ({"meta": "sqlite:///{tmp}/records.sqlite3"}, [], ""),
+        (
+            {"meta": "shelf.PlainFile", "originals": {"a": "memory://", "b": "memory://"}, "name": "n"},
+            ["sync_bridge.E006"],
+            "several originals",
+        ),
+        ({"meta": "shelf.NamedFile", "originals": {"a": "memory://", "b": "memory://"}, "name": "n"}, [], ""),
+    ],
+)
+def test_mistakes_in_storages_are_found_at_start(
+    options: dict[str, Any], expected: list[str], message: str, tmp_path: Path
+) -> None:
+    given = {
+        key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
+    with override_settings(MEDIA_ROOT=tmp_path / "media", STATIC_ROOT=tmp_path / "static"), with_default(**given):
+        found = check_storages()
+        assert ids(found) == expected
+        assert all(message in one.msg for one in found)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aproxy_storage import config
+    from aproxy_storage.errors import MissingDependency
+
+    def fail(url: str) -> Any:
+        raise MissingDependency.of("aioboto3", "s3")
+
+    monkeypatch.setattr(config, "original_from_url", fail)
+    with with_default(original="s3://bucket", name="x"):
+        (found,) = check_storages()
+    assert "pip install 'aproxy-storage[s3]'" in found.msg
+
+
+def test_what_a_field_needs() -> None:
+    def check(storage: Any) -> list[str]:
+        with isolate_apps("tests.bridge.desk"):
+
+            class Letter(models.Model):
+                file = ProxyStorageFileField(storage=storage)
+
+                class Meta:
+                    app_label = "desk"
+
+            return ids(Letter.check())
+
+    from django.core.files.storage import FileSystemStorage, default_storage
+
+    assert check(None) == check(default_storage) == []
+    assert check(FileSystemStorage()) == ["sync_bridge.E007"]
+    assert check(BridgeStorage(storage="unknown")) == ["sync_bridge.E001"]
+    assert check(BridgeStorage(name="bare", original="memory://", meta="shelf.PlainFile")) == ["sync_bridge.E008"]
+    assert check(BridgeStorage(name="own", original="memory://", meta="shelf.Document")) == []
+    without = [name for name in _installed() if name != "django.contrib.contenttypes"]
+    with override_settings(INSTALLED_APPS=[name for name in without if "django.contrib" not in name]):
+        assert check(BridgeStorage(name="x", original="memory://", meta="memory://")) == ["sync_bridge.W005"]
+
+
+def _installed() -> list[str]:
+    return [config.name for config in apps.get_app_configs()]
+
+
+def test_tables_are_looked_at_where_databases_are_named(default: BridgeStorage, media: Path) -> None:
+    assert check_tables() == []
+    assert check_tables(databases=["default"]) == []
+    media.mkdir()
+    (media / "old.txt").write_bytes(b"")
+    assert ids(check_tables(databases=["default"])) == ["sync_bridge.W004"]
+    default.save("new.txt", ContentFile(b""))
+    assert check_tables(databases=["default"]) == []
+    from django.db import connection
+    from django.db.utils import OperationalError
+
+    from sync_bridge.models import StoredFile
+
+    with connection.schema_editor() as editor:
+        editor.delete_model(StoredFile)
+    assert ids(check_tables(databases=["default"])) == ["sync_bridge.W003"]
+    with pytest.raises((OperationalError, ConfigurationError)):
+        default.exists("a.txt")
+
+
+def test_the_whole_project_is_in_order(default: BridgeStorage) -> None:
+    found = checks.run_checks(databases=["default"])
+    assert not [message for message in found if (message.id or "").startswith("sync_bridge")]
+
+
+# -- static files
+
+
+class ManifestStorage(ManifestFilesMixin, BridgeStorage):
+    pass
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "src" / "css").mkdir(parents=True)
+    (tmp_path / "src" / "css" / "site.css").write_text("body { background: url(dot.png) }")
+    (tmp_path / "src" / "css" / "dot.png").write_bytes(b"dot")
+    apps_ = [*(name for name in _installed() if name != "django.contrib.admin"), "django.contrib.staticfiles"]
+    with override_settings(
+        STATICFILES_DIRS=[tmp_path / "src"],
+        STATICFILES_FINDERS=["django.contrib.staticfiles.finders.FileSystemFinder"],
+        INSTALLED_APPS=[name for name in apps_ if "admin" not in name],
+    ):
+        yield tmp_path / "src"
+
+
+def static_storage(tmp_path: Path, backend: str, kind: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"base_url": "/static/", "meta": f"sqlite:///{tmp_path}/static.sqlite3", "name": "static"}
+    if kind == "directory":
+        options["location"] = str(tmp_path / "public")
+    else:
+        options["original"] = MemoryBackend()
+    return {"staticfiles": {"BACKEND": backend, "OPTIONS": options}}
+
+
+@pytest.mark.parametrize("kind", ["directory", "memory"])
+def test_collectstatic(sources: Path, tmp_path: Path, kind: str) -> None:
+    with override_settings(STORAGES=static_storage(tmp_path, "sync_bridge.BridgeStorage", kind)):
+        out = StringIO()
+        for _ in range(2):
+            call_command("collectstatic", interactive=False, stdout=out)
+        assert "2 static files copied" in out.getvalue()
+        assert "0 static files copied, 2 unmodified" in out.getvalue()
+        os.utime(sources / "css" / "dot.png", (4_000_000_000, 4_000_000_000))
+        (sources / "css" / "dot.png").write_bytes(b"changed")
+        os.utime(sources / "css" / "dot.png", (4_000_000_000, 4_000_000_000))
+        call_command("collectstatic", interactive=False, verbosity=0)
+        storage = storages["staticfiles"]
+        with storage.open("css/dot.png") as file:
+            assert file.read() == b"changed"
+        assert storage.url("css/dot.png") == "/static/css/dot.png"
+        if kind == "directory":
+            assert (tmp_path / "public/css/dot.png").read_bytes() == b"changed"
+        call_command("collectstatic", interactive=False, clear=True, verbosity=0)
+        assert storage.listdir("css") == ([], ["dot.png", "site.css"])
+        bridge.call(storage.proxy.aclose)
+
+
+@pytest.mark.parametrize("kind", ["directory", "memory"])
+def test_the_manifest_mixin(sources: Path, tmp_path: Path, kind: str) -> None:
+    with override_settings(DEBUG=False, STORAGES=static_storage(tmp_path, f"{__name__}.ManifestStorage", kind)):
+        for _ in range(2):
+            call_command("collectstatic", interactive=False, verbosity=0)
+        storage = storages["staticfiles"]
+        url = storage.url("css/site.css")
+        assert url.startswith("/static/css/site.")
+        assert url != "/static/css/site.css"
+        with storage.open(url.removeprefix("/static/")) as file:
+            assert b"dot." in file.read()
+        again = type(storage)(**storage._given)
+        assert again.url("css/site.css") == url, "the manifest is read back"
+        bridge.call(storage.proxy.aclose)
