@@ -7,11 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from pymongo import ASCENDING, DESCENDING
-
 from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, mongo_error
 from ..content import Source
-from ..errors import ConfigurationError, NotFound, StorageError
+from ..errors import ConfigurationError, MissingDependency, NotFound, StorageError
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
@@ -20,6 +18,11 @@ from ._gridfs_files import CHUNK_INDEXES, FILE_INDEXES, file_id, info_of, is_sto
 from ._gridfs_reader import GridReader, fetch
 from ._gridfs_upload import Upload
 from .base import Backend, Reader
+
+try:
+    from pymongo import ASCENDING, DESCENDING
+except ImportError as error:
+    raise MissingDependency.of("pymongo", "mongo") from error
 
 __all__ = ["GridFSBackend"]
 
@@ -51,7 +54,7 @@ class GridFSBackend(Backend):
             function that returns one.
         bucket: the prefix of the two collections, ``fs.files`` and ``fs.chunks``.
         chunk_bytes: of new files. Documents are limited to 16 MiB.
-        timeouts: `operation` limits each statement too; a server has to be found in four fifths of it.
+        timeouts: `operation` limits each statement too, the search for a server included.
 
     Raises, from every call:
         BackendUnavailable, DeadlineExceeded: no server answers, or not in time.

@@ -46,7 +46,6 @@ T = TypeVar("T")
 JOURNALLED = WriteConcern(w="majority", j=True)
 
 _CONNECT = 10.0  # seconds for one connection
-_DRIVER_SHARE = 0.9  # of the limit of a call: the driver gives up first, and knows why
 
 _WAY_OUT = (
     "pass pymongo.AsyncMongoClient(…)['name'], Motor's AsyncIOMotorClient(…)['name'], "
@@ -115,7 +114,7 @@ class Databases(Generic[T]):
         database: a URI with the name of a database, a database of PyMongo Async or of Motor, or a function that
             returns such a database. Only clients that are made here, of a URI, are closed here.
         make: called once for each loop; does no I/O.
-        seconds: limit of one call; None for ever. A server has to be found within four fifths of it.
+        seconds: limit of one call; None for ever.
 
     Raises:
         ConfigurationError: `database` is nothing of that kind.
@@ -145,7 +144,10 @@ class Databases(Generic[T]):
     def limit(self) -> AbstractContextManager[Any]:
         """Return a context in which the driver keeps the limit too, and tells the server of it, so that what has been
         given up does not go on there. A thread of Motor's ends by nothing else."""
-        return contextlib.nullcontext() if self._seconds is None else pymongo.timeout(_DRIVER_SHARE * self._seconds)
+        if self._seconds is None:
+            return contextlib.nullcontext()
+        # It should give up before our own deadline strikes, for it can tell why; it looks every half second.
+        return pymongo.timeout(self._seconds - max(0.1 * self._seconds, min(0.7, 0.3 * self._seconds)))
 
     async def aclose(self, within: float) -> None:
         """Release what the running loop uses. What was borrowed stays open."""
@@ -273,8 +275,7 @@ def _client(uri: str, seconds: float | None) -> AsyncMongoClient[Any]:
     given = {name.lower() for name, _ in URL.parse(uri).query}
     ours: dict[str, Any] = {"appName": "aproxy_storage"}
     if seconds is not None:
-        ours["serverSelectionTimeoutMS"] = int(800 * seconds)
-        ours["connectTimeoutMS"] = int(1000 * min(_CONNECT, 0.8 * seconds))
+        ours["connectTimeoutMS"] = int(1000 * min(_CONNECT, seconds))
     options = {name: value for name, value in ours.items() if name.lower() not in given}
     try:
         return AsyncMongoClient(uri, driver=DriverInfo("aproxy_storage"), **options)

@@ -7,13 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-import bson
-from bson.raw_bson import RawBSONDocument
-from pymongo import ASCENDING, DeleteOne, IndexModel, ReturnDocument, WriteConcern
-from pymongo.errors import BulkWriteError, ConnectionFailure, DuplicateKeyError, OperationFailure
-
 from ..clients.mongo import DUPLICATE_KEY, JOURNALLED, Databases, collection_of, ensure_indexes, mongo_error
-from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
+from ..errors import AlreadyExists, ConfigurationError, Conflict, MissingDependency, NotFound, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL
@@ -29,6 +24,14 @@ from ._mongo_documents import (
     to_record,
 )
 from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
+
+try:
+    import bson
+    from bson.raw_bson import RawBSONDocument
+    from pymongo import ASCENDING, DeleteOne, IndexModel, ReturnDocument, WriteConcern
+    from pymongo.errors import BulkWriteError, ConnectionFailure, DuplicateKeyError, OperationFailure
+except ImportError as error:
+    raise MissingDependency.of("pymongo", "mongo") from error
 
 __all__ = ["MongoMetaBackend"]
 
@@ -75,7 +78,7 @@ class MongoMetaBackend(MetaBackend):
 
         collection: its name.
         write_concern: another one, for those who know what they give up.
-        timeouts: `operation` limits every call; a server has to be found in four fifths of it.
+        timeouts: `operation` limits every call, the search for a server included.
 
     Raises, from every call:
         BackendUnavailable, DeadlineExceeded: no server answers, or not in time.
