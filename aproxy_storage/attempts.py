@@ -30,7 +30,7 @@ from .errors import (
 from .fallback import is_outage, names
 from .gates import Admission, Gate, Kind, Outcome
 from .records import Place
-from .timeouts import IdleWatch
+from .timeouts import Alarm, IdleWatch
 from .writes import Write, Written
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Job:
 
     Attributes:
         check: raises Conflict where the lease is over; asked right before each write.
+        named: the places that the record names already.
+        name: names one more, before anything is sent there; returns it, perhaps with another key.
         rekey: names a token key instead of one that is taken; None: a taken key is the caller's affair.
         careful: ask whether the key is taken before the content is touched, because it cannot be read twice.
         forced: the caller has named the original, so it is tried even when its circuit is open.
@@ -107,6 +109,8 @@ class Job:
     write: Write
     token: str
     check: Callable[[], None]
+    named: Sequence[Place] = ()
+    name: Callable[[Place], Awaitable[Place]] | None = None
     rekey: Callable[[Place], Awaitable[Place]] | None = None
     careful: bool = False
     forced: bool = False
@@ -141,6 +145,19 @@ class Attempts:
         """Return whether an attempt at `place` would be made now."""
         return self._storage.gate_of(place.original).allows("write")
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether several attempts of one save may run at a time."""
+        limits = self._storage.placement.limits
+        return limits.hedge_after is not None or limits.copies > 1
+
+    def healthy_first(self, originals: Sequence[str]) -> Sequence[str]:
+        """Return `originals` in their order, those at the end that would be skipped now."""
+        if len(originals) == 1:
+            return originals
+        gate_of = self._storage.gate_of
+        return sorted(originals, key=lambda name: not gate_of(name).allows("write"))
+
     def check_any(self, originals: Sequence[str], *, forced: bool) -> None:
         """Raise BackendUnavailable if every one of `originals` would be skipped now."""
         gate_of = self._storage.gate_of
@@ -160,9 +177,9 @@ class Attempts:
         limits = self._storage.placement.limits
         if limits.deadline is None or limits.copies > 1:  # copies are counted at the deadline
             return await self._place(job, places)
-        deadline = asyncio.timeout(limits.deadline)
+        deadline = Alarm(limits.deadline)
         try:
-            async with deadline:
+            with deadline:
                 return await self._place(job, places)
         except TimeoutError as error:
             if isinstance(error, StorageError) or not deadline.expired():
@@ -344,6 +361,8 @@ class Attempts:
             await gate.slot(admission)
         backend = self._storage.get_original(one.place.original)
         put = job.write.put
+        if job.name is not None and one.place not in job.named:
+            await self._rename(job, one, job.name)
         try:
             if not job.careful or not await _is_taken(backend, one.place.key):
                 job.begin(one)
@@ -353,14 +372,19 @@ class Attempts:
                 raise
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
+        await self._rename(job, one, job.rekey)
+        job.begin(one)
+        return await put(backend, one.place.key, job.token, source=source, movable=movable)
+
+    @staticmethod
+    async def _rename(job: Job, one: Try, change: Callable[[Place], Awaitable[Place]]) -> None:
+        """Change the place in the record; its errors are the meta-backend's, and no other original mends them."""
         async with job.naming:
             try:
-                one.place = await job.rekey(one.place)
+                one.place = await change(one.place)
             except BaseException as error:
                 job.fatal = error
                 raise
-        job.begin(one)
-        return await put(backend, one.place.key, job.token, source=source, movable=movable)
 
 
 def outcome_of(error: StorageError, one: Try | None, fallback_on: tuple[type[BaseException], ...]) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, Self
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
@@ -257,21 +257,15 @@ class Source:
             feed.close()
         return head[:PEEK_BYTES]
 
-    @asynccontextmanager
-    async def watched(self, seconds: float | None) -> AsyncIterator[IdleWatch]:
+    def watched(self, seconds: float | None) -> Watching:
         """Limit the time without progress of whoever consumes the chunks.
 
         The async context manager raises TimeoutError when for `seconds` no chunk is asked for: before the first, from
         one handed out to the next, after the last until the block is left. Time spent waiting for the content
-        is not counted. ``expired()`` of what it yields tells this TimeoutError from others. None: no limit.
+        is not counted. ``expired()`` of the `IdleWatch` that it yields tells this TimeoutError from others. None: no
+        limit.
         """
-        outer = self._watch
-        self._watch = watch = IdleWatch(seconds, outer)
-        try:
-            async with watch:
-                yield watch
-        finally:
-            self._watch = outer
+        return Watching(self, seconds)
 
     async def aclose(self) -> None:
         """Release the spool and end a pass under way; idempotent. The caller's file stays open."""
@@ -286,6 +280,28 @@ class Source:
         finally:
             if spool is not None:
                 await spool.aclose()
+
+
+class Watching:
+    """What `Source.watched` returns. A class, because a generator would cost each small write as much as its timer."""
+
+    __slots__ = ("_outer", "_seconds", "_source", "_watch")
+
+    def __init__(self, source: Source, seconds: float | None) -> None:
+        self._source = source
+        self._seconds = seconds
+
+    async def __aenter__(self) -> IdleWatch:
+        source = self._source
+        self._outer = source._watch
+        self._watch = source._watch = IdleWatch(self._seconds, self._outer)
+        return await self._watch.__aenter__()
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._source._watch = self._outer
+        await self._watch.__aexit__(exc_type, exc, traceback)
 
 
 class Chunks(AsyncIterator[bytes]):

@@ -17,6 +17,7 @@ from .backends.base import Backend, Reading
 from .errors import BackendUnavailable, DeadlineExceeded, NotFound, StorageError
 from .gates import Outcome
 from .records import ByteRange, MetaRecord, Place
+from .timeouts import Alarm
 
 if TYPE_CHECKING:
     from .proxy_reading import ReadingVerbs
@@ -157,9 +158,9 @@ async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | 
         if seconds is None and not gate.has_slots:
             await reading.__aenter__()
         else:
-            limit = asyncio.timeout(seconds)
+            limit = Alarm(seconds)
             try:
-                async with limit:
+                with limit:
                     await gate.slot(admission)
                     await reading.__aenter__()
             except TimeoutError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-__all__ = ["IdleWatch", "Timeouts"]
+from .loops import PerLoop
+
+__all__ = ["Alarm", "IdleWatch", "Timeouts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,104 @@ class Timeouts:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
+class Alarm:
+    """Raise TimeoutError from a ``with`` block after `seconds` (None: never), as ``asyncio.timeout`` does.
+
+    Cheaper, because a loop has one timer for all its alarms: it is set for the earliest, and moved only when it rings
+    or an earlier one comes. Alarms of equal length, entered one after the other and left in time, cost no timer at all.
+    """
+
+    __slots__ = ("_alarms", "_before", "_expired", "_seconds", "_task", "when")
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._alarms: _Alarms | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._before = 0
+        self._expired = False
+        self.when = math.inf  # by the loop's clock
+
+    def __enter__(self) -> Self:
+        if self._seconds is not None:
+            task = asyncio.current_task()
+            if task is None:
+                raise RuntimeError("an alarm needs a task that it can interrupt")
+            self._task, self._before = task, task.cancelling()
+            self._alarms = _here()
+            self._alarms.entered.add(self)
+            self.go_on()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._alarms is None or self._task is None:
+            return
+        self._alarms.entered.discard(self)
+        if self._expired and self._task.uncancel() <= self._before and exc_type is asyncio.CancelledError:
+            raise TimeoutError(f"not over within {self._seconds:g} seconds") from exc
+
+    def expired(self) -> bool:
+        """Return whether the limit was reached, so that a TimeoutError is this one's."""
+        return self._expired
+
+    def pause(self) -> None:
+        """Stop the clock."""
+        self.when = math.inf
+
+    def go_on(self) -> None:
+        """Start the clock anew."""
+        if self._alarms is not None and self._seconds is not None:
+            self.when = self._alarms.loop.time() + self._seconds
+            self._alarms.watch(self.when)
+
+    def ring(self) -> None:
+        """Interrupt the task."""
+        self._expired = True
+        assert self._task is not None
+        self._task.cancel()
+
+
+class _Alarms:
+    """The alarms of one event loop, and their timer."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.entered: set[Alarm] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, when: float) -> None:
+        """See to it that the timer rings at `when` at the latest."""
+        if self._timer is not None:
+            if self._timer.when() <= when:
+                return
+            self._timer.cancel()
+        self._timer = self.loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = self.loop.time()
+        for alarm in [alarm for alarm in self.entered if alarm.when <= now]:
+            self.entered.discard(alarm)
+            alarm.ring()
+        first = min((alarm.when for alarm in self.entered), default=math.inf)
+        if first < math.inf:
+            self.watch(first)
+
+
+_alarms: PerLoop[_Alarms] = PerLoop(_Alarms)
+_latest: _Alarms | None = None
+
+
+def _here() -> _Alarms:
+    """Return the alarms of the running loop; those asked for last without a look-up, because every save asks."""
+    global _latest
+    found = _latest
+    if found is None or found.loop is not asyncio.get_running_loop():
+        found = _latest = _alarms.get()
+    return found
+
+
 class IdleWatch(AbstractAsyncContextManager["IdleWatch"]):
     """Raise TimeoutError when the block makes no progress for `seconds` (None: never) while the clock is running.
 
@@ -50,44 +151,37 @@ class IdleWatch(AbstractAsyncContextManager["IdleWatch"]):
     passed on to `outer`, the watch around this one. `pause` and `go_on` may be called from any task of the loop.
     """
 
-    __slots__ = ("_outer", "_seconds", "_timeout")
+    __slots__ = ("_alarm", "_outer", "_seconds")
 
     def __init__(self, seconds: float | None, outer: IdleWatch | None = None) -> None:
         self._seconds = seconds
         self._outer = outer
-        self._timeout: asyncio.Timeout | None = None
+        self._alarm = Alarm(seconds)
 
     async def __aenter__(self) -> Self:
-        if self._seconds is not None:
-            timeout = asyncio.timeout(self._seconds)
-            await timeout.__aenter__()
-            self._timeout = timeout
+        self._alarm.__enter__()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._timeout is None:
-            return
         try:
-            await self._timeout.__aexit__(exc_type, exc, traceback)
+            self._alarm.__exit__(exc_type, exc, traceback)
         except TimeoutError as error:
             raise TimeoutError(f"no progress for {self._seconds:g} seconds") from error.__cause__
 
     def expired(self) -> bool:
         """Return whether the limit was reached, so that a TimeoutError is this one's."""
-        return self._timeout is not None and self._timeout.expired()
+        return self._alarm.expired()
 
     def pause(self) -> None:
         """Stop the clock."""
         if self._outer is not None:
             self._outer.pause()
-        if self._timeout is not None and not self._timeout.expired():
-            self._timeout.reschedule(None)
+        self._alarm.pause()
 
     def go_on(self) -> None:
         """Start the clock anew."""
         if self._outer is not None:
             self._outer.go_on()
-        if self._timeout is not None and self._seconds is not None and not self._timeout.expired():
-            self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds)
+        self._alarm.go_on()

@@ -56,12 +56,15 @@ class Writing:
         storage = self._storage
         self._attempts.check_any(candidates, forced=forced)
         self._check_replayable(write, candidates)
+        candidates = self._attempts.healthy_first(candidates)
+        # Who is tried in turn is named in turn: a second place in every record would cost each save a sixth.
+        named = candidates if self._attempts.side_by_side else candidates[:1]
         for _ in range(_MAX_NAMES):
             token = new_token()
-            record = self._reservation(path, token, candidates, fields, keys=storage.keys)
+            record = self._reservation(path, token, named, fields, keys=storage.keys)
             spare = record
             if storage.keys != "token":
-                spare = self._reservation(path, token, candidates, fields, keys="token")
+                spare = self._reservation(path, token, named, fields, keys="token")
             since = asyncio.get_running_loop().time()
             try:
                 reserved = await storage.meta.reserve(record, lease=storage.lease, spare=spare)
@@ -82,7 +85,7 @@ class Writing:
     def _reservation(
         self, path: str, token: str, candidates: Sequence[str], fields: Mapping[str, Any], *, keys: str
     ) -> MetaRecord:
-        """Return the pending record that names every place a byte may go to (J1)."""
+        """Return the pending record that names the places a byte may go to at first (J1)."""
         first, *others = candidates
         return MetaRecord(
             path=path,
@@ -109,9 +112,13 @@ class Writing:
                 careful=not write.source.replayable and storage.keys == "path",
                 forced=forced,
             )
-            places = {place.original: place for place in record.all_places()}
+            job.named = list(record.all_places())
+            later = candidates[len(job.named) :]
+            if later:
+                job.name = partial(self._name_place, held)
+            places = [*job.named, *(self._place(record, name, storage.keys) for name in later)]
             try:
-                placed = await self._attempts.place(job, [places[name] for name in candidates])
+                placed = await self._attempts.place(job, places)
                 changes, lease = self._placed(placed, job.unsure)
                 stored = await journal.publish(held.record, changes, lease=lease)
             except BaseException:
@@ -119,6 +126,21 @@ class Writing:
                 raise
         self._clear_losers(stored, job)
         return stored
+
+    def _place(self, record: MetaRecord, original: str, keys: str) -> Place:
+        return Place(original, self._key(record.path, record.token, original, keys), "doubtful")
+
+    async def _name_place(self, held: Held, place: Place) -> Place:
+        """Let the record of a save name one more place, before a byte goes there (J1); return it.
+
+        A key that the record of a renamed file names is not taken: its bytes must not be taken for ours.
+        """
+        record, journal = held.record, self._storage.journal
+        owners = (await journal.meta.owners(place.original, [place.key])).get(place.key, ())
+        if any(owner != record.path for owner in owners):
+            place = self._place(record, place.original, "token")
+        held.record = await journal.change(record, {"places": (*record.places, place)})
+        return place
 
     def _placed(self, placed: Placed, unsure: Sequence[Place]) -> tuple[dict[str, Any], float | None]:
         """Return the changes that make a record one of a file that is whole at `placed`, and its lease."""
@@ -184,8 +206,7 @@ class Writing:
         """
         storage = self._storage
         for _ in range(_MAX_NAMES):
-            keys = {name: self._key(record.path, record.token, name, storage.keys) for name in candidates}
-            places = [Place(name, key, "doubtful") for name, key in keys.items()]
+            places = [self._place(record, name, storage.keys) for name in candidates]
             job = Job(write, record.token, _no_lease, forced=forced)
             placed: Placed | None = None
             try:

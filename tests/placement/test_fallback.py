@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from aproxy_storage.testing.faults import Fail, Hang, Late, Lie, Slow, at
+from aproxy_storage.testing.faults import Fail, Fault, Hang, Late, Lie, Slow, at
 from tests.placement.support import World, content_of, once, run
 
 DOWN = Fail(BackendUnavailable("out of order"))
@@ -178,16 +178,17 @@ def test_an_error_of_the_meta_backend_is_not_taken_for_one_of_the_original(where
     run(main())
 
 
-def test_the_meta_backend_goes_down_in_the_middle_of_a_fallback() -> None:
+@pytest.mark.parametrize(("statement", "writes"), [(1, [1, 0, 0]), (2, [1, 1, 0])], ids=["naming", "commit"])
+def test_the_meta_backend_goes_down_in_the_middle_of_a_fallback(statement: int, writes: list[int]) -> None:
     """No further copy is made, and the error is the meta-backend's."""
 
     async def main() -> None:
-        async with World(Fallback(), "abc") as world:
+        async with World(Fallback(), "abc", rules={"b": {"fallback_on": (Exception,)}}) as world:
             world.plan["a"].set(write=DOWN)
-            world.meta_plan.set(update=Fail(BackendUnavailable("the database is down")))
+            world.meta_plan.set(update=[None] * (statement - 1) + [Fail(BackendUnavailable("database down"))] * 20)
             with pytest.raises(BackendUnavailable, match="database"):
                 await world.storage.save("x", b"1")
-            assert [world.plan[name].calls["write"] for name in "abc"] == [1, 1, 0]
+            assert [world.plan[name].calls["write"] for name in "abc"] == writes
             await world.assert_clean()
             assert await world.meta.count() == 0
 
@@ -351,19 +352,62 @@ def test_order_chooses_and_sorts() -> None:
     run(main())
 
 
-def test_all_candidates_are_named_before_the_first_byte() -> None:
+def test_every_place_is_named_before_a_byte_goes_there() -> None:
     async def main() -> None:
         async with World(Fallback(), "abc") as world:
-            hang = Hang()
-            world.plan["a"].set(write=hang)
+            hangs = {name: Hang() for name in "abc"}
+            for name in "abc":
+                world.plan[name].set(write=Unknown(hangs[name]))
             saving = asyncio.ensure_future(world.storage.save("x", b"1"))
-            await hang.reached.wait()
-            (record,) = [record async for record in world.meta.list()]
-            assert {place.original for place in record.all_places()} == {"a", "b", "c"}
-            assert world.meta_plan.calls["update"] == 0
-            hang.release()
-            await saving
-            assert world.meta_plan.calls["update"] == 1, "an attempt costs no write of its own"
+            for number, name in enumerate("abc", 1):
+                await hangs[name].reached.wait()
+                (record,) = [record async for record in world.meta.list()]
+                assert [place.original for place in record.all_places()] == list("abc")[:number]
+                assert world.meta_plan.calls["update"] == number - 1, "an original that works costs no write of its own"
+                hangs[name].release()
+            with pytest.raises(DeadlineExceeded):
+                await saving
+            await world.assert_clean()
+            assert await world.meta.count() == 0
+
+    run(main())
+
+
+class Unknown(Fault):
+    """Waits, and then stores without an answer."""
+
+    def __init__(self, hang: Hang) -> None:
+        self.hang = hang
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        await self.hang(call)
+        raise DeadlineExceeded("the answer was lost", outcome_unknown=True)
+
+
+def test_a_place_that_a_renamed_file_has_is_not_taken() -> None:
+    async def main() -> None:
+        async with World(Fallback()) as world:
+            await world.storage.save("x", b"renamed", using="b")
+            await world.storage.rename("x", "y")
+            world.plan["a"].set(write=DOWN)
+            record = await world.storage.get(await world.storage.save("x", b"new"))
+            assert record.original_storage_name == "b"
+            assert record.original_storage_path != "x"
+            await world.storage.delete("x")
+            assert await content_of(world.storage, "y") == b"renamed"
+            await world.assert_clean()
+
+    run(main())
+
+
+def test_who_is_left_alone_is_not_named_at_all() -> None:
+    async def main() -> None:
+        async with World(Fallback(breaker=Breaker(failures=1, reset_after=60))) as world:
+            world.plan["a"].set(write=DOWN)
+            await world.storage.save("x", b"1")
+            world.meta_plan.calls.clear()
+            await world.storage.save("y", b"1")
+            assert world.meta_plan.calls["update"] == 1, "the commit, and nothing else"
 
     run(main())
 
