@@ -16,7 +16,7 @@ from django.db import IntegrityError, router, transaction
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..paths import successor
 from ..records import MetaRecord, Revision, State
-from ._orm_table import Table
+from ._orm_table import NewRow, Table
 from .base import UNCHANGED, Unchanged
 
 __all__ = ["PARAMETERS", "Rows"]
@@ -86,13 +86,11 @@ class Rows:
     # -- one record
 
     def insert(self, connection: Any, record: MetaRecord, lease: float | None) -> MetaRecord:
-        return self._insert_row(connection, record, self.table(connection).row_of(record, connection), lease)
+        return self._insert_row(connection, self.table(connection).row_of(record, connection), lease)
 
-    def _insert_row(
-        self, connection: Any, record: MetaRecord, row: Mapping[str, Any], lease: float | None
-    ) -> MetaRecord:
-        table = self.table(connection)
-        values = [*row.values(), lease]
+    def _insert_row(self, connection: Any, new: NewRow, lease: float | None) -> MetaRecord:
+        table, record = self.table(connection), new.record
+        columns, values = table.with_lease(new, lease)
         guarded = False
         if connection.vendor == "postgresql":
             values.append(record.path)
@@ -101,11 +99,10 @@ class Rows:
             guarded = connection.in_atomic_block and not record.path.endswith(record.original_storage_path)
             if guarded:
                 values.append(record.path)
-        text = table.insert((*row, table.lease), guarded=guarded)
         with _savepoint(connection, needed=table.can_fail({"extra": record.extra})):
-            rows = _fetch(connection, text, values)
+            rows = _fetch(connection, table.insert(columns, guarded=guarded), values)
         if rows:
-            return table.records(rows, connection)[0]
+            return table.inserted({record.path: new}, rows, connection)[0]
         found = self.get(connection, record.path)
         if found is not None and record.token and found.token == record.token:
             return found  # sent before, without an answer
@@ -113,11 +110,11 @@ class Rows:
 
     def reserve(self, connection: Any, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
         # In a transaction too: what cannot be kept is refused before the bytes are written.
-        row = self.table(connection).row_of(record, connection)
+        new = self.table(connection).row_of(record, connection)
         if connection.in_atomic_block:
             connection.validate_no_broken_transaction()
             return None
-        reserved = self._insert_row(connection, record, row, lease)
+        reserved = self._insert_row(connection, new, lease)
         places = {(place.original, place.key) for place in record.all_places()}
         if places == {(place.original, place.key) for place in spare.all_places()}:
             return reserved
@@ -240,24 +237,26 @@ class Rows:
     def insert_many(self, connection: Any, items: Sequence[tuple[Any, ...]]) -> dict[int, MetaRecord]:
         """Insert by few statements what can be inserted so; leave the others."""
         table = self.table(connection)
-        groups: dict[tuple[str, ...], list[tuple[int, list[Any]]]] = {}
+        rows: dict[str, NewRow] = {}
         places: dict[str, int] = {}
+        groups: dict[tuple[str, ...], list[tuple[str, list[Any]]]] = {}
         for place, (record, lease) in enumerate(items):
             if record.path in places or table.can_fail({"extra": record.extra}):
                 continue
             with contextlib.suppress(StorageError):  # said when it is its turn
-                row = table.row_of(record, connection)
-                groups.setdefault((*row, table.lease), []).append((place, [*row.values(), lease]))
+                new = rows[record.path] = table.row_of(record, connection)
+                columns, values = table.with_lease(new, lease)
+                groups.setdefault(columns, []).append((record.path, values))
                 places[record.path] = place
         inserted: dict[int, MetaRecord] = {}
-        for columns, rows in groups.items():
-            rows.sort(key=lambda row: _path(items[row[0]]))
+        for columns, group in groups.items():
+            group.sort(key=lambda each: each[0])
             size = max(1, PARAMETERS // len(columns))
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                text = table.insert(columns, rows=len(part))
-                found = _fetch(connection, text, [value for _, values in part for value in values])
-                inserted.update((places[record.path], record) for record in table.records(found, connection))
+            for start in range(0, len(group), size):
+                part = [values for _, values in group[start : start + size]]
+                text = table.insert(columns, rows=len(part), plain=True)
+                found = _fetch(connection, text, [value for values in part for value in values])
+                inserted.update((places[record.path], record) for record in table.inserted(rows, found, connection))
         return inserted
 
     def get_many(self, connection: Any, paths: Sequence[str]) -> list[MetaRecord]:

@@ -10,10 +10,11 @@ Nothing here knows an event loop; everything runs in a thread of Django's.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.core.exceptions import FieldDoesNotExist, ValidationError
@@ -26,7 +27,7 @@ from ..paths import shown
 from ..records import MetaRecord, Place
 from ._rows import COLUMNS, dump_extra
 
-__all__ = ["Table"]
+__all__ = ["NewRow", "Table"]
 
 #: The clock of the database, in seconds since 1970. Not now(), which stands still inside a transaction.
 _CLOCK = {
@@ -36,6 +37,19 @@ _CLOCK = {
 # One encoder and no options per call: json.dumps builds an encoder for every call that has any.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONAL = frozenset({"original_storage_name", "extra"})
+_TIMES = ("created_at", "updated_at")
+#: NUL as JSON writes it, and not a backslash before "u0000".
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+class NewRow(NamedTuple):
+    """A record as a row to be inserted, by column and without the lease, and what of it no column repeats."""
+
+    record: MetaRecord
+    values: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    extra: str | None
 
 
 class Table:
@@ -59,6 +73,8 @@ class Table:
                 " model whose bases are abstract"
             )
         self.fields = self._record_fields(meta)
+        apart = {"lease", "extra", *_TIMES}
+        self._plain = [(name, field.column) for name, field in self.fields.items() if name not in apart]
         self.has_original_name = "original_storage_name" in self.fields
         self.has_extra = "extra" in self.fields
         taken = {field.name for field in self.fields.values()}
@@ -69,6 +85,14 @@ class Table:
             key: field for field in self.custom if not field.generated for key in (field.name, field.attname)
         }
         self._has_pre_save = [field for field in self.custom if type(field).pre_save is not Field.pre_save]
+        #: What a new row gets in columns that nobody names, where that is always the same.
+        self._constants = {
+            field: field.get_db_prep_save(field.get_default(), connection)
+            for field in self.custom
+            if not (field.generated or field in self._has_pre_save or callable(field.default))
+            and not isinstance(field.get_default(), DatabaseDefault)
+            and (field.null or field.get_default() is not None)
+        }
         self._converted = [
             (at, field) for at, field in enumerate(self.custom) if _converters(field, self.name, connection)
         ]
@@ -105,14 +129,17 @@ class Table:
         self.table = t = quote(self.name)
         # Always with the table: SQLite takes "name" alone for a text where there is no such column.
         self.column = column = {name: f"{t}.{quote(field.column)}" for name, field in self.fields.items()}
-        self._path = quote(self.fields["path"].column)
         path, key, places = column["path"], column["original_storage_path"], column["places"]
+        self._path = quote(self.fields["path"].column)
         self.clock = clock = _CLOCK[self.vendor]
         # Text in byte order, also where the column of a model of the user's has the collation of a locale.
         self._ordered = ordered = f'{path} COLLATE "C"' if postgres else path
         self._casts = {field.column: f"%s::{field.db_type(connection)}" for field in meta.concrete_fields if postgres}
         further = (f"{t}.{quote(field.column)}" for field in (meta.pk, *self.custom))
-        self.columns = ", ".join([*column.values(), *further])
+        own = ", ".join(further)
+        self.columns = ", ".join([*column.values(), own])
+        #: What a new row does not know before.
+        self._returned = f"{path}, {column['lease']}, {own}"
         self._quote = quote
         self._seed = zlib.crc32(self.name.encode())
         self._inserts: dict[tuple[Any, ...], str] = {}
@@ -149,13 +176,20 @@ class Table:
 
     # -- statements that depend on the values
 
-    def insert(self, columns: tuple[str, ...], *, rows: int = 1, guarded: bool = False) -> str:
-        """Return the statement that inserts `rows` rows and returns those that were inserted.
+    def with_lease(self, new: NewRow, lease: float | None) -> tuple[tuple[str, ...], list[Any]]:
+        """Return columns and values of a row with its lease."""
+        if lease is None:
+            return tuple(new.values), list(new.values.values())
+        return (*new.values, self.lease), [*new.values.values(), lease]
 
-        It never waits for another transaction because of a row that is there already; with `guarded` nor because of
-        one that another transaction is about to insert, for a caller that holds one open.
+    def insert(self, columns: tuple[str, ...], *, rows: int = 1, guarded: bool = False, plain: bool = False) -> str:
+        """Return the statement that inserts `rows` rows and returns what `inserted` takes, for those that were.
+
+        Unless `plain` it does not wait for another transaction that changes or deletes a row of that path; on
+        PostgreSQL it takes the path once more for that. With `guarded`, and the path yet again, nor for one that is
+        about to insert it: for a caller that holds a transaction open himself.
         """
-        found = self._inserts.get((columns, rows, guarded))
+        found = self._inserts.get((columns, rows, guarded, plain))
         if found is not None:
             return found
         marks = [
@@ -164,16 +198,15 @@ class Table:
         ]
         values = ", ".join(marks)
         text = f"INSERT INTO {self.table} ({', '.join(map(self._quote, columns))})"
-        if self.vendor == "postgresql" and rows == 1:
-            # ON CONFLICT alone would wait for whoever is changing or deleting a row of that path.
+        if self.vendor == "postgresql" and not plain:
             text += f" SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {self.table} WHERE {self.column['path']} = %s)"
             if guarded:
                 text += f" AND pg_try_advisory_xact_lock(hashtextextended(%s, {self._seed}))"
         else:
             text += " VALUES " + ", ".join([f"({values})"] * rows)
-        text += f" ON CONFLICT ({self._path}) DO NOTHING RETURNING {self.columns}"
+        text += f" ON CONFLICT ({self._path}) DO NOTHING RETURNING {self._returned}"
         if len(self._inserts) < 1000:
-            self._inserts[columns, rows, guarded] = text
+            self._inserts[columns, rows, guarded, plain] = text
         return text
 
     def update(self, columns: Iterable[str], *, lease: bool, moves: bool) -> str:
@@ -192,27 +225,30 @@ class Table:
 
     # -- from records to values
 
-    def row_of(self, record: MetaRecord, connection: Any) -> dict[str, Any]:
-        """Return what to insert for `record`, by column, without the lease.
+    def row_of(self, record: MetaRecord, connection: Any) -> NewRow:
+        """Return `record` as a row.
 
         Raises:
             InvalidPath, NotSupported: a value does not fit its column.
             ConfigurationError: there is no column for a field of ``extra``, or none is given for a column without
                 a default.
         """
+        values: dict[str, Any] = {}
+        for name, column in self._plain:
+            value = getattr(record, name)
+            if value is not None:
+                values[column] = self._prepared(name, value, connection)
         now = datetime.now(UTC)
-        row: dict[str, Any] = {}
-        for name, field in self.fields.items():
-            if name not in ("lease", "extra"):
-                value = getattr(record, name)
-                value = now if value is None and name in ("created_at", "updated_at") else value
-                row[field.column] = self._prepared(name, value, connection)
+        times = record.created_at or now, record.updated_at or now
+        for name, moment in zip(_TIMES, times, strict=True):
+            values[self.fields[name].column] = self._moment(moment, connection)
         self._check_original(record.original_storage_name)
         custom, rest = self._split(record.extra)
-        if self.has_extra:
-            row[self.fields["extra"].column] = self._extra_text(rest)
-        row.update(self._custom_values(custom, connection, adding=True))
-        return row
+        extra = self._extra_text(rest) if self.has_extra else None
+        if extra is not None:
+            values[self.fields["extra"].column] = extra
+        values.update(self._custom_values(custom, connection, adding=True))
+        return NewRow(record, values, *times, extra)
 
     def changes_of(self, changes: Mapping[str, Any], connection: Any) -> dict[str, Any]:
         """Return what to set for `changes`, by column. Raises as `row_of`."""
@@ -227,31 +263,35 @@ class Table:
                 self._check_original(value)
             else:
                 row[self.fields[name].column] = self._prepared(name, value, connection)
-        row[self.fields["updated_at"].column] = self._prepared("updated_at", datetime.now(UTC), connection)
+        row[self.fields["updated_at"].column] = self._moment(datetime.now(UTC), connection)
         return row
 
     def can_fail(self, changes: Mapping[str, Any]) -> bool:
         """Return whether the database may refuse these values, so that a transaction needs a savepoint."""
-        return "path" in changes or bool(self.custom and changes.get("extra"))
+        return "path" in changes or not self._custom_by_key.keys().isdisjoint(changes.get("extra", ()))
 
     def is_storable(self, text: str) -> bool:
         """Return whether a column could hold `text`: what cannot be there need not be asked for."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return False
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                return False
         return self.vendor != "postgresql" or "\0" not in text
 
     def _prepared(self, name: str, value: Any, connection: Any) -> Any:
         if name == "places":
             return _encode([(place.original, place.key, place.state) for place in value]) if value else "[]"
-        if isinstance(value, datetime):
-            # Under USE_TZ=False Django keeps local time.
-            moment = value if settings.USE_TZ else timezone.make_naive(value)
-            return connection.ops.adapt_datetimefield_value(moment)
         if isinstance(value, str):
             self._check_text(name, value, self.fields[name])
+        elif isinstance(value, datetime):
+            return self._moment(value, connection)
         return value
+
+    @staticmethod
+    def _moment(value: datetime, connection: Any) -> Any:
+        # Under USE_TZ=False Django keeps local time.
+        return connection.ops.adapt_datetimefield_value(value if settings.USE_TZ else timezone.make_naive(value))
 
     def _check_text(self, name: str, value: str, field: Any) -> None:
         is_path = name in ("path", "original_storage_path")
@@ -292,7 +332,7 @@ class Table:
         if not rest:
             return None if self.fields["extra"].null else "{}"
         text = dump_extra(rest)
-        if not self.is_storable(text) or (self.vendor == "postgresql" and "\\u0000" in text):
+        if not self.is_storable(text) or (self.vendor == "postgresql" and _NUL.search(text)):
             raise NotSupported(f"{self.label}.extra cannot hold text with a lone surrogate or a NUL")
         return text
 
@@ -301,6 +341,10 @@ class Table:
         instance = None
         for field in self.custom:
             if field.generated:
+                continue
+            if field not in given and field in self._constants:
+                if not adding or self._constants[field] is not None:
+                    row[field.column] = self._constants[field]
                 continue
             value = given[field] if field in given else field.get_default()
             if isinstance(value, DatabaseDefault):
@@ -336,29 +380,48 @@ class Table:
 
     def records(self, rows: Sequence[Sequence[Any]], connection: Any) -> list[MetaRecord]:
         """Return the records of rows with `columns`."""
-        if not rows:
-            return []
-        converters = [
-            (at, _converters(field, self.name, connection), field.get_col(self.name)) for at, field in self._converted
-        ]
+        converters = self._converters_for(connection) if rows else ()
         return [self._record(row, converters, connection) for row in rows]
 
+    def inserted(self, new: Mapping[str, NewRow], rows: Sequence[Sequence[Any]], connection: Any) -> list[MetaRecord]:
+        """Return the records of `new`, by path, that `insert` has inserted, as `records` would."""
+        converters = self._converters_for(connection) if rows else ()
+        return [self._inserted(new[row[0]], row, converters, connection) for row in rows]
+
+    def _converters_for(self, connection: Any) -> Sequence[Any]:
+        return [
+            (at, _converters(field, self.name, connection), field.get_col(self.name)) for at, field in self._converted
+        ]
+
+    def _inserted(self, new: NewRow, row: Sequence[Any], converters: Sequence[Any], connection: Any) -> MetaRecord:
+        record = new.record
+        extra = _loaded(new.extra)
+        native = self._own_columns(row[2:], converters, connection, extra)
+        return MetaRecord(
+            record.path,
+            record.proxy_storage_name,
+            record.original_storage_name if self.has_original_name else self.original,
+            record.original_storage_path,
+            record.state,
+            record.token,
+            record.version,
+            record.places,
+            _lease(row[1]),
+            record.size,
+            record.checksum,
+            record.content_type,
+            record.name,
+            new.created_at,
+            new.updated_at,
+            extra,
+            native,
+        )
+
     def _record(self, row: Sequence[Any], converters: Sequence[Any], connection: Any) -> MetaRecord:
-        count = len(self.fields)
         values = dict(zip(self.fields, row, strict=False))
-        native = {self._pk: row[count]}
-        extra: dict[str, Any] = _loaded(values["extra"]) if self.has_extra else {}
-        if self.custom:
-            own = list(row[count + 1 :])
-            for at, functions, expression in converters:
-                for function in functions:
-                    own[at] = function(own[at], expression, connection)
-            for field, value in zip(self.custom, own, strict=True):
-                native[field.attname] = value
-                # What a new row gets anyway says nothing.
-                if value is not None and not field.generated and value != field.get_default():
-                    extra[field.attname] = value
-        places, lease = values["places"], values["lease"]
+        extra = _loaded(values["extra"]) if self.has_extra else {}
+        native = self._own_columns(row[len(self.fields) :], converters, connection, extra)
+        places = values["places"]
         return MetaRecord(
             values["path"],
             values["proxy_storage_name"],
@@ -368,7 +431,7 @@ class Table:
             values["token"],
             values["version"],
             () if places == "[]" else tuple(Place(*place) for place in json.loads(places)),
-            None if lease is None else datetime.fromtimestamp(lease, UTC),
+            _lease(values["lease"]),
             values["size"],
             values["checksum"],
             values["content_type"],
@@ -378,6 +441,23 @@ class Table:
             extra,
             native,
         )
+
+    def _own_columns(
+        self, row: Sequence[Any], converters: Sequence[Any], connection: Any, extra: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the primary key and the model's own columns; add those to `extra` that say something."""
+        native = {self._pk: row[0]}
+        if self.custom:
+            own = list(row[1:])
+            for at, functions, expression in converters:
+                for function in functions:
+                    own[at] = function(own[at], expression, connection)
+            for field, value in zip(self.custom, own, strict=True):
+                native[field.attname] = value
+                # What a new row gets anyway says nothing.
+                if value is not None and not field.generated and value != field.get_default():
+                    extra[field.attname] = value
+        return native
 
 
 def _check_database(connection: Any, label: str) -> None:
@@ -395,6 +475,10 @@ def _converters(field: Any, table: str, connection: Any) -> list[Any]:
     return [*connection.ops.get_db_converters(column), *column.get_db_converters(connection)]
 
 
+def _lease(value: float | None) -> datetime | None:
+    return None if value is None else datetime.fromtimestamp(value, UTC)
+
+
 def _moment(value: Any, connection: Any) -> datetime | None:
     if value is None:
         return None
@@ -406,10 +490,13 @@ def _moment(value: Any, connection: Any) -> datetime | None:
 
 def _loaded(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
-        value = json.loads(value, parse_int=_integer)
+        value = {} if value == "{}" else _decode(value)
     return value if isinstance(value, dict) else {}
 
 
 def _integer(text: str) -> int | float:
     # PostgreSQL writes out a float like 1e300 as three hundred digits.
     return int(text) if len(text) <= 20 else float(text)
+
+
+_decode = json.JSONDecoder(parse_int=_integer).decode
