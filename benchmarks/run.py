@@ -1,6 +1,6 @@
 """Measure aproxy_storage beside hand-made floors and django-proxy-storage, in interleaved rounds; see README.md.
 
-    python benchmarks/run.py [--rounds N] [--only small|big|many] [--quick] [--directory DIR]
+    python benchmarks/run.py [--rounds N] [--only small|big|many|orm] [--quick] [--directory DIR]
 
 A whole run (neither --quick nor --only) writes results/DATE-pyX.Y.json and the table in README.md.
 """
@@ -300,6 +300,23 @@ async def many(plan: Plan, directory: Path, report: Report) -> None:
         report.compare(f"{LABELS[verb]}, {plan.many:,} records", pair, "few", label=label, goal=1 / MANY_GOAL)
 
 
+# -- what needs a process of its own
+
+
+async def orm(plan: Plan, directory: Path, report: Report) -> None:
+    """One process can hold one configured Django, and here the peer has its own."""
+    figures = directory / "orm.json"
+    options = ["--quick"] if plan is QUICK else ["--rounds", str(plan.rounds)]
+    command = [sys.executable, str(HERE / "orm.py"), *options, "--json", str(figures), "--directory", str(directory)]
+    process = await asyncio.create_subprocess_exec(*command)
+    if await process.wait():
+        raise SystemExit(f"{' '.join(command)} failed")
+    found = json.loads(figures.read_text())
+    report.rows += [Row(**row) for row in found["rows"]]
+    report.operations_per_second |= found["operations_per_second"]
+    report.missing |= found["missing"]
+
+
 # -- the report
 
 
@@ -376,7 +393,7 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many"))
+    parser.add_argument("--only", choices=("small", "big", "many", "orm"))
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -389,7 +406,7 @@ async def main() -> None:
             "versions": versions(),
             "machine": machine(directory),
         }
-        for name, part in (("small", small), ("big", big), ("many", many)):
+        for name, part in (("small", small), ("big", big), ("many", many), ("orm", orm)):
             if options.only in (None, name):
                 await part(plan, directory, report)
     print(f"\n{table(report)}\n")
