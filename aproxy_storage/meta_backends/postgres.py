@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from ..clients.postgres import Database, map_error, storable, undid_itself
@@ -266,10 +266,8 @@ class PostgresMetaBackend(MetaBackend):
         def make(record: MetaRecord) -> New:
             return self._new(record, lease)
 
-        answers = []
-        for chunk in _chunks([(record.path, (record,)) for record in records]):
-            answers += await self._many("create", chunk, make, self._records.insert, self._records.insert_many)
-        return answers
+        chunks = _chunks([(record.path, (record,)) for record in records])
+        return await self._many("create", chunks, make, self._records.insert, self._records.insert_many)
 
     async def update_many(
         self,
@@ -283,11 +281,9 @@ class PostgresMetaBackend(MetaBackend):
         def make(path: str, changes: Mapping[str, Any], expect: Revision | None) -> Change:
             return self._changing(path, changes, expect, lease)
 
-        answers = []
-        # One statement for a run of those that set the same columns, each of another path, in the order given.
-        for chunk in _chunks([(update[0], update) for update in updates], kind=_kind_of_update, distinct=True):
-            answers += await self._many("update", chunk, make, self._records.change, self._records.change_many)
-        return answers
+        # One statement for a run of those that set the same columns, each of another path.
+        chunks = _chunks([(update[0], update) for update in updates], kind=_kind_of_update, distinct=True)
+        return await self._many("update", chunks, make, self._records.change, self._records.change_many)
 
     async def delete_many(self, items: Sequence[tuple[str, Revision | None]]) -> list[StorageError | None]:
         def make(path: str, expect: Revision | None) -> Removal:
@@ -295,49 +291,52 @@ class PostgresMetaBackend(MetaBackend):
                 raise self._records.absent(path, expect)
             return Removal(path, expect)
 
+        chunks = _chunks([(item[0], item) for item in items], distinct=True)
+        gone = await self._many("delete", chunks, make, self._records.remove, self._records.remove_many)
         answers: list[StorageError | None] = []
-        for chunk in _chunks([(item[0], item) for item in items], distinct=True):
-            gone = await self._many("delete", chunk, make, self._records.remove, self._records.remove_many)
-            for one, (path, (_, expect)) in zip(gone, chunk, strict=True):
-                if one is False:
-                    one = self._located(self._records.absent(path, expect), "delete", path)
-                answers.append(one if isinstance(one, StorageError) else None)
+        for one, (path, expect) in zip(gone, items, strict=True):
+            absent = None if one else self._located(self._records.absent(path, expect), "delete", path)
+            answers.append(one if isinstance(one, StorageError) else absent)
         return answers
 
     async def get_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:
-        found: list[MetaRecord | None] = []
-        for start in range(0, len(paths), _CHUNK):
-            chunk = paths[start : start + _CHUNK]
+        async def get(chunk: Sequence[str]) -> list[MetaRecord | None]:
             wanted = list({path for path in chunk if storable(path)})
             rows = {row[0]: row for row in await self._call("get_many", None, self._fetch(self._sql.get_many, wanted))}
-            found += [to_record(rows[path]) if path in rows else None for path in chunk]
-        return found
+            return [to_record(rows[path]) if path in rows else None for path in chunk]
+
+        return await _two_at_once(get, [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)])
 
     async def _many(
         self,
         operation: str,
-        chunk: Sequence[tuple[str, tuple[Any, ...]]],
+        chunks: Sequence[_Chunk],
         make: Callable[..., Any],
         alone: Callable[[Any], Awaitable[Any]],
         together: Callable[[Sequence[Any]], Awaitable[Sequence[Any]]],
     ) -> list[Any]:
         """Return the answer for each (path, arguments of `make`): what `alone` or `together` gave, or an error."""
-        answers: dict[int, Any] = {}
-        items: dict[int, Any] = {}
-        for number, (_, arguments) in enumerate(chunk):
-            try:
-                items[number] = make(*arguments)
-            except StorageError as error:
-                answers[number] = error.with_traceback(None)
-        if items:
-            got = await self._in_parts(operation, list(items.values()), alone, together)
-            answers |= zip(items, got, strict=True)
-        return [
-            self._located(answers[number], operation, path)
-            if isinstance(answers[number], StorageError)
-            else answers[number]
-            for number, (path, _) in enumerate(chunk)
-        ]
+
+        async def one(chunk: _Chunk) -> list[Any]:
+            answers: dict[int, Any] = {}
+            items: dict[int, Any] = {}
+            for number, (_, arguments) in enumerate(chunk):
+                try:
+                    items[number] = make(*arguments)
+                except StorageError as error:
+                    answers[number] = error.with_traceback(None)
+            if items:
+                got = await self._in_parts(operation, list(items.values()), alone, together)
+                answers |= zip(items, got, strict=True)
+            for number, (path, _) in enumerate(chunk):
+                if isinstance(answers[number], StorageError):
+                    self._located(answers[number], operation, path)
+            return [answers[number] for number in range(len(chunk))]
+
+        paths = {path for chunk in chunks for path, _ in chunk}
+        if len(paths) == sum(map(len, chunks)):
+            return await _two_at_once(one, chunks)
+        return [answer for chunk in chunks for answer in await one(chunk)]  # in their order
 
     async def _in_parts(
         self,
@@ -437,22 +436,46 @@ def _kind_of_update(arguments: tuple[Any, ...]) -> Any:
     return (*changes, expect is None)
 
 
+#: Calls for one statement: each the path it is about, and its arguments.
+_Chunk = list[tuple[str, tuple[Any, ...]]]
+
+
 def _chunks(
     calls: Sequence[tuple[str, tuple[Any, ...]]],
     *,
     kind: Callable[[tuple[Any, ...]], Any] = lambda _: None,
     distinct: bool = False,
-) -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """Cut (path, arguments) into runs of one kind for a statement each; with `distinct`, of different paths."""
-    chunk: list[tuple[str, tuple[Any, ...]]] = []
+) -> list[_Chunk]:
+    """Cut `calls` into runs of one kind for a statement each; with `distinct`, of different paths."""
+    chunks: list[_Chunk] = []
     paths: set[str] = set()
     last: Any = None
     for path, arguments in calls:
-        if chunk and (len(chunk) == _CHUNK or kind(arguments) != last or (distinct and path in paths)):
-            yield chunk
-            chunk, paths = [], set()
-        chunk.append((path, arguments))
+        this = kind(arguments)
+        if not chunks or len(chunks[-1]) == _CHUNK or this != last or (distinct and path in paths):
+            chunks.append([])
+            paths = set()
+        chunks[-1].append((path, arguments))
         paths.add(path)
-        last = kind(arguments)
-    if chunk:
-        yield chunk
+        last = this
+    return chunks
+
+
+async def _two_at_once(work: Callable[[T], Awaitable[list[Any]]], chunks: Sequence[T]) -> list[Any]:
+    """Return what `work` gives for all `chunks`: while the server has one, the next is made ready."""
+    if len(chunks) < 2:
+        return [answer for chunk in chunks for answer in await work(chunk)]
+    answers: dict[int, list[Any]] = {}
+    left = iter(enumerate(chunks))
+
+    async def worker() -> None:
+        for number, chunk in left:
+            answers[number] = await work(chunk)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(worker())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed.exceptions[0].__cause__
+    return [answer for number in range(len(chunks)) for answer in answers[number]]
