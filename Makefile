@@ -1,7 +1,7 @@
 # Every target makes .venv first (see .ci/make-venv: uv or pip, Python 3.11-3.13); PYTHON=… chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: demo docs test lint bench soak clean help
+.PHONY: demo docs test test-e2e test-matrix lint bench soak clean help
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -16,17 +16,24 @@ $(STAMP): pyproject.toml .ci/make-venv
 	@touch $@
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-7s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 demo: $(STAMP) ## import some thousand files, verify them, kill an import half way, clean up, count what is left
 	$(PY) -m aproxy_storage demo $(DEMO_ARGS)
 
 docs: $(STAMP) ## build the documentation into build/docs, warnings being errors
-	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
-	@echo "build/docs/index.html"
+	$(PY) -m sphinx -W --keep-going -q -b html -c docs . build/docs
+	@echo build/docs/index.html
 
 test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
 	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
+
+test-e2e: $(STAMP) ## try the example site in Chromium (apt-get install chromium, or APROXY_CHROMIUM=…)
+	@$(PY) -c 'import playwright' 2>/dev/null || ./.ci/make-venv e2e
+	$(PY) -m pytest -m e2e -o faulthandler_timeout=0 $(PYTEST_ARGS)
+
+test-matrix: ## the backends and the Django side on Python 3.13 with Django 6.1, in a venv of their own
+	./.ci/test-matrix $(PYTEST_ARGS)
 
 soak: $(STAMP) ## run the tests that take minutes
 	APROXY_SOAK=1 $(PY) -m pytest -m soak -o faulthandler_timeout=0 --durations=15 $(PYTEST_ARGS)
