@@ -1,0 +1,33 @@
+"""The Django example: it starts, and its migrations are those of its models. `tests/e2e` has it in a browser."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("command", [["check", "--fail-level", "WARNING"], ["makemigrations", "--check", "--dry-run"]])
+def test_it_is_in_order(command: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "django_project" / "manage.py"), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(tmp_path / "var")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_prepares_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "django_project" / "run.py"), "nothing"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(tmp_path / "var")}
+    for expected in ("user ann, password demo", ""):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
+        assert expected in done.stdout
+    assert done.stdout == ""
+    assert (tmp_path / "var" / "db.sqlite3").is_file()
