@@ -7,7 +7,7 @@ author = "the contributors to aproxy_storage"
 version = release = version_of("aproxy-storage")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**.md"]
+include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "docs/**.md"]
 root_doc = "docs/index"
 
 # Headings get the anchors that a forge gives them; tests/test_docs.py checks the links themselves.

@@ -39,7 +39,7 @@ PAGES = [
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # A block of another language is prose to every test below, so those that we use are named.
-LANGUAGES = {"python", "shell", "console", "text", "toml", "{toctree}", "{eval-rst}"}
+LANGUAGES = {"python", "shell", "console", "text", "toml", "sql", "{toctree}", "{eval-rst}"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -222,7 +222,7 @@ def test_files_of_a_page_are_used(page: Path) -> None:
     for number, block in enumerate(found):
         if block.file is not None and block.file != "aproxy.toml":
             after = [other.text for other in found[number + 1 :]]
-            assert any(Path(block.file).name in text for text in after), f"{page.name}:{block.line}: {block.file}"
+            assert any(Path(block.file).stem in text for text in after), f"{page.name}:{block.line}: {block.file}"
 
 
 @each_page
@@ -252,7 +252,7 @@ def test_commands_exist(page: Path) -> None:
 
 def what_is_wrong_with(words: list[str]) -> str | None:
     """Say what is wrong with a call of make or pip."""
-    command, *args = words
+    command, *args = words[: words.index("&&")] if "&&" in words else words
     if command == "pip":
         return wrong_requirement(args)
     makefile = (ROOT / "Makefile").read_text()
@@ -279,6 +279,27 @@ def wrong_requirement(args: list[str]) -> str | None:
         if unknown:
             return f"no extra {unknown}"
     return None
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
+    measured = {tuple(row[:2]): row[2] for row in rows("benchmarks/README.md", 6)}
+    shown = {tuple(row[:2]): row[2] for row in rows("README.md", 3) if row[2].startswith("**")}
+    assert shown
+    assert {key: measured.get(key) for key in shown} == shown
+    (date,) = set(re.findall(r"\d{4}-\d\d-\d\d", (ROOT / "README.md").read_text()))
+    assert f"\n{date}, " in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_the_pages_build(tmp_path: Path) -> None:
+    """As `make docs` does, warnings being errors."""
+    command = ["sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", "-b", "html", "-c", "docs", "."]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, tmp_path / "html"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    made = (tmp_path / "html" / "docs" / "reference.html").read_text()
+    missing = [name for name in aproxy_storage.__all__ if f'id="aproxy_storage.{name}"' not in made]
+    assert not missing, "the reference leaves out public names"
 
 
 # -- links

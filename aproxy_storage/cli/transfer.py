@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from ..config import EMBEDDED
-from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError
+from ..errors import AlreadyExists, ConfigurationError, ContentError, IntegrityError, StorageError
 from ..proxy import ProxyStorage
 from ..records import ByteRange, MetaRecord
 from ..tools.bulk import run_many
@@ -72,6 +72,9 @@ async def put(
     using: Annotated[
         str | None, typer.Option("--using", metavar="ORIGINAL", help="Where the bytes go.", show_default=False)
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Read what would be skipped, and replace it if it is damaged or gone.")
+    ] = False,
     concurrency: Concurrency = 32,
 ) -> None:  # fmt: skip
     """Store files, or whole trees with -r.
@@ -99,7 +102,10 @@ async def put(
         total = await asyncio.to_thread(lambda: sum(1 for _ in files()))
     began = asyncio.get_running_loop().time()
     with session.out.progress("storing", total) as bar:
-        await put_files(session, storage, files(), bar, on_conflict=on_conflict, using=using, concurrency=concurrency)
+        await put_files(
+            session, storage, files(), bar,
+            on_conflict=on_conflict, using=using, repair=repair, concurrency=concurrency,
+        )  # fmt: skip
     took = asyncio.get_running_loop().time() - began
     if session.tally.counts.get("stored", 0) > 1:
         count, amount = session.tally.counts["stored"], session.tally.bytes
@@ -124,6 +130,7 @@ async def put_files(
     *,
     on_conflict: OnConflict = OnConflict.fail,
     using: str | None = None,
+    repair: bool = False,
     concurrency: int = 32,
 ) -> None:
     """Store `files`, a bounded number at a time; tell what became of each."""
@@ -136,7 +143,7 @@ async def put_files(
                 yield _Item(local, path, record)
 
     async def work(item: _Item) -> tuple[str, str]:
-        return await _put_one(storage, item, on_conflict, using)
+        return await _put_one(storage, item, on_conflict, using, repair)
 
     results = run_many(storage, items(), work, name=lambda item: item.local, concurrency=concurrency)
     async with contextlib.aclosing(results):
@@ -147,7 +154,7 @@ async def put_files(
             else:
                 assert result.value is not None
                 action, path = result.value
-                stored = action in ("stored", "replaced")
+                stored = action in ("stored", "replaced", "repaired")
                 session.did(
                     action, path, local.size if stored else 0, told=path != storage.prefix + local.name,
                     file=str(local.file), size=local.size,
@@ -157,13 +164,18 @@ async def put_files(
         await storage.tidy()
 
 
-async def _put_one(storage: ProxyStorage, item: _Item, on_conflict: OnConflict, using: str | None) -> tuple[str, str]:
+async def _put_one(
+    storage: ProxyStorage, item: _Item, on_conflict: OnConflict, using: str | None, repair: bool
+) -> tuple[str, str]:
     local, path, record = item.local, item.path, item.record
     if local.error is not None:
         raise local.error
     if record is None:
         return "stored", await storage.save(local.name, local.file, using=using)
     if await has_bytes_of(local.file, record):
+        if repair and not await _is_sound(storage, record):
+            await storage.replace(path, local.file, using=using)
+            return "repaired", path
         return "skipped", path
     if on_conflict is OnConflict.overwrite:
         await storage.replace(path, local.file, using=using)
@@ -173,6 +185,16 @@ async def _put_one(storage: ProxyStorage, item: _Item, on_conflict: OnConflict, 
     if on_conflict is OnConflict.skip:
         return "kept", path
     raise _taken(path, record)
+
+
+async def _is_sound(storage: ProxyStorage, record: MetaRecord) -> bool:
+    try:
+        async with storage.open(record, verify=True) as file:
+            async for _ in file:
+                pass
+    except IntegrityError:
+        return False
+    return True
 
 
 def _taken(path: str, record: MetaRecord) -> AlreadyExists:

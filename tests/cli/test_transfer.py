@@ -90,6 +90,21 @@ def test_what_was_lost_on_the_way_is_said(run: Run) -> None:
     assert "--on-conflict replace, keep-both or skip says what to do" in done.err
 
 
+def test_damaged_and_lost_files_are_repaired(run: Run) -> None:
+    tree(Path("t"))
+    run("put", "-r", "t")
+    Path("aproxy-data/files/t/a.txt").write_text("f1rst")
+    os.unlink("aproxy-data/files/t/b/c.txt")
+    assert {line.split()[0] for line in run("put", "-r", "t").lines} == {"skipped"}, "the records are as they were"
+    done = run("put", "-r", "t", "--repair")
+    assert sorted(line.split()[:2] for line in done.lines if not line.startswith("skipped")) == [
+        ["repaired", "t/a.txt"],
+        ["repaired", "t/b/c.txt"],
+    ]
+    assert run("verify", "-q").code == 0
+    assert run("cat", "t/a.txt", "t/b/c.txt").out == "firstsecond"
+
+
 def test_json_tells_of_every_file(run: Run) -> None:
     tree(Path("t"))
     rows = {row["path"]: row for row in run("put", "-r", "t", "--json").rows}
