@@ -1,6 +1,6 @@
 """Measure aproxy_storage beside hand-made floors and django-proxy-storage, in interleaved rounds; see README.md.
 
-    python benchmarks/run.py [--rounds N] [--only small|big|many|orm] [--quick] [--directory DIR]
+    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|postgres] [--quick] [--directory DIR]
 
 A whole run (neither --quick nor --only) writes results/DATE-pyX.Y.json and the table in README.md.
 """
@@ -317,6 +317,14 @@ async def orm(plan: Plan, directory: Path, report: Report) -> None:
     report.missing |= found["missing"]
 
 
+# -- PostgreSQL
+
+
+async def postgres(plan: Plan, directory: Path, report: Report) -> None:
+    if (measure := load("benchmarks.postgres:measure", report)) is not None:
+        await measure(plan, report)
+
+
 # -- the report
 
 
@@ -393,7 +401,7 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many", "orm"))
+    parser.add_argument("--only", choices=("small", "big", "many", "orm", "postgres"))
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -406,7 +414,7 @@ async def main() -> None:
             "versions": versions(),
             "machine": machine(directory),
         }
-        for name, part in (("small", small), ("big", big), ("many", many), ("orm", orm)):
+        for name, part in (("small", small), ("big", big), ("many", many), ("orm", orm), ("postgres", postgres)):
             if options.only in (None, name):
                 await part(plan, directory, report)
     print(f"\n{table(report)}\n")

@@ -33,6 +33,7 @@ except ImportError as _error:
     raise MissingDependency.of("asyncpg", "postgres") from _error
 
 __all__ = [
+    "Connection",
     "Database",
     "NativeError",
     "UniqueViolation",
