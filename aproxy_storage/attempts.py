@@ -338,31 +338,39 @@ class Attempts:
     ) -> Written:
         name, seconds = gate.name, gate.attempt_timeout
         if seconds is None:
-            return await self._put(job, one, gate, admission, source, movable)
+            return await self._put(job, one, gate, admission, source, movable, None)
         hurry = patience.set(_UNDO)
         watch: IdleWatch | None = None
         try:
             async with (source or job.write.source).watched(seconds) as watch:
-                return await self._put(job, one, gate, admission, source, movable)
+                return await self._put(job, one, gate, admission, source, movable, watch)
         except TimeoutError as error:
             if isinstance(error, StorageError) or watch is None or not watch.expired():
                 raise
             if not one.begun:
-                crowded = f"no slot of the original {name!r} was free within {seconds:g} seconds"
-                raise BackendUnavailable(crowded) from error
+                raise BackendUnavailable(
+                    f"no slot of the original {name!r} was free within {seconds:g} seconds", backend=name
+                ) from error
             raise _too_slow(name, seconds, error) from error
         finally:
             patience.reset(hurry)
 
     async def _put(
-        self, job: Job, one: Try, gate: Gate, admission: Admission, source: Source | None, movable: bool
+        self,
+        job: Job,
+        one: Try,
+        gate: Gate,
+        admission: Admission,
+        source: Source | None,
+        movable: bool,
+        watch: IdleWatch | None,
     ) -> Written:
         if gate.has_slots:
             await gate.slot(admission)
         backend = self._storage.get_original(one.place.original)
         put = job.write.put
         if job.name is not None and one.place not in job.named:
-            await self._rename(job, one, job.name)
+            await self._rename(job, one, job.name, watch)
         try:
             if not job.careful or not await _is_taken(backend, one.place.key):
                 job.begin(one)
@@ -372,19 +380,24 @@ class Attempts:
                 raise
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
-        await self._rename(job, one, job.rekey)
+        await self._rename(job, one, job.rekey, watch)
         job.begin(one)
         return await put(backend, one.place.key, job.token, source=source, movable=movable)
 
     @staticmethod
-    async def _rename(job: Job, one: Try, change: Callable[[Place], Awaitable[Place]]) -> None:
-        """Change the place in the record; its errors are the meta-backend's, and no other original mends them."""
+    async def _rename(job: Job, one: Try, change: Callable[[Place], Awaitable[Place]], watch: IdleWatch | None) -> None:
+        """Change the place in the record. The time is the meta-backend's, and so are errors: no other original mends
+        them."""
+        if watch is not None:
+            watch.pause()
         async with job.naming:
             try:
                 one.place = await change(one.place)
             except BaseException as error:
                 job.fatal = error
                 raise
+        if watch is not None:
+            watch.go_on()
 
 
 def outcome_of(error: StorageError, one: Try | None, fallback_on: tuple[type[BaseException], ...]) -> Outcome:

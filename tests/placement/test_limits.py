@@ -208,6 +208,20 @@ def test_the_deadline_ends_the_whole_call() -> None:
     run(main())
 
 
+def test_a_slow_meta_backend_is_not_held_against_an_original() -> None:
+    """Naming the next place, or another key, takes longer than an attempt may."""
+
+    async def main() -> None:
+        async with World(Fallback(attempt_timeout=5, breaker=Breaker(failures=1))) as world:
+            await world.inner["b"].write("x", b"somebody else's")
+            world.plan["a"].set(write=DOWN)
+            world.meta_plan.set(update=[Slow(20)] * 3)
+            assert await taken(world.storage.save("x", b"1")) == 60
+            assert world.outcomes() == [("a", "failed"), ("b", "ok")]
+
+    run(main())
+
+
 def test_no_limits_where_none_are_wanted() -> None:
     async def main() -> None:
         quiet = Timeouts(operation=None, idle=None)

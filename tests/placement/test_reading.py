@@ -1,4 +1,4 @@
-"""Reads: the healthy and the near first, failing over before and in the middle, hedged; never NotFound for an outage."""
+"""Reads: the healthy and the near first, failing over at any moment, hedged; never NotFound for an outage."""
 
 from __future__ import annotations
 
