@@ -39,7 +39,7 @@ PAGES = [
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # A block of another language is prose to every test below, so those that we use are named.
-LANGUAGES = {"python", "shell", "console", "text", "toml", "sql", "{toctree}", "{eval-rst}"}
+LANGUAGES = {"python", "shell", "console", "text", "toml", "sql", "sql", "{toctree}", "{eval-rst}"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
