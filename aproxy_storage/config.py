@@ -41,6 +41,7 @@ __all__ = [
 #: Schemes of original backends.
 ORIGINALS = {
     "az": "aproxy_storage.backends.obstore:ObstoreBackend",
+    "django": "aproxy_storage.backends.django:DjangoStorageBackend",
     "file": "aproxy_storage.backends.filesystem:FileSystemBackend",
     "gs": "aproxy_storage.backends.obstore:ObstoreBackend",
     "gridfs+mongodb": "aproxy_storage.backends.gridfs:GridFSBackend",

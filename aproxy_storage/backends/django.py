@@ -1,0 +1,645 @@
+"""Any synchronous Django storage as an original: FileSystemStorage, those of django-storages, your own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any, Self, TypeVar
+from urllib.parse import unquote
+
+from ..content import Source
+from ..errors import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    Conflict,
+    DeadlineExceeded,
+    InvalidPath,
+    MissingDependency,
+    NotFound,
+    NotSupported,
+    OutOfSpace,
+    StorageError,
+    from_os_error,
+)
+from ..feeds import Handle, seen
+from ..paths import MAX_PATH_BYTES, check_path, shown
+from ..records import ByteRange, Capabilities, ObjectInfo
+from ..threads import Workers
+from ..timeouts import Timeouts
+from ..urls import URL, optional
+from ._django_content import Attempt, Held, InterruptedContent, Pipe
+from .base import Backend, Reader
+
+try:
+    from django.core import exceptions as django_errors
+except ImportError as _error:
+    raise MissingDependency.of("django", "django") from _error
+
+__all__ = ["DjangoStorageBackend"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SMALL = 256 << 10  # bytes of content that is handed over as a whole
+
+# What storages say of a directory, or of a name below a file; FileExistsError is Django's own way.
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+class DjangoStorageBackend(Backend):
+    """Keeps objects in a Django storage, below a prefix of its names if you like.
+
+    Args:
+        storage: an alias of ``STORAGES``, the dotted path of a class, or an instance. An alias or a path is looked up
+            on first use.
+        prefix: begins every name in the storage, followed by a slash; keys of this backend are without it.
+        exclusive: the storage's ``save`` never overwrites, also of two simultaneous ones. By default this is known of
+            an instance of ``FileSystemStorage`` alone; of all others a write looks first, and of two simultaneous
+            writers of one key both may believe that they have won. With ``ProxyStorage(keys="token")`` no two do.
+        max_workers: threads of this backend for writes, and as many for all else. A storage that hangs blocks these
+            and nothing else, above all not the one thread in which Django runs thread-sensitive code.
+        max_segment_bytes: what the storage allows for one part of a name.
+        timeouts: ``operation`` limits a call, ``idle`` each step of a read or a write; make that longer for a storage
+            which collects the whole content before it sends it.
+
+    Content streams through the storage's thread, a few chunks ahead of it; up to 256 KiB are handed over as a whole.
+    A storage that shows an unfinished file shows it here too (``FileSystemStorage`` does; `FileSystemBackend` on the
+    same directory does not); what a failed write leaves is deleted, what a crash leaves is found by reconcile, which
+    knows the key. One that gives the file another name than it was asked for has met another writer: that file is
+    deleted again, and AlreadyExists raised. A cancelled write is deleted as soon as the storage's thread comes back.
+
+    Objects carry no token: `discard` removes what lies at the key. Nothing is copied on the server. Ranges are read by
+    seeking, for which some storages fetch everything first, and some (django-storages' S3) keep everything in memory
+    unless told otherwise. The database connections that a storage opens in these threads are closed as at the end of
+    a request.
+
+    Memory: about five chunks a write and two a read, besides what the storage takes; a listing holds the names of one
+    directory a level.
+    """
+
+    capabilities = Capabilities(range_read=True, list=True, url=True, modified_time=True)
+
+    def __init__(
+        self,
+        storage: Any,
+        *,
+        prefix: str = "",
+        exclusive: bool | None = None,
+        max_workers: int = 8,
+        max_segment_bytes: int | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        if not isinstance(storage, str) and not callable(getattr(storage, "save", None)):
+            raise ConfigurationError(
+                f"{type(storage).__name__} is no Django storage; give an alias of STORAGES, a dotted path, an instance"
+            )
+        self._given = storage
+        self._name = storage if isinstance(storage, str) else type(storage).__name__
+        self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
+        super().__init__(timeouts=timeouts)
+        files = not isinstance(storage, str) and _is_file_system(storage)
+        if exclusive is None:
+            exclusive = files and not getattr(storage, "_allow_overwrite", False)
+        self.capabilities = replace(
+            self.capabilities,
+            conditional_create=exclusive,
+            max_key_bytes=MAX_PATH_BYTES - len(self.prefix.encode()),
+            max_segment_bytes=255 if files and max_segment_bytes is None else max_segment_bytes,
+        )
+        self._workers = Workers(f"Django storage {self._name}", max_workers, share=1)
+        # Threads of their own, because a write may wait for content that is read from this very storage.
+        self._writers = Workers(f"Django storage {self._name}, writes", max_workers, share=1)
+        self._storage: Any = None
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make one of ``django://alias`` or ``django://alias/prefix``, or of a dotted path in place of the alias.
+
+        The parameters are arguments of the class.
+
+        Raises:
+            ConfigurationError: the URL cannot be understood.
+        """
+        parsed = URL.parse(url)
+        # As it is written: a host is in small letters, an alias need not be.
+        name, _, prefix = url.partition("://")[2].partition("?")[0].partition("/")
+        if not name or "@" in name or ":" in name or "#" in url:
+            raise ConfigurationError(f"{parsed} names no storage: django://alias/prefix")
+        options = parsed.options(timeouts=True, max_workers=int, max_segment_bytes=optional(int))
+        return cls(unquote(name), prefix=unquote(prefix), **options)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self._name + '/' + self.prefix.rstrip('/') if self.prefix else self._name!r})"
+
+    def full_path(self, key: str) -> str:
+        if not isinstance(self._given, str):
+            with contextlib.suppress(Exception):  # no file of this machine, or no settings
+                return str(self._given.path(self.prefix + key))
+        return f"django://{self._name}/{self.prefix}{key}"
+
+    # -- the storage, and calls of it in its threads
+
+    def _resolved(self) -> Any:
+        if self._storage is None:
+            self._storage = _resolve(self._given) if isinstance(self._given, str) else self._given
+        return self._storage
+
+    def _call_storage(
+        self, function: Callable[..., T], *args: Any, timeout: float | None, what: str, writes: bool = False
+    ) -> asyncio.Future[T]:
+        def work() -> T:
+            try:
+                return function(self._resolved(), *args)
+            except Exception as error:
+                raise self._mapped(error, what) from error
+            finally:
+                _close_old_connections()
+
+        return (self._writers if writes else self._workers).call(work, timeout=timeout)
+
+    def _mapped(self, error: Exception, what: str) -> StorageError:
+        return error if isinstance(error, StorageError) else self._map_error(error, what)
+
+    def _map_error(self, error: Exception, what: str) -> StorageError:
+        return _map_error(error, what) or super()._map_error(error, what)
+
+    # -- writing
+
+    async def _write(
+        self,
+        key: str,
+        source: Source,
+        *,
+        content_type: str | None,
+        metadata: Mapping[str, str],
+        token: str | None,
+        durable: bool,
+    ) -> ObjectInfo:
+        name = self.prefix + key
+        try:
+            if source.data is not None:
+                await source.measure()
+                await self._save(key, Held(source.data, name, content_type))
+            else:
+                await self._stream(key, source, name, content_type)
+        except asyncio.CancelledError as error:
+            if not hasattr(error, "outcome_unknown"):  # the storage was not asked yet
+                error.outcome_unknown = False  # type: ignore[attr-defined]
+            raise
+        return ObjectInfo(key, size=source.seen_size)
+
+    async def _stream(self, key: str, source: Source, name: str, content_type: str | None) -> None:
+        async with contextlib.aclosing(source.chunks()) as chunks:
+            head: list[bytes] = []
+            count = 0
+            async for chunk in chunks:
+                head.append(chunk)
+                count += len(chunk)
+                if count > _SMALL:
+                    break
+            else:
+                await self._save(key, Held(b"".join(head), name, content_type))
+                return
+            pipe = Pipe(name, content_type, source.size)
+
+            async def feed() -> None:
+                while head:
+                    await pipe.put(head.pop(0))
+                async for chunk in chunks:
+                    await pipe.put(chunk)
+                pipe.end()
+
+            await self._save(key, pipe, feed)
+
+    async def _save(self, key: str, content: Held | Pipe, feed: Callable[[], Any] | None = None) -> None:
+        """Have the storage save `content`, which `feed` feeds; leave nothing where that fails or is cancelled."""
+        attempt = Attempt()
+        saving = self._call_storage(
+            _save,
+            self.prefix + key,
+            content,
+            attempt,
+            timeout=None,
+            what=f"write {key!r} in {self}",
+            writes=True,
+        )
+        saving.add_done_callback(seen)
+        try:
+            if feed is None:
+                await asyncio.wait((saving,))
+            else:
+                await self._feed(feed, saving)
+        except BaseException as error:
+            ended = attempt.withdraw()
+            if isinstance(content, Pipe):
+                content.fail()
+            await self._take_back(key, saving, ended, error)
+            raise
+        saving.result()
+
+    async def _feed(self, feed: Callable[[], Any], saving: asyncio.Future[None]) -> None:
+        """Feed the content until it ends, or until the storage wants no more of it."""
+        feeding = asyncio.current_task()
+        assert feeding is not None
+        stopped = False
+
+        def stop(_: Any) -> None:
+            nonlocal stopped
+            stopped = True
+            feeding.cancel()
+
+        saving.add_done_callback(stop)
+        try:
+            await feed()
+        except asyncio.CancelledError:
+            if not stopped or feeding.uncancel() > 0:
+                raise
+            return
+        finally:
+            saving.remove_done_callback(stop)
+        if stopped:
+            feeding.uncancel()
+        await asyncio.wait((saving,))
+
+    async def _take_back(self, key: str, saving: asyncio.Future[None], withdrawn: bool, error: BaseException) -> None:
+        """Wait a little until the storage's thread has ended and removed what it made."""
+        certain = False
+
+        async def wait() -> None:
+            nonlocal certain
+            await asyncio.wait((saving,))
+            if not withdrawn:
+                await self._discard(key, token=None)
+            certain = True
+
+        try:
+            await self.cleanup.finish(wait(), within=self.timeouts.cleanup, name=f"undo of a write of {key!r}")
+        except asyncio.CancelledError as second:
+            error = second
+            raise
+        finally:
+            if isinstance(error, asyncio.CancelledError | StorageError):
+                error.outcome_unknown = not certain  # type: ignore[union-attr]
+
+    # -- reading
+
+    def _asked(self, key: str, operation: str) -> str:
+        """Return the name in the storage of an object that may be there.
+
+        Raises:
+            NotFound: there can be no object of that name.
+        """
+        try:
+            self.check_key(key)
+        except InvalidPath as error:
+            raise NotFound(f"could not {operation} {shown(key)} in {self}: there can be no such object") from error
+        return self.prefix + key
+
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+        name = self._asked(key, "read")
+        opened = _Opened(name, byte_range or ByteRange(), chunk_bytes)
+        what = f"read {key!r} in {self}"
+        try:
+            size, data, whole = await self._call_storage(opened.first, timeout=self.timeouts.idle, what=what)
+        except BaseException:
+            opened.give_up(self._workers)
+            raise
+        info = ObjectInfo(key, size=size)
+        if whole:
+            opened.give_up(self._workers)
+            return Reader(info, data=data)
+        return _OpenedReader(info, self, opened, data, what)
+
+    async def _stat(self, key: str) -> ObjectInfo:
+        name = self._asked(key, "look up")
+        size, moment = await self._call_storage(
+            _stat, name, timeout=self.timeouts.operation, what=f"look up {key!r} in {self}"
+        )
+        return ObjectInfo(key, size=size, modified_at=moment)
+
+    async def _discard(self, key: str, *, token: str | None) -> None:
+        try:
+            name = self._asked(key, "discard")
+        except NotFound:
+            return
+        await self._call_storage(_delete, name, timeout=self.timeouts.operation, what=f"discard {key!r} in {self}")
+
+    async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
+        name = self._asked(key, "give the URL of")
+        return await self._call_storage(
+            _url, name, expires_in, options, timeout=self.timeouts.operation, what=f"give the URL of {key!r} in {self}"
+        )
+
+    # -- listing
+
+    async def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
+        last = after
+        async for key in self._walk(prefix, after, roll_up=delimiter == "/"):
+            if delimiter == "/":
+                yield ObjectInfo(key, is_prefix=key.endswith("/"))
+                continue
+            at = key.find(delimiter, len(prefix)) if delimiter else -1
+            if at < 0:
+                yield ObjectInfo(key)
+            elif (rolled := key[: at + len(delimiter or "")]) != last:
+                last = rolled
+                yield ObjectInfo(rolled, is_prefix=True)
+
+    async def _walk(self, prefix: str, after: str | None, *, roll_up: bool) -> AsyncIterator[str]:
+        """Yield keys in byte order, one directory after the other; with `roll_up` the directories of one."""
+        base = prefix[: prefix.rfind("/") + 1]
+        if any(part in ("", ".", "..") for part in base.split("/")[:-1]):
+            return
+        levels = [iter(await self._directory(base))]
+        while levels:
+            key = next(levels[-1], "")
+            if not key:
+                levels.pop()
+            elif not key.startswith(prefix):
+                continue
+            elif key[-1] != "/":
+                if after is None or key > after:
+                    yield key
+            elif after is not None and key <= after and not after.startswith(key):
+                continue
+            elif not roll_up:
+                levels.append(iter(await self._directory(key)))
+            elif after != key:
+                # A directory without files is none; one that `after` lies in may hold nothing more.
+                async with contextlib.aclosing(self._walk(key, after, roll_up=False)) as inside:  # type: ignore[type-var]
+                    async for _ in inside:
+                        yield key
+                        break
+
+    async def _directory(self, base: str) -> list[str]:
+        directories, files = await self._call_storage(
+            _listdir,
+            (self.prefix + base).rstrip("/"),
+            timeout=self.timeouts.operation,
+            what=f"list {base!r} in {self}",
+        )
+        return sorted([*(base + name.strip("/") + "/" for name in directories), *(base + name for name in files)])
+
+
+# -- in the storage's thread
+
+
+def _save(storage: Any, name: str, content: Any, attempt: Attempt) -> None:
+    if storage.exists(name):
+        raise AlreadyExists(f"{name!r} is there already")
+    if attempt.withdrawn:
+        raise InterruptedContent("nobody waits for this write any more")
+    try:
+        given = str(storage.save(name, content)).replace("\\", "/")
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            with contextlib.suppress(Exception):
+                _delete(storage, name)
+        raise
+    if given != name:
+        _remove(storage, given)
+        raise AlreadyExists(f"the storage has named {name!r} otherwise: it is taken; the other file is deleted again")
+    if not attempt.publish():
+        _delete(storage, name)
+
+
+def _remove(storage: Any, name: str) -> None:
+    try:
+        storage.delete(name)
+    except Exception:
+        _log.warning("%s: could not delete %r, which was stored under a name that nobody has asked for", storage, name)
+        raise
+
+
+def _delete(storage: Any, name: str) -> None:
+    with contextlib.suppress(*_NO_FILE):
+        try:
+            storage.path(name)
+        except NotImplementedError:
+            pass
+        else:  # there are directories, and some storages delete them as readily
+            storage.open(name, "rb").close()
+        storage.delete(name)
+
+
+def _stat(storage: Any, name: str) -> tuple[int | None, datetime | None]:
+    with contextlib.closing(storage.open(name, "rb")) as file:  # unlike exists(), takes no directory for a file
+        size = _size(file)
+    if size is None:
+        size = int(storage.size(name))
+    moment: datetime | None = None
+    with contextlib.suppress(NotImplementedError):
+        moment = storage.get_modified_time(name)
+    if moment is not None and moment.tzinfo is None:
+        moment = moment.astimezone()  # of this machine, where USE_TZ is off
+    return size, moment
+
+
+def _size(file: Any) -> int | None:
+    try:
+        return int(file.size)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _url(storage: Any, name: str, expires_in: float | None, options: Mapping[str, Any]) -> str:
+    if expires_in is not None:
+        options = {**options, "expire": int(expires_in)}
+    known = inspect.signature(storage.url).parameters
+    if unknown := sorted(name for name in options if name not in known):
+        raise NotSupported(f"the url() of {type(storage).__name__} takes no {', '.join(unknown)}")
+    try:
+        return str(storage.url(name, **options))
+    except ValueError as error:  # FileSystemStorage without a base_url
+        raise NotSupported(f"{type(storage).__name__} has no URLs as it is set up") from error
+
+
+def _listdir(storage: Any, directory: str) -> tuple[list[str], list[str]]:
+    try:
+        directories, files = storage.listdir(directory)
+    except _NO_FILE:
+        return [], []
+    return [str(name) for name in directories if name], [str(name) for name in files if name]
+
+
+class _Opened:
+    """A file of the storage, read in its threads, one call at a time; closed by whoever comes last."""
+
+    def __init__(self, name: str, byte_range: ByteRange, chunk_bytes: int) -> None:
+        self._name = name
+        self._range = byte_range
+        self._chunk_bytes = chunk_bytes
+        self._file: Any = None
+        self._at = 0
+        self._stop: int | None = None
+        self._handle = Handle(self._release)
+
+    def first(self, storage: Any) -> tuple[int | None, bytes, bool]:
+        """Open the file; return its size, the first chunk, and whether that is all."""
+        nothing: tuple[int | None, bytes, bool] = (None, b"", True)
+        return self._handle.use(lambda: self._first(storage), nothing)
+
+    def _first(self, storage: Any) -> tuple[int | None, bytes, bool]:
+        self._file = file = storage.open(self._name, "rb")
+        size = _size(file)
+        if size is None:
+            size = int(storage.size(self._name))
+        self._at, self._stop = self._range.resolve(size)
+        data = self._read()
+        return size, data, self._at >= self._stop
+
+    def next(self, _: Any) -> bytes:
+        """Return the next chunk, empty at the end."""
+        return self._handle.use(self._read, b"")
+
+    def _read(self) -> bytes:
+        assert self._stop is not None
+        wanted = min(self._chunk_bytes, self._stop - self._at)
+        if wanted <= 0:
+            return b""
+        if self._file.tell() != self._at:  # it begins elsewhere, or is shared with others (InMemoryStorage)
+            self._file.seek(self._at)
+        data = bytes(self._file.read(wanted))
+        if not data:
+            raise BackendUnavailable(f"{self._name!r} ended at byte {self._at}, and should have had {self._stop}")
+        self._at += len(data)
+        return data
+
+    def _release(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except Exception:
+                _log.warning("closing %r failed", self._name, exc_info=True)
+
+    def give_up(self, workers: Workers) -> None:
+        """Close the file in a worker, now or when its call under way ends; does not wait."""
+        with contextlib.suppress(BackendUnavailable):
+            workers.submit(self._handle.close)
+
+
+class _OpenedReader(Reader):
+    """Chunks of a file of the storage, one call of its threads for each."""
+
+    def __init__(
+        self, info: ObjectInfo, backend: DjangoStorageBackend, opened: _Opened, data: bytes, what: str
+    ) -> None:
+        super().__init__(info)
+        self._backend = backend
+        self._opened: _Opened | None = opened
+        self._first = data
+        self.data = None
+        self._what = what
+
+    async def __anext__(self) -> bytes:
+        data, self._first = self._first, b""
+        if not data and self._opened is not None:
+            backend = self._backend
+            data = await backend._call_storage(self._opened.next, timeout=backend.timeouts.idle, what=self._what)
+        if not data:
+            raise StopAsyncIteration
+        return data
+
+    async def aclose(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.give_up(self._backend._workers)
+
+
+# -- Django
+
+
+def _resolve(given: str) -> Any:
+    """Return the storage of an alias, or an instance of the class that a dotted path names."""
+    from django.core.files.storage import InvalidStorageError, storages
+    from django.utils.module_loading import import_string
+
+    try:
+        if "." in given:
+            return import_string(given)()
+        return storages[given]
+    except InvalidStorageError as error:
+        raise ConfigurationError(f"STORAGES has no usable storage {given!r}; see the cause") from error
+    except django_errors.ImproperlyConfigured as error:
+        raise ConfigurationError(f"Django or the storage {given!r} is not configured; see the cause") from error
+    except (ImportError, TypeError) as error:
+        raise ConfigurationError(f"the storage {given!r} cannot be made: {type(error).__name__}") from error
+
+
+def _is_file_system(storage: Any) -> bool:
+    from django.core.files.storage import FileSystemStorage
+
+    return isinstance(storage, FileSystemStorage) and type(storage)._save is FileSystemStorage._save
+
+
+def _close_old_connections() -> None:
+    """As at the end of a request: what a storage has opened in this thread and Django's settings do not keep."""
+    from django.db import connections
+
+    for connection in connections.all(initialized_only=True):
+        connection.close_if_unusable_or_obsolete()
+
+
+# -- errors: of Django, and of the drivers of storages that this library does not know
+
+
+def _map_error(error: Exception, what: str) -> StorageError | None:
+    failed = f"could not {what}"
+    if isinstance(error, django_errors.SuspiciousOperation):
+        return InvalidPath(f"{failed}: the storage refuses such a name")
+    if isinstance(error, django_errors.ImproperlyConfigured):
+        return ConfigurationError(f"{failed}: the storage is not configured; see the cause")
+    if isinstance(error, NotImplementedError):
+        return NotSupported(f"{failed}: the storage cannot do that")
+    if isinstance(error, _NO_FILE):
+        if what.startswith("write "):
+            return InvalidPath(f"{failed}: a file stands in the place of a directory, or the other way round")
+        return NotFound(f"{failed}: there is no such file")
+    if isinstance(error, PermissionError):
+        return AccessDenied(f"{failed}: access denied")
+    if isinstance(error, TimeoutError):
+        return DeadlineExceeded(f"{failed} in time", outcome_unknown=True)
+    if isinstance(error, InterruptedContent):
+        return Conflict(f"{failed}: the content was interrupted")
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return from_os_error(error, what)
+    name, status = type(error).__name__, _status(error)
+    if status in (401, 403):
+        return AccessDenied(f"{failed}: access denied ({status})")
+    if status == 404:
+        return NotFound(f"{failed}: the service has no such object, or no such bucket")
+    if status in (413, 507):
+        return OutOfSpace(f"{failed}: no room, or too large ({status})")
+    if status == 429 or (status or 0) >= 500:
+        return BackendUnavailable(f"{failed}: the service is out of order, or asks to slow down ({status})")
+    if status is not None:
+        return BackendUnavailable(f"{failed}: the service refused the request ({status})", retryable=False)
+    if "Timeout" in name:
+        return DeadlineExceeded(f"{failed} in time ({name})", outcome_unknown=True)
+    if "Credential" in name:
+        return ConfigurationError(f"{failed}: there are no credentials, or only a part ({name})")
+    if isinstance(error, OSError) or "Connect" in name or "Transport" in name or "SSL" in name:
+        # Not its text: that of requests holds the URL.
+        return BackendUnavailable(f"{failed}: the service cannot be reached ({name})", outcome_unknown=True)
+    return None
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status that an error carries, as botocore, requests, Azure's and Google's clients keep it."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        found: Any = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(response, "status_code", None)
+    for name in ("status_code", "code", "status"):
+        found = found if isinstance(found, int) else getattr(error, name, None)
+    return found if isinstance(found, int) and 100 <= found < 600 else None

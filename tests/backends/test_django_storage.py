@@ -1,0 +1,336 @@
+"""Django's own storages, and one of django-storages, keep the promises of the suite as far as they can."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from aproxy_storage import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    DeadlineExceeded,
+    NotFound,
+    NotSupported,
+    OutOfSpace,
+    StorageError,
+    Timeouts,
+)
+from aproxy_storage.config import original_from_url
+from aproxy_storage.records import Capabilities
+from aproxy_storage.testing._backend_hooks import BackendHooks
+from aproxy_storage.testing.backends import (
+    BackendTests,
+    CancellationTests,
+    LifeTests,
+    ListTests,
+    ReadTests,
+    WriteTests,
+)
+from tests.backends.test_s3 import ObjectsBehind
+from tests.django_support.setup import configure
+
+configure()
+
+from django.core.files.base import ContentFile  # noqa: E402
+from django.core.files.storage import FileSystemStorage, InMemoryStorage  # noqa: E402
+
+from aproxy_storage.backends.django import DjangoStorageBackend  # noqa: E402
+
+
+def files_below(root: Path) -> list[str]:
+    """Return the files below `root`: the storage leaves empty directories, and so do we."""
+    return [
+        os.path.relpath(os.path.join(directory, name), root) for directory, _, names in os.walk(root) for name in names
+    ]
+
+
+class ShownWhileWritten:
+    """What two of Django's own storages cannot do. Nobody asks for such a file: it has no record yet."""
+
+    @pytest.mark.asyncio
+    async def test_nothing_is_visible_before_the_end(self, backend: Any) -> None:
+        pytest.skip(f"{backend} writes to the file's own name")
+
+    @pytest.mark.asyncio
+    async def test_unfinished_writes_are_not_listed(self, backend: Any) -> None:
+        pytest.skip(f"{backend} writes to the file's own name")
+
+
+class TestFileSystemStorage(ShownWhileWritten, BackendTests):
+    root: Path
+
+    @pytest_asyncio.fixture
+    async def backend(self, tmp_path: Path) -> AsyncIterator[DjangoStorageBackend]:
+        self.root = tmp_path / "root"
+        async with DjangoStorageBackend(FileSystemStorage(self.root, base_url="/media/")) as backend:
+            yield backend
+
+    async def put_behind(self, backend: Any, key: str, data: bytes) -> None:
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    async def get_behind(self, backend: Any, key: str) -> bytes | None:
+        try:
+            return await asyncio.to_thread((self.root / key).read_bytes)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    async def list_behind(self, backend: Any) -> list[str]:
+        return files_below(self.root)
+
+
+class TestInMemoryStorage(ShownWhileWritten, BackendTests):
+    memory_bytes = None
+    storage: InMemoryStorage
+
+    @pytest_asyncio.fixture
+    async def backend(self) -> AsyncIterator[DjangoStorageBackend]:
+        self.storage = InMemoryStorage(location="/nowhere", base_url="/media/")
+        # Its open files are one and the same, and it has no locks.
+        async with DjangoStorageBackend(self.storage, max_workers=1) as backend:
+            yield backend
+
+    async def put_behind(self, backend: Any, key: str, data: bytes) -> None:
+        self.storage.save(key, ContentFile(data))
+
+    async def get_behind(self, backend: Any, key: str) -> bytes | None:
+        try:
+            file = self.storage.open(key)
+        except (FileNotFoundError, IsADirectoryError, FileExistsError):
+            return None
+        file.seek(0)
+        return bytes(file.read())
+
+    async def list_behind(self, backend: Any) -> list[str]:
+        return self._below("")
+
+    def _below(self, directory: str) -> list[str]:
+        directories, files = self.storage.listdir(directory)
+        base = f"{directory}/" if directory else ""
+        return [base + name for name in files] + [one for name in directories for one in self._below(base + name)]
+
+
+class TestS3Storage(ObjectsBehind, BackendHooks):
+    """django-storages, on boto3, with what is its own; the rest goes the same way with all storages."""
+
+    memory_bytes = 28 << 20  # boto3 holds parts, and wraps them
+
+    test_capabilities_are_data = LifeTests.test_capabilities_are_data
+    test_every_kind_of_content = WriteTests.test_every_kind_of_content
+    test_taken_key_is_refused_and_untouched = WriteTests.test_taken_key_is_refused_and_untouched
+    test_failing_content_leaves_nothing = WriteTests.test_failing_content_leaves_nothing
+    test_nothing_is_visible_before_the_end = WriteTests.test_nothing_is_visible_before_the_end
+    test_small_write_cancelled_at_every_await = CancellationTests.test_small_write_cancelled_at_every_await
+    _interrupt = CancellationTests._interrupt
+    _objects_behind = WriteTests._objects_behind
+    test_missing_object_is_not_found_on_entering = ReadTests.test_missing_object_is_not_found_on_entering
+    test_reader_is_pinned_to_one_version = ReadTests.test_reader_is_pinned_to_one_version
+    test_stat = ReadTests.test_stat
+    test_discard = ReadTests.test_discard
+    KEYS = ListTests.KEYS
+    test_listing_is_in_byte_order = ListTests.test_listing_is_in_byte_order
+    test_url = LifeTests.test_url
+    test_errors_say_where_they_happened = LifeTests.test_errors_say_where_they_happened
+    test_memory_is_bounded = LifeTests.test_memory_is_bounded
+    pytestmark = pytest.mark.asyncio
+
+    @pytest_asyncio.fixture
+    async def backend(self) -> AsyncIterator[DjangoStorageBackend]:
+        async with DjangoStorageBackend(self.storage(), max_segment_bytes=255) as backend:
+            yield backend
+
+    def storage(self) -> Any:
+        from boto3.s3.transfer import TransferConfig
+        from storages.backends.s3 import S3Storage
+
+        service = self.service
+        return S3Storage(
+            bucket_name=service.bucket,
+            location=service.prefix,
+            endpoint_url=service.endpoint_url,
+            region_name=service.region,
+            access_key=service.access_key,
+            secret_key=service.secret_key,
+            signature_version="s3v4",
+            file_overwrite=True,
+            max_memory_size=1 << 20,
+            transfer_config=TransferConfig(use_threads=False, multipart_chunksize=5 << 20),
+        )
+
+
+# -- what is Django's own
+
+
+def files(tmp_path: Path, **options: Any) -> DjangoStorageBackend:
+    return DjangoStorageBackend(FileSystemStorage(tmp_path, **options))
+
+
+def test_capabilities_are_these(tmp_path: Path) -> None:
+    known = Capabilities(range_read=True, list=True, url=True, modified_time=True)
+    assert DjangoStorageBackend.capabilities == DjangoStorageBackend("default").capabilities == known
+    exclusive = replace(known, conditional_create=True, max_segment_bytes=255)
+    assert files(tmp_path).capabilities == exclusive
+    assert not files(tmp_path, allow_overwrite=True).capabilities.conditional_create
+    assert not DjangoStorageBackend(Renaming(tmp_path)).capabilities.conditional_create
+    assert DjangoStorageBackend("default", exclusive=True).capabilities.conditional_create
+
+
+class Renaming(FileSystemStorage):
+    """Gives every file another name, as some do."""
+
+    def _save(self, name: str, content: Any) -> str:
+        return str(super()._save(f"other-{name}", content))
+
+
+@pytest.mark.asyncio
+async def test_a_file_under_another_name_is_deleted_again(tmp_path: Path) -> None:
+    async with DjangoStorageBackend(Renaming(tmp_path)) as backend:
+        for content in (b"x", iter([b"x" * 300_000] * 3)):
+            with pytest.raises(AlreadyExists, match="named 'key' otherwise"):
+                await backend.write("key", content)
+        assert files_below(tmp_path) == []
+
+
+@pytest.mark.asyncio
+async def test_every_call_runs_in_threads_of_its_own(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    class Watching(FileSystemStorage):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("save", "open", "delete", "exists", "listdir", "url"):
+                seen.add(threading.current_thread().name)
+            return super().__getattribute__(name)
+
+    backend = DjangoStorageBackend(Watching(tmp_path, base_url="/media/"))
+    seen.clear()
+    await backend.write("dir/key", b"x")
+    await backend.stat("dir/key")
+    assert [info.key async for info in backend.list()] == ["dir/key"]
+    assert await backend.url("dir/key") == "/media/dir/key"
+    await backend.discard("dir/key")
+    assert seen
+    assert all(name.startswith("Django storage Watching") for name in seen)
+
+
+@pytest.mark.asyncio
+async def test_copies_within_one_storage_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """As many writes as there are threads, each of which waits for content that the same storage has to give."""
+    backend = DjangoStorageBackend(FileSystemStorage(tmp_path), max_workers=2, timeouts=Timeouts(idle=20.0))
+    data = b"x" * 3_000_000
+    for number in range(2):
+        await backend.write(f"from{number}", data)
+
+    async def copy(number: int) -> None:
+        async with backend.read(f"from{number}", chunk_bytes=1 << 18) as reader:
+            await backend.write(f"to{number}", reader)
+
+    await asyncio.gather(copy(0), copy(1))
+    assert {(tmp_path / f"to{number}").read_bytes() for number in range(2)} == {data}
+
+
+@pytest.mark.asyncio
+async def test_a_storage_that_hangs_meets_the_idle_limit(tmp_path: Path) -> None:
+    going_on = threading.Event()
+
+    class Hanging(FileSystemStorage):
+        def _save(self, name: str, content: Any) -> str:
+            going_on.wait(30)
+            return str(super()._save(name, content))
+
+    limits = Timeouts(idle=0.2, cleanup=0.2)
+    backend = DjangoStorageBackend(Hanging(tmp_path), timeouts=limits)
+    with pytest.raises(DeadlineExceeded) as caught:
+        await backend.write("key", b"x")
+    assert caught.value.outcome_unknown
+    going_on.set()
+    await backend.aclose()
+    async with asyncio.timeout(10):
+        while files_below(tmp_path) or backend.cleanup._tasks.get():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("native", "expected"),
+    [
+        (OSError(28, "No space left on device"), OutOfSpace),
+        (PermissionError(13, "Permission denied"), AccessDenied),
+        (FileNotFoundError("gone"), NotFound),
+        (NotImplementedError("no"), NotSupported),
+        (TimeoutError(), DeadlineExceeded),
+    ],
+)
+def test_errors_are_ours(native: Exception, expected: type[StorageError]) -> None:
+    mapped = DjangoStorageBackend("default")._map_error(native, "read 'key'")
+    assert type(mapped) is expected
+
+
+def test_errors_of_drivers_are_ours_and_tell_no_secret() -> None:
+    from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ReadTimeoutError
+
+    def answer(status: int) -> ClientError:
+        return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+
+    class ConnectionError(OSError):
+        pass
+
+    class ServiceRequestError(Exception):  # as that of azure.core, whose others have a status_code
+        status_code = 503
+
+    backend = DjangoStorageBackend("default")
+    secret = "https://bucket/key?X-Amz-Signature=s3cr3t"
+    for native, expected in (
+        (answer(403), AccessDenied),
+        (answer(404), NotFound),
+        (answer(503), BackendUnavailable),
+        (answer(507), OutOfSpace),
+        (EndpointConnectionError(endpoint_url=secret), BackendUnavailable),
+        (ReadTimeoutError(endpoint_url=secret), DeadlineExceeded),
+        (NoCredentialsError(), ConfigurationError),
+        (ConnectionError(secret), BackendUnavailable),
+        (ServiceRequestError(secret), BackendUnavailable),
+    ):
+        mapped = backend._map_error(native, "read 'key'")
+        assert type(mapped) is expected, native
+        assert "s3cr3t" not in str(mapped)
+
+
+@pytest.mark.asyncio
+async def test_storages_are_named_by_alias_path_or_url(tmp_path: Path) -> None:
+    from django.core.files.storage import storages
+    from django.test import override_settings
+
+    made = {"BACKEND": "django.core.files.storage.FileSystemStorage", "OPTIONS": {"location": str(tmp_path)}}
+    with override_settings(STORAGES={"default": made, "Media": made}):
+        for backend in (
+            DjangoStorageBackend("Media", prefix="pre"),
+            original_from_url("django://Media/pre"),
+            original_from_url("django://Media/pre?max_workers=2&timeouts.idle=5"),
+        ):
+            assert isinstance(backend, DjangoStorageBackend)
+            await backend.write("key", b"x")
+            assert files_below(tmp_path) == ["pre/key"]
+            assert [info.key async for info in backend.list()] == ["key"]
+            await backend.discard("key")
+        for wrong in ("none", "no.such.Storage", "django.core.files.storage.NoSuch"):
+            with pytest.raises(ConfigurationError, match=wrong):
+                await DjangoStorageBackend(wrong).stat("key")
+        assert storages["default"] is not None
+    path = "django.core.files.storage.FileSystemStorage"
+    with override_settings(MEDIA_ROOT=str(tmp_path)):
+        await original_from_url(f"django://{path}").write("by-path", b"x")
+    assert files_below(tmp_path) == ["by-path"]
+    for url in ("django://", "django://user:s3cr3t@alias", "django://alias?nonsense=1"):
+        with pytest.raises(ConfigurationError) as caught:
+            original_from_url(url)
+        assert "s3cr3t" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="no Django storage"):
+        DjangoStorageBackend(object())
