@@ -24,7 +24,6 @@ from aproxy_storage.tools.reconcile import reconcile
 from benchmarks.peers import dps_compat
 from sync_bridge import models as ours
 
-
 PAGE = Path(__file__).parents[2] / "docs" / "django-orm.md"
 
 

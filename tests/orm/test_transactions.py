@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import unittest
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from aproxy_storage import AlreadyExists, BackendUnavailable, Conflict, MetaReco
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.tools.reconcile import reconcile
+from sync_bridge.bridge import bridge
 from sync_bridge.models import StoredFile
 from tests.django_support.shelf.models import Document
 
@@ -25,45 +27,64 @@ class Rollback(Exception):
     """Ends a transaction."""
 
 
-class Files:
-    """A storage in the hands of synchronous code."""
+Enter = Callable[..., Any]
 
-    def __init__(self, storage: ProxyStorage) -> None:
+
+def by_async_to_sync(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    return async_to_sync(function)(*args, **options)
+
+
+class Files:
+    """A storage in the hands of synchronous code. `enter` is its way into an event loop."""
+
+    def __init__(self, storage: ProxyStorage, enter: Enter = by_async_to_sync) -> None:
         self.storage = storage
+        self.enter = enter
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
-        return async_to_sync(getattr(self.storage, verb))
+        return partial(self.enter, getattr(self.storage, verb))
 
     def read(self, path: str) -> bytes:
         async def read() -> bytes:
             async with self.storage.open(path, verify=True) as file:
                 return await file.read()
 
-        return async_to_sync(read)()
+        content: bytes = self.enter(read)
+        return content
 
     def keys(self, original: str = "fs") -> list[str]:
         async def keys() -> list[str]:
             return [info.key async for info in self.storage.get_original(original).list()]
 
-        return async_to_sync(keys)()
+        found: list[str] = self.enter(keys)
+        return found
+
+    def records(self) -> list[MetaRecord]:
+        async def records() -> list[MetaRecord]:
+            return [record async for record in self.storage.list()]
+
+        found: list[MetaRecord] = self.enter(records)
+        return found
 
     def reconcile(self, **options: Any) -> dict[str, int]:
         async def run() -> dict[str, int]:
             return dict((await reconcile(self.storage, dry_run=False, **options)).counts)
 
-        return async_to_sync(run)()
+        counts: dict[str, int] = self.enter(run)
+        return counts
 
 
 @pytest.fixture
 def make(tmp_path: Path, database: str) -> Iterator[Callable[..., Files]]:
     made: list[Files] = []
 
-    def make(model: Any = StoredFile, kind: type[ProxyStorage] = ProxyStorage, **options: Any) -> Files:
+    def make(model: Any = StoredFile, *, enter: Enter = by_async_to_sync, **options: Any) -> Files:
         originals = {}
         for name in ("fs", "other"):
             (tmp_path / name).mkdir(exist_ok=True)
             originals[name] = FileSystemBackend(tmp_path / name)
-        files = Files(kind("media", originals=originals, meta=ORMMetaBackend(model, database), **options))
+        storage = ProxyStorage("media", originals=originals, meta=ORMMetaBackend(model, database), **options)
+        files = Files(storage, enter)
         made.append(files)
         return files
 
@@ -72,9 +93,10 @@ def make(tmp_path: Path, database: str) -> Iterator[Callable[..., Files]]:
         files.aclose()
 
 
-@pytest.fixture(params=["path", "token"])
+@pytest.fixture(params=[("path", bridge.call), ("token", by_async_to_sync)], ids=["path-bridge", "token-async_to_sync"])
 def files(make: Callable[..., Files], request: pytest.FixtureRequest) -> Files:
-    return make(keys=request.param)
+    keys, enter = request.param
+    return make(keys=keys, enter=enter)
 
 
 def elsewhere(function: Callable[[], Any]) -> Any:
@@ -124,13 +146,15 @@ def test_a_rolled_back_save_leaves_bytes_that_a_scan_finds(files: Files, databas
     assert files.save("a.txt", b"2") == "a.txt"
 
 
-@pytest.mark.parametrize("keep_replaced", [0.0, 60.0])
-def test_what_is_rolled_back_reads_as_before(make: Callable[..., Files], database: str, keep_replaced: float) -> None:
-    files = make(keep_replaced=keep_replaced)
+@pytest.mark.parametrize(("enter", "keep_replaced"), [(by_async_to_sync, 0.0), (bridge.call, 60.0)])
+def test_what_is_rolled_back_reads_as_before(
+    make: Callable[..., Files], database: str, enter: Enter, keep_replaced: float
+) -> None:
+    files = make(enter=enter, keep_replaced=keep_replaced)
     for name in ("deleted", "replaced", "moved", "copied", "renamed", "all"):
         files.save(name, name.encode())
     before = sorted(files.keys())
-    records = {record.path: record for record in files_of(files)}
+    records = {record.path: record for record in files.records()}
 
     with pytest.raises(Rollback):
         with transaction.atomic(using=database):
@@ -151,7 +175,7 @@ def test_what_is_rolled_back_reads_as_before(make: Callable[..., Files], databas
             assert set(before) <= set(files.keys()), "no byte goes before the commit"
             raise Rollback
 
-    assert {record.path: record for record in files_of(files)} == records
+    assert {record.path: record for record in files.records()} == records
     for name in ("deleted", "replaced", "moved", "copied", "renamed", "all"):
         assert files.read(name) == name.encode()
     files.reconcile(force=True, scan=True, min_age=0)
@@ -159,15 +183,9 @@ def test_what_is_rolled_back_reads_as_before(make: Callable[..., Files], databas
     assert files.keys("other") == []
 
 
-def files_of(files: Files) -> list[MetaRecord]:
-    async def listed() -> list[MetaRecord]:
-        return [record async for record in files.storage.list()]
-
-    return async_to_sync(listed)()
-
-
-def test_bytes_go_when_the_transaction_commits(make: Callable[..., Files], database: str) -> None:
-    files = make(keep_replaced=0)
+@pytest.mark.parametrize("enter", [by_async_to_sync, bridge.call])
+def test_bytes_go_when_the_transaction_commits(make: Callable[..., Files], database: str, enter: Enter) -> None:
+    files = make(enter=enter, keep_replaced=0)
     for name in ("deleted", "replaced", "kept"):
         files.save(name, b"old")
     with transaction.atomic(using=database):
@@ -195,7 +213,7 @@ def test_a_taken_name_does_not_break_the_transaction(files: Files, database: str
         with pytest.raises(AlreadyExists):
             files.rename(first, second)
         with pytest.raises(AlreadyExists):
-            async_to_sync(files.storage.meta.create)(MetaRecord("a.txt", "media", "fs", "x", token="other"))
+            files.enter(files.storage.meta.create, MetaRecord("a.txt", "media", "fs", "x", token="other"))
         third = files.save("b.txt", b"3")
     assert [files.read(path) for path in ("a.txt", first, second, third)] == [b"old", b"1", b"2", b"3"]
     assert len({"a.txt", first, second}) == 3
@@ -212,7 +230,7 @@ def test_a_constraint_of_the_models_own_does_not_break_the_transaction(
         files.save("c.txt", b"3", extra={"isbn": "3"})
         with pytest.raises(Conflict, match="isbn"):
             files.update("c.txt", extra={"isbn": "1"})
-    assert [record.path for record in files_of(files)] == ["a.txt", "c.txt"]
+    assert [record.path for record in files.records()] == ["a.txt", "c.txt"]
     assert sorted(files.keys()) == ["a.txt", "c.txt"], "the bytes of what was refused are gone"
 
 
@@ -291,4 +309,4 @@ def test_an_atomic_test_case_of_django(make: Callable[..., Files], database: str
     unittest.defaultTestLoader.loadTestsFromTestCase(Case).run(result)
     assert result.wasSuccessful(), result.failures + result.errors
     assert result.testsRun == 2
-    assert files_of(files) == []
+    assert files.records() == []
