@@ -18,7 +18,12 @@ $(STAMP): pyproject.toml .ci/make-venv
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
-demo: $(STAMP) ## import some thousand files, verify them, kill an import half way, clean up, count what is left
+# The demo needs little, so a first `make demo` does not wait for the servers of the tests.
+.venv/.installed-cli: pyproject.toml .ci/make-venv
+	@test -e $(STAMP) || ONLY=cli ./.ci/make-venv
+	@touch $@
+
+demo: .venv/.installed-cli ## import some thousand files, verify them, kill an import half way, clean up, count what is left
 	$(PY) -m aproxy_storage demo $(DEMO_ARGS)
 
 docs: $(STAMP) ## build the documentation into build/docs, warnings being errors

@@ -35,6 +35,7 @@ __all__ = ["Demo", "demo", "pick", "register"]
 
 _FILES = 3000
 _LARGEST = 20_000_000
+_LEFT_OUT = {"__pycache__", "site-packages", "dist-packages"}  # the latter two lie in the standard library
 _IN_FLIGHT = 16  # saves of the child that are half done when it is killed
 
 
@@ -58,8 +59,8 @@ async def demo(
 ) -> None:  # fmt: skip
     """See it work: import some thousand files, verify them, kill an import half way, clean up, count what is left."""
     found = await asyncio.to_thread(pick, tree or Path(sysconfig.get_path("purelib")), files)
-    if len(found) < 50 and tree is None:  # next to nothing is installed
-        found = await asyncio.to_thread(pick, Path(sysconfig.get_path("stdlib")), files)
+    if tree is None and len(found) < files:  # not much is installed here
+        found += await asyncio.to_thread(pick, Path(sysconfig.get_path("stdlib")), files - len(found), "python")
     if len(found) < 50:
         raise ConfigurationError(f"{tree} has only {len(found)} files; the demo needs 50")
     if directory is not None:
@@ -76,13 +77,13 @@ async def demo(
         raise typer.Exit(FAILED)
 
 
-def pick(tree: Path, count: int) -> list[Local]:
-    """Return up to `count` files below `tree`, without caches and giants."""
+def pick(tree: Path, count: int, name: str = "packages") -> list[Local]:
+    """Return up to `count` files below `tree` under `name`, without caches, giants, and other packages' installs."""
     found: list[Local] = []
-    for local in files_below(tree, "packages", recursive=True):
+    for local in files_below(tree, name, recursive=True):
         if len(found) == count:
             break
-        if local.error is None and "/__pycache__/" not in local.name and local.size <= _LARGEST:
+        if local.error is None and local.size <= _LARGEST and not _LEFT_OUT & set(local.name.split("/")):
             found.append(local)
     return found
 
@@ -196,12 +197,12 @@ class Demo:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             await child.communicate()
-        self._say(f"{len(acknowledged):>8,}  files it had been told are stored")
+        self._say(f"{len(acknowledged):>8,}  files are stored, as it was told")
         return acknowledged
 
     async def _clean_up(self, storage: ProxyStorage, acknowledged: set[str]) -> None:
         report = await reconcile(storage, dry_run=True, force=True)
-        self._say(f"{sum(report.counts.values()):>8,}  records of saves that nobody will finish")
+        self._say(f"{sum(report.counts.values()):>8,}  saves are left half done, and nobody will finish them")
         if not report.counts:
             self._problem("the kill hit no save in flight, so it has shown nothing")
         report = await reconcile(storage, dry_run=False, force=True)
@@ -243,14 +244,24 @@ class Demo:
         if self.problems:
             self._say(f"\nNOT AS IT SHOULD BE: {len(self.problems)} problems.")
             return
-        self._say(
-            "\nNothing lost, nothing left over. What to try next:\n"
-            "\n    aproxy put -r DIRECTORY       store a tree of your own, in ./aproxy-data"
-            "\n    aproxy put -r DIRECTORY       again: what is there already is skipped"
-            "\n    aproxy ls -l                  see what is there"
-            "\n    aproxy verify                 read it all and compare the checksums"
-            "\n    aproxy --help                 everything else\n"
-        )
+        next_steps = {
+            "put -r DIRECTORY": "store a tree of your own, in ./aproxy-data; repeat it: what is there is skipped",
+            "ls -l": "see what is there",
+            "verify": "read it all and compare the checksums",
+            "--help": "everything else",
+        }
+        self._say("\nNothing lost, nothing left over. What to try next:\n")
+        for arguments, meaning in next_steps.items():
+            self._say(f"    {_command()} {arguments:<18}{meaning}")
+        self._say("")
+
+
+def _command() -> str:
+    """Return how this command is called from here: in a clone it is in no PATH."""
+    own = Path(sys.executable).parent / "aproxy"
+    if not own.exists():
+        return "python -m aproxy_storage"
+    return "aproxy" if shutil.which("aproxy") == str(own) else min(str(own), os.path.relpath(own), key=len)
 
 
 def _all_files(root: Path) -> Iterator[str]:
