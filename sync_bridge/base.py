@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import weakref
@@ -20,7 +21,7 @@ from django.core.signals import setting_changed
 from django.utils.encoding import filepath_to_uri
 from django.utils.module_loading import import_string
 
-from aproxy_storage import InvalidPath, MetaBackend, ProxyStorage
+from aproxy_storage import InvalidPath, MetaBackend, ProxyStorage, StorageError
 
 from . import bridge as _bridge
 from .bridge import Bridge
@@ -37,6 +38,9 @@ __all__ = [
     "suspicious",
     "url_below",
 ]
+
+
+_log = logging.getLogger(__name__)
 
 
 class SuspiciousPath(InvalidPath, SuspiciousFileOperation):
@@ -232,19 +236,29 @@ def find_proxy(name: str) -> ProxyStorage | None:
     return None
 
 
-@dataclass(frozen=True)
 class _Release:
     """Releases, at the end of the process, what the loop of the bridge holds of a storage. Tidies nothing up: by then
     a database of the same settings may be another one, as it is after a run of tests."""
 
-    proxy: ProxyStorage
+    def __init__(self, proxy: ProxyStorage) -> None:
+        self.proxy = weakref.ref(proxy)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Release) and other.proxy == self.proxy
+
+    def __hash__(self) -> int:
+        return hash(self.proxy)
 
     async def __call__(self) -> None:
-        proxy = self.proxy
+        proxy = self.proxy()
+        if proxy is None:
+            return
         await proxy.cleanup.drain(within=proxy.timeouts.cleanup)
-        for backend in proxy.originals.values():
-            await backend.aclose()
-        await proxy.meta.aclose()
+        for part in (*proxy.originals.values(), proxy.meta):
+            try:
+                await part.aclose()
+            except StorageError as error:  # out of reach, or its database is not configured any more
+                _log.debug("%s was not released: %s", part, error)
 
 
 def asked(name: str | os.PathLike[str]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,8 +12,10 @@ from django.core.exceptions import SuspiciousFileOperation
 from django.core.files.storage import Storage
 from django.core.files.utils import validate_file_name
 
-from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound
+from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.paths import shown
+from aproxy_storage.records import STORED
 
 from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below
 from .bridge import refuse_on_event_loop
@@ -143,12 +146,42 @@ class BridgeStorage(AsyncTwins):
         if kind not in ("r", "w", "x", "a") or ("b" in mode and "t" in mode):
             raise ValueError(f"invalid mode: {mode!r}")
         if kind == "r" and "+" not in mode:
-            return ReadingFile(self, self.bridge.call(self._open_first, name), name, mode)
+            return ReadingFile(self, self.bridge.call(self._open_first, self._known(name)), name, mode)
         validate_file_name(name, allow_relative_path=True)
         return WritingFile(self, name, mode)
 
-    async def _open_first(self, name: str) -> tuple[AsyncFile, bytes, bool]:
-        return await open_for_reading(self.proxy.open(await self._touched(name)))
+    async def _open_first(self, name: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
+        found = await self._touched(name) if isinstance(name, str) else name
+        return await open_for_reading(self.proxy.open(found))
+
+    # -- records of a meta-backend that is synchronous by nature, without the loop
+
+    @property
+    def _look(self) -> Callable[[str], MetaRecord | None] | None:
+        """What looks a record up in this thread; None where that needs a loop, or more than a look."""
+        proxy = self.proxy
+        if (
+            self.read_through
+            or type(proxy).get is not ProxyStorage.get
+            or type(proxy).exists is not ProxyStorage.exists
+        ):
+            return None
+        look: Callable[[str], MetaRecord | None] | None = getattr(proxy.meta, "look_here", None)
+        return look
+
+    def _mine(self, record: MetaRecord | None) -> MetaRecord | None:
+        """Return `record` if it is a stored file of this storage."""
+        if record is None or record.state != STORED or record.proxy_storage_name != self.proxy.name:
+            return None
+        return record
+
+    def _known(self, name: str) -> str | MetaRecord:
+        """Return the record of `name` where it can be looked up here, else `name`."""
+        if (look := self._look) is None or asyncio._get_running_loop() is not None:
+            return name
+        if (record := self._mine(look(name))) is None:
+            raise NotFound(f"{self!r} has no file {shown(name)}", operation="get", path=name, backend=repr(self))
+        return record
 
     def delete(self, name: str | os.PathLike[str]) -> None:
         """Delete a file; one that is not there is deleted already.
@@ -160,11 +193,21 @@ class BridgeStorage(AsyncTwins):
         """
         if not name:
             raise ValueError("The name must be given to delete().")
-        self.bridge.call(self.adelete, asked(name))
+        text = asked(name)
+        if (look := self._look) is None:
+            self.bridge.call(self.adelete, text)
+            return
+        refuse_on_event_loop(f"{self!r}.delete()", "adelete()")
+        if (record := self._mine(look(text))) is not None:
+            self.bridge.call(self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is a file of that name: one question to the meta-backend."""
-        return self.bridge.call(self.aexists, asked(name))
+        text = asked(name)
+        if (look := self._look) is None or not text:
+            return self.bridge.call(self.aexists, text)
+        refuse_on_event_loop(f"{self!r}.exists()", "aexists()")
+        return self._mine(look(text)) is not None
 
     def size(self, name: str | os.PathLike[str]) -> int:
         """Return the size in bytes.
@@ -172,7 +215,14 @@ class BridgeStorage(AsyncTwins):
         Raises:
             FileNotFoundError.
         """
-        return self.bridge.call(self.asize, asked(name))
+        return self._size(self._known(asked(name)))
+
+    def _size(self, found: str | MetaRecord) -> int:
+        if isinstance(found, MetaRecord) and found.size is not None:
+            return found.size
+        return (
+            self.bridge.call(self.asize, found) if isinstance(found, str) else self.bridge.call(self.proxy.size, found)
+        )
 
     def url(self, name: str | os.PathLike[str] | None, **options: Any) -> str:
         """Return the URL of a file. With a `base_url` that is it and the path, without any I/O, in any thread.
@@ -254,7 +304,8 @@ class BridgeStorage(AsyncTwins):
 
     def get(self, name: str | os.PathLike[str]) -> MetaRecord:
         """Return the record of a file; see `ProxyStorage.get`."""
-        return self.bridge.call(self._record, name)
+        known = self._known(asked(name))
+        return known if isinstance(known, MetaRecord) else self.bridge.call(self._record, known)
 
     def get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
         """Return the records of `names` in their order, None where there is no such file."""

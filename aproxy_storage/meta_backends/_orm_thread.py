@@ -19,7 +19,7 @@ from django.db import InterfaceError, OperationalError, connections
 from ..errors import DeadlineExceeded
 from ._orm_errors import NotConnected
 
-__all__ = ["in_djangos_thread"]
+__all__ = ["in_djangos_thread", "in_this_thread"]
 
 T = TypeVar("T")
 
@@ -81,6 +81,17 @@ async def in_djangos_thread(
         if job.take():
             error.outcome_unknown = False  # type: ignore[attr-defined]
         raise
+
+
+def in_this_thread(alias: Callable[[], str], function: Callable[..., T], *args: Any) -> T:
+    """Return ``function(connection, *args)``, a read, called here and now.
+
+    Raises:
+        NotConnected: the database could not be reached. And what `function` raises.
+    """
+    _watch_forks()
+    result: T = _perform(_Job(alias, function, args, True))
+    return result
 
 
 def _perform(job: _Job) -> Any:

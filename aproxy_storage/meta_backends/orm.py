@@ -18,7 +18,7 @@ try:
 
     from ._orm_errors import NotConnected, orm_error
     from ._orm_rows import PARAMETERS, Batch, Rows
-    from ._orm_thread import in_djangos_thread
+    from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
     raise MissingDependency.of("Django", "django") from error
 
@@ -115,6 +115,26 @@ class ORMMetaBackend(MetaBackend):
             )
         except NotConnected as error:
             raise self._map_error(error, f"use {self}") from error.__cause__
+
+    def look_here(self, path: str) -> MetaRecord | None:
+        """Return the record of `path`, whatever its state, or None; in the calling thread, which runs no event loop.
+
+        For synchronous code: Django's ORM is synchronous, so that a look-up need not go through a loop. Nothing limits
+        its time but the database.
+
+        Raises:
+            What the class says, but for DeadlineExceeded.
+        """
+        try:
+            return in_this_thread(self._rows.alias, self._rows.get, path)
+        except NotConnected as error:
+            raise self._map_error(error, f"use {self}") from error.__cause__
+        except StorageError as error:
+            error.located(operation="get", path=path, backend=str(self))
+            raise
+        except Exception as error:
+            what = f"get {path!r} in {self}"
+            raise self._map_error(error, what).located(operation="get", path=path, backend=str(self)) from error
 
     async def _read(self, function: Callable[..., A], *args: Any) -> A:
         return await self._run(function, *args, repeatable=True)

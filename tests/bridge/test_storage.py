@@ -451,6 +451,21 @@ def test_the_verbs_of_a_proxy_storage(storage: BridgeStorage) -> None:
         meta.get("a.txt")
 
 
+def test_records_of_the_orm_are_looked_up_without_the_loop(
+    default: BridgeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = default.save("a.txt", ContentFile(b"Hello"))
+    monkeypatch.setattr(type(bridge), "call", None)
+    assert default.exists(path)
+    assert default.size(path) == 5
+    assert default.get(path).size == 5
+    assert not default.exists("b.txt")
+    for ask in (default.size, default.get, default.open):
+        with pytest.raises(FileNotFoundError):
+            ask("b.txt")
+    default.delete("b.txt")
+
+
 def test_using_is_of_one_call_only(tmp_path: Path) -> None:
     proxy = ProxyStorage("two", originals={"one": MemoryBackend(), "other": MemoryBackend()}, meta=MemoryMetaBackend())
     storage = BridgeStorage(storage=proxy)
