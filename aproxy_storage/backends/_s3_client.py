@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError
+from ..errors import BackendUnavailable, ConfigurationError, DeadlineExceeded, MissingDependency, StorageError
 from ..timeouts import IdleWatch
 
 try:
@@ -75,10 +75,11 @@ class ConnectionOptions:
 
 
 class Body(io.BytesIO):
-    """The body of a request. `on_progress` is called as it is sent; `sent` once all of it may be on its way."""
+    """The body of a request. `on_progress` is called as it is sent."""
 
     on_progress: Callable[[], None] | None = None
-    sent = False
+    _sent = False  # all of it may be on its way
+    _withdrawn = False
 
     @property
     def size(self) -> int:
@@ -86,32 +87,34 @@ class Body(io.BytesIO):
             return len(view)
 
     def read(self, size: int | None = -1, /) -> bytes:
+        if self._withdrawn:
+            raise ConnectionAbortedError("the content was withdrawn")
         piece = super().read(size)
         if self.on_progress is not None:
             self.on_progress()
-        if not self.sent and self.tell() >= self.size:
-            self.sent = True
+        if not self._sent and self.tell() >= self.size:
+            self._sent = True
         return piece
+
+    def withdraw(self) -> bool:
+        """Let nothing more of it be read; return whether that keeps the request from being whole."""
+        self._withdrawn = True
+        return not self._sent
 
 
 class Slot:
-    """One of the connections that may be used at a time. One that is dropped is given back too."""
+    """One of the connections that may be used at a time."""
 
-    __slots__ = ("_loop", "_slots")
+    __slots__ = ("_slots",)
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots: asyncio.Semaphore | None = slots
-        self._loop = asyncio.get_running_loop()
 
     def release(self) -> None:
         """Give it back; idempotent."""
         slots, self._slots = self._slots, None
         if slots is not None:
             slots.release()
-
-    def __del__(self) -> None:
-        if self._slots is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._slots.release)
 
 
 class Connection:
@@ -194,16 +197,21 @@ class Connection:
         """
         if body is not None:
             params["Body"] = body
-        async with IdleWatch(self._options.idle) as watch:
-            if body is not None:
+        try:
+            async with IdleWatch(self._options.idle) as watch:
+                if body is not None:
 
-                def progress() -> None:
-                    watch.go_on()
-                    if on_progress is not None:
-                        on_progress()
+                    def progress() -> None:
+                        watch.go_on()
+                        if on_progress is not None:
+                            on_progress()
 
-                body.on_progress = progress
-            return await self._tried(operation, what, params, watch, again)
+                    body.on_progress = progress
+                return await self._tried(operation, what, params, watch, again)
+        except StorageError:
+            raise
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"could not {what}: {error}", outcome_unknown=True) from error
 
     async def _tried(self, operation: str, what: str, params: dict[str, Any], watch: IdleWatch, again: bool) -> Any:
         client = await self._client_for(what)

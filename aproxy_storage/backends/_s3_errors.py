@@ -122,9 +122,10 @@ def is_transient(error: Exception) -> bool:
         return code in _THROTTLED | _SLOW_CLIENT | _IN_THE_WAY or (_status(error) >= 500 and not _is_final(error, code))
     if isinstance(error, botocore_errors.SSLError | botocore_errors.ReadTimeoutError | ssl.SSLError):
         return False  # a timeout has cost as much time as there was
-    if isinstance(error, botocore_errors.ConnectionError | aiohttp.ClientError | ConnectionError):
-        return not isinstance(error, aiohttp.ClientSSLError | aiohttp.InvalidURL)
-    return False
+    if isinstance(error, aiohttp.ClientSSLError | aiohttp.InvalidURL):
+        return False
+    lost = botocore_errors.ConnectionError | botocore_errors.ConnectionClosedError | aiohttp.ClientError
+    return isinstance(error, lost | ConnectionError)
 
 
 def was_never_sent(error: BaseException) -> bool:

@@ -49,6 +49,7 @@ class Download:
         self._target = target  # Bucket and Key
         self._body: Any = None
         self._slot: Slot | None = None
+        self._loop = asyncio.get_running_loop()
         self.start = 0
 
     async def open(self, byte_range: ByteRange | None = None, *, etag: str | None = None) -> None:
@@ -152,10 +153,19 @@ class Download:
         """Give the connection back, or end it if there are bytes left in it; idempotent."""
         body, self._body = self._body, None
         slot, self._slot = self._slot, None
-        if body is not None:
-            body.close()
-        if slot is not None:
-            slot.release()
+        _give_back(body, slot)
+
+    def __del__(self) -> None:
+        # A reader that was forgotten. The collector may run in any thread.
+        if self._slot is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_give_back, self._body, self._slot)
+
+
+def _give_back(body: Any, slot: Slot | None) -> None:
+    if body is not None:
+        body.close()
+    if slot is not None:
+        slot.release()
 
 
 class ParallelDownload:

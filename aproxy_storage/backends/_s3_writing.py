@@ -281,8 +281,8 @@ async def decide(
             return await _settle(target, error)
 
     async def undo(task: asyncio.Task[Any]) -> bool:
-        if body is not None and not body.sent:
-            task.cancel()  # not all of it is on its way, so that it cannot count
+        if body is not None and body.withdraw():
+            task.cancel()  # not all of it is on its way, and what is not will not be
             await asyncio.wait({task})
             return True
         try:

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from aproxy_storage.backends.s3 import S3Backend
+from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
 from tests.services.s3 import S3Service
 
@@ -24,6 +25,7 @@ class ObjectsBehind:
 
     service: S3Service
     client: Any
+    writers = 8  # more, and SeaweedFS makes them wait for seconds
 
     @pytest.fixture(autouse=True)
     def _behind(self, s3_service: S3Service, s3_client: Any) -> None:
@@ -74,3 +76,22 @@ class TestS3BackendInParts(TestS3Backend):
 
     async def test_one_of_many_simultaneous_copies_wins(self, backend: Any) -> None:
         pytest.skip("SeaweedFS lets several simultaneous CompleteMultipartUpload win, see docs/s3.md")
+
+
+def test_capabilities_are_these() -> None:
+    assert S3Backend.capabilities == Capabilities(
+        conditional_create=True,
+        range_read=True,
+        list=True,
+        url=True,
+        modified_time=True,
+        server_copy=True,
+        metadata=True,
+        content_type=True,
+        tokens=True,
+        upload_form=True,
+    )
+    made = S3Backend("bucket", prefix="a/prefix", conditional_writes=False, max_segment_bytes=255)
+    assert made.capabilities.max_key_bytes == 1024 - len("a/prefix/")
+    assert made.capabilities.max_segment_bytes == 255
+    assert not made.capabilities.conditional_create

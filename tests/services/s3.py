@@ -76,8 +76,9 @@ class S3Service:
         """Return a new synchronous botocore client, with few retries. Close it."""
         import botocore.session
         from botocore.config import Config
+        from botocore.handlers import add_expect_header
 
-        return botocore.session.get_session().create_client(
+        client = botocore.session.get_session().create_client(
             "s3",
             endpoint_url=self.endpoint_url,
             region_name=self.region,
@@ -92,6 +93,9 @@ class S3Service:
                 response_checksum_validation="when_required",
             ),
         )
+        # Now and then botocore waits for the end of an answer that has come, after SeaweedFS has said "100 Continue".
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
 
     def everything(self, client: Any) -> list[str]:
         """Return the keys below the prefix, without it, and unfinished multipart uploads as ``key (upload)``."""

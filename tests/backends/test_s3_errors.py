@@ -1,0 +1,405 @@
+"""What S3 answers, and fails to answer, becomes the right error without a secret; what is safe is tried again."""
+
+import asyncio
+import contextlib
+import itertools
+import pickle
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aproxy_storage.backends import _s3_client
+from aproxy_storage.backends.s3 import S3Backend
+from aproxy_storage.errors import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    Conflict,
+    DeadlineExceeded,
+    NotFound,
+    NotSupported,
+    OutOfSpace,
+    StorageError,
+)
+from aproxy_storage.records import ByteRange
+from aproxy_storage.timeouts import Timeouts
+from tests.backends.fake_s3 import Answer, Asked, FakeS3, error
+from tests.backends.test_s3 import backend_of
+from tests.services.s3 import S3Server
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_s3_client, "_PATIENCE", 0.001)
+    monkeypatch.setattr(_s3_client, "_LONG_PATIENCE", 0.001)
+
+
+async def read(backend: S3Backend, key: str, **options: Any) -> bytes:
+    async with backend.read(key, **options) as reader:
+        return b"".join([chunk async for chunk in reader])
+
+
+async def every_verb(backend: S3Backend) -> dict[str, StorageError]:
+    """Return what each verb raises."""
+
+    async def listing() -> None:
+        async for _ in backend.list():
+            pass
+
+    verbs: dict[str, Callable[[], Any]] = {
+        "write": lambda: backend.write("key", b"content"),
+        "read": lambda: read(backend, "key"),
+        "stat": lambda: backend.stat("key"),
+        "discard": lambda: backend.discard("key"),
+        "copy": lambda: backend.copy("key", "other"),
+        "list": listing,
+        "delete_many": lambda: backend.delete_many(["key"]),
+    }
+    raised = {}
+    for name, call in verbs.items():
+        with pytest.raises(StorageError) as caught:
+            await call()
+        raised[name] = caught.value
+        assert caught.value.operation == name
+        assert caught.value.__cause__ is not None
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    return raised
+
+
+def assert_no_secret(raised: StorageError) -> None:
+    for secret in ("sEcReTkEy", "tOkEn", "a secret", "X-Amz-", "AKFAKE"):
+        assert secret not in str(raised)
+
+
+# -- what the service says
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "hint"),
+    [
+        (error(403, "ExpiredToken"), AccessDenied, "have expired"),
+        (error(400, "ExpiredToken"), AccessDenied, "have expired"),
+        (error(403, "RequestTimeTooSkewed"), AccessDenied, "clock"),
+        (error(403, "InvalidAccessKeyId"), AccessDenied, "access_key"),
+        (error(403, "SignatureDoesNotMatch"), AccessDenied, "secret key"),
+        (error(403, "AccessDenied"), AccessDenied, "right"),
+        (error(400, "AuthorizationHeaderMalformed", Region="eu-west-3"), ConfigurationError, "'eu-west-3'"),
+        (error(404, "NoSuchBucket"), ConfigurationError, "bucket="),
+        (error(500, "InternalError"), BackendUnavailable, "InternalError"),
+        (error(503, "SlowDown"), BackendUnavailable, "slow down"),
+        (error(503, "ServiceUnavailable"), BackendUnavailable, "out of order"),
+        (Answer(502, {}, b"<html>Bad Gateway</html>"), BackendUnavailable, "out of order"),
+        (error(507, "XMinioStorageFull"), OutOfSpace, "no room"),
+        (error(501, "NotImplemented"), NotSupported, "conditional_writes="),
+        (error(400, "SomethingNew"), BackendUnavailable, "SomethingNew"),
+    ],
+    ids=lambda value: getattr(value, "status", "") if isinstance(value, Answer) else "",
+)
+async def test_answers_become_errors(answer: Answer, expected: type[StorageError], hint: str) -> None:
+    async with FakeS3(lambda asked: answer).backend() as backend:
+        for verb, raised in (await every_verb(backend)).items():
+            assert_no_secret(raised)
+            if verb in ("stat", "copy"):  # a HEAD is answered without a body, by the status alone
+                assert isinstance(raised, StorageError)
+                continue
+            assert type(raised) is expected, verb
+            assert hint in str(raised), verb
+            assert "key" in str(raised) or verb in ("list", "delete_many")
+
+
+async def test_head_is_understood_by_its_status() -> None:
+    statuses = {403: AccessDenied, 400: BackendUnavailable, 500: BackendUnavailable, 503: BackendUnavailable}
+    for status, expected in statuses.items():
+        async with FakeS3(lambda asked, status=status: Answer(status)).backend() as backend:  # type: ignore[misc]
+            with pytest.raises(expected):
+                await backend.stat("key")
+
+
+async def test_transient_errors_are_tried_again() -> None:
+    for answers in ([error(503, "SlowDown")], [error(500, "InternalError"), Answer(cut=-1)], [Answer(cut=-1)] * 3):
+        script = iter([*answers, Answer(200, {"ETag": '"1"', "Content-Length": "0"})])
+        fake = FakeS3(lambda asked, script=script: next(script))  # type: ignore[misc]
+        async with fake.backend() as backend:
+            assert (await backend.stat("key")).etag == '"1"'
+        assert len(fake.asked) >= len(answers) + 1
+
+
+async def test_what_is_not_transient_is_asked_once() -> None:
+    fake = FakeS3(lambda asked: error(403, "AccessDenied"))
+    async with fake.backend() as backend:
+        with pytest.raises(AccessDenied):
+            await backend.write("key", b"x")
+    assert len(fake.asked) == 1
+
+
+async def test_tries_end() -> None:
+    fake = FakeS3(lambda asked: error(503, "SlowDown"))
+    async with fake.backend() as backend:
+        with pytest.raises(BackendUnavailable) as caught:
+            await backend.write("key", b"x")
+        assert not caught.value.outcome_unknown, "it was never carried out"
+    assert len(fake.asked) == 4
+
+
+# -- answers that are lost
+
+
+class OneObject:
+    """A service with one key, whose answers to what makes an object are lost at first."""
+
+    def __init__(self, losses: int = 1, *, foreign: bool = False) -> None:
+        self.losses = losses
+        self.token: str | None = "somebodyElse" if foreign else None
+        self.uploads = 0
+
+    def __call__(self, asked: Asked) -> Answer:
+        if asked.method == "HEAD":
+            if self.token is None:
+                return Answer(404)
+            return Answer(200, {"ETag": '"1"', "x-amz-meta-aproxy-token": self.token})
+        if asked.method == "PUT" and "partNumber" in asked.query:
+            return Answer(200, {"ETag": '"part"'})
+        if asked.method == "POST" and asked.query.startswith("uploads"):
+            self.uploads += 1
+            self.next_token = asked.headers["x-amz-meta-aproxy-token"]
+            return Answer(200, {}, b"<R><UploadId>1</UploadId></R>")
+        if asked.method == "DELETE":
+            return Answer(204)
+        if asked.method == "GET":
+            return Answer(200, {}, b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")
+        assert asked.headers.get("if-none-match") == "*", f"{asked} would overwrite"
+        if self.token is not None:
+            if asked.method == "POST":
+                return error(404, "NoSuchUpload")
+            return error(412, "PreconditionFailed")
+        self.token = asked.headers.get("x-amz-meta-aproxy-token") or self.next_token
+        self.losses -= 1
+        if self.losses >= 0:
+            return Answer(cut=-1)
+        return Answer(200, {"ETag": '"1"'}, b"<R><ETag>1</ETag></R>")
+
+
+@pytest.mark.parametrize("content", ["one piece", "parts"])
+async def test_taken_by_our_own_first_try_is_success(content: str) -> None:
+    service = OneObject()
+    async with FakeS3(service).backend(multipart_bytes=1 << 16) as backend:
+        info = await backend.write("key", b"x" * (10 if content == "one piece" else 1 << 20), token="ours00000000")
+        assert info.token == service.token == "ours00000000"
+    assert service.losses < 0 or service.token == "ours00000000"
+
+
+@pytest.mark.parametrize("size", [10, 1 << 20])
+async def test_taken_by_somebody_else_is_not(size: int) -> None:
+    service = OneObject(0, foreign=True)
+    async with FakeS3(service).backend(multipart_bytes=1 << 16) as backend:
+        with pytest.raises(AlreadyExists) as caught:
+            await backend.write("key", b"x" * size, token="ours00000000")
+        assert not caught.value.outcome_unknown
+    assert service.uploads == 0, "everything was sent for nothing"
+
+
+async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
+    """It would leave an upload that nobody knows of."""
+    begun = 0
+
+    def answer(asked: Asked) -> Answer:
+        nonlocal begun
+        if asked.method == "POST":
+            begun += 1
+            return Answer(cut=-1)
+        return Answer(404)
+
+    async with FakeS3(answer).backend(multipart_bytes=1 << 16) as backend:
+        with pytest.raises(BackendUnavailable):
+            await backend.write("key", b"x" * (1 << 20))
+    assert begun == 1
+
+
+async def test_lost_answers_leave_the_outcome_unknown() -> None:
+    async with FakeS3(lambda asked: Answer(cut=-1)).backend() as backend:
+        with pytest.raises(BackendUnavailable) as caught:
+            await backend.write("key", b"x")
+        assert caught.value.outcome_unknown
+
+
+async def test_no_server_leaves_it_known() -> None:
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        async with S3Backend("bucket", endpoint_url=endpoint, access_key="a", secret_key="b") as backend:
+            for raised in (await every_verb(backend)).values():
+                assert type(raised) is BackendUnavailable
+                assert not raised.outcome_unknown
+                assert "cannot be reached" in str(raised)
+
+
+async def test_conflicting_requests_are_told_apart() -> None:
+    """409 says that another write is under way; only a look tells whether it has won."""
+
+    def answer(asked: Asked) -> Answer:
+        return Answer(404) if asked.method == "HEAD" else error(409, "ConditionalRequestConflict")
+
+    async with FakeS3(answer).backend() as backend:
+        with pytest.raises(Conflict):
+            await backend.write("key", b"x")
+
+
+# -- reading
+
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+
+
+def ranged(asked: Asked, content: bytes = CONTENT, etag: str = '"1"', **how: Any) -> Answer:
+    """Answer a GET as S3 does."""
+    headers = {"ETag": etag}
+    if asked.headers.get("if-match", etag) != etag:
+        return error(412, "PreconditionFailed")
+    if "range" not in asked.headers:
+        return Answer(200, headers, content, **how)
+    first, _, last = asked.headers["range"].removeprefix("bytes=").partition("-")
+    start, stop = int(first), min(int(last or len(content)) + 1, len(content))
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+    return Answer(206, headers, content[start:stop], **how)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+async def test_broken_connections_are_taken_up_again(parallel: int) -> None:
+    broken = itertools.count()
+    fake = FakeS3(lambda asked: ranged(asked, cut=150_000 if next(broken) % 2 == 0 else None))
+    async with fake.backend(parallel_reads=parallel) as backend:
+        backend._range_bytes = 400_000
+        assert await read(backend, "key", chunk_bytes=1 << 16) == CONTENT
+        assert await read(backend, "key", chunk_bytes=1 << 21) == CONTENT
+        part = ByteRange(1000, 900_000)
+        assert await read(backend, "key", byte_range=part, chunk_bytes=1 << 16) == CONTENT[1000:900_000]
+    resumed = [asked for asked in fake.asked if "if-match" in asked.headers]
+    assert resumed
+    assert all(asked.headers["if-match"] == '"1"' for asked in resumed)
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+async def test_two_versions_are_never_spliced(parallel: int) -> None:
+    versions = itertools.count()
+
+    def answer(asked: Asked) -> Answer:
+        version = next(versions)
+        return ranged(asked, bytes([version]) * len(CONTENT), f'"{version}"', cut=150_000)
+
+    async with FakeS3(answer).backend(parallel_reads=parallel) as backend:
+        backend._range_bytes = 400_000
+        got = b""
+        with pytest.raises(Conflict, match="replaced"):
+            async with backend.read("key", chunk_bytes=1 << 16) as reader:
+                async for chunk in reader:
+                    got += chunk
+        assert got == bytes(len(got)), "a mixture"
+
+
+async def test_service_that_ignores_if_match_is_found_out() -> None:
+    versions = itertools.count()
+
+    def answer(asked: Asked) -> Answer:
+        asked.headers.pop("if-match", None)
+        return ranged(asked, CONTENT, f'"{next(versions)}"', cut=150_000)
+
+    async with FakeS3(answer).backend() as backend:
+        with pytest.raises(Conflict):
+            await read(backend, "key", chunk_bytes=1 << 16)
+
+
+async def test_object_that_vanishes_amid_a_read_is_a_conflict() -> None:
+    async with FakeS3(
+        lambda asked: ranged(asked, cut=150_000) if "range" not in asked.headers else error(404, "NoSuchKey")
+    ).backend() as backend:
+        with pytest.raises(Conflict, match="removed"):
+            await read(backend, "key", chunk_bytes=1 << 16)
+
+
+async def test_read_without_progress_ends() -> None:
+    cut = iter([1000])
+    async with FakeS3(lambda asked: ranged(asked, cut=next(cut, 0))).backend() as backend:
+        with pytest.raises(BackendUnavailable, match="5 times in a row at byte 1000"):
+            await read(backend, "key", chunk_bytes=1 << 16)
+
+
+async def test_service_that_ignores_ranges_is_found_out() -> None:
+    async with FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}, CONTENT)).backend() as backend:
+        with pytest.raises(BackendUnavailable, match="ignored the range"):
+            await read(backend, "key", byte_range=ByteRange(10, 20))
+
+
+# -- a real service
+
+
+async def test_wrong_credentials(s3_server: S3Server) -> None:
+    service = s3_server.service.fresh()
+    for wrong, hint in (
+        ({"access_key": "AKNOBODY"}, "no such access key"),
+        ({"secret_key": "sEcReTkEy"}, "secret key"),
+    ):
+        async with backend_of(service, **wrong) as backend:
+            for verb, raised in (await every_verb(backend)).items():
+                assert type(raised) is AccessDenied, verb
+                assert hint in str(raised) or verb in ("stat", "copy")
+                assert_no_secret(raised)
+
+
+async def test_read_only_key(s3_server: S3Server) -> None:
+    service = s3_server.read_only.fresh()
+    async with backend_of(service) as backend:
+        for call in (backend.write("key", b"x"), backend.discard("key")):
+            with pytest.raises(AccessDenied):
+                await call
+        assert isinstance((await backend.delete_many(["key"]))["key"], AccessDenied)
+        with pytest.raises(NotFound):
+            await backend.stat("key")
+        assert [info async for info in backend.list()] == []
+
+
+async def test_missing_bucket_is_not_a_missing_object(s3_server: S3Server) -> None:
+    async with backend_of(s3_server.service.fresh(), bucket="nowhere") as backend:
+        for verb, raised in (await every_verb(backend)).items():
+            if verb != "copy":
+                assert isinstance(raised, ConfigurationError), (verb, raised)
+                assert "bucket=" in str(raised)
+
+
+async def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+    async with S3Backend("bucket", endpoint_url="http://127.0.0.1:1", region="x") as backend:
+        with pytest.raises(ConfigurationError, match="AWS_ACCESS_KEY_ID"):
+            await backend.stat("key")
+    async with S3Backend("bucket", profile="nobody") as backend:
+        with pytest.raises(ConfigurationError, match="profile"):
+            await backend.stat("key")
+
+
+async def test_endpoint_that_is_none() -> None:
+    async with S3Backend("bucket", endpoint_url="nonsense", access_key="a", secret_key="b") as backend:
+        with pytest.raises(ConfigurationError, match="endpoint"):
+            await backend.stat("key")
+
+
+async def test_silent_server_is_given_up() -> None:
+    over = asyncio.Event()
+
+    async def silence(asked: Asked) -> Answer:
+        await over.wait()
+        return Answer(cut=-1)
+
+    timeouts = Timeouts(operation=0.2, idle=0.2, cleanup=0.2)
+    async with FakeS3(silence).backend(timeouts=timeouts) as backend:
+        for verb, raised in (await every_verb(backend)).items():
+            assert isinstance(raised, DeadlineExceeded), verb
+            assert raised.outcome_unknown, verb
+        over.set()
