@@ -21,7 +21,7 @@ from django.core.signals import setting_changed
 from django.utils.encoding import filepath_to_uri
 from django.utils.module_loading import import_string
 
-from aproxy_storage import InvalidPath, MetaBackend, ProxyStorage, StorageError
+from aproxy_storage import Backend, InvalidPath, MetaBackend, ProxyStorage, StorageError
 
 from . import bridge as _bridge
 from .bridge import Bridge
@@ -254,7 +254,8 @@ class _Release:
         if proxy is None:
             return
         await proxy.cleanup.drain(within=proxy.timeouts.cleanup)
-        for part in (*proxy.originals.values(), proxy.meta):
+        parts: list[Backend | MetaBackend] = [*proxy.originals.values(), proxy.meta]
+        for part in parts:
             try:
                 await part.aclose()
             except StorageError as error:  # out of reach, or its database is not configured any more
