@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,22 @@ def postgres_database(migrated_postgres: str) -> str:
     with connections[migrated_postgres].cursor() as cursor:
         cursor.execute(f"TRUNCATE {', '.join(tables)} RESTART IDENTITY")
     return migrated_postgres
+
+
+@pytest.fixture
+def added() -> Iterator[Callable[[dict[str, Any]], str]]:
+    """Add databases for the time of a test."""
+    aliases: list[str] = []
+
+    def add(settings: dict[str, Any]) -> str:
+        alias = f"db{uuid.uuid4().hex[:8]}"
+        add_database(alias, settings)
+        aliases.append(alias)
+        return alias
+
+    yield add
+    for alias in aliases:
+        remove_database(alias)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -7,7 +7,6 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from aproxy_storage import (
     BackendUnavailable,
     ConfigurationError,
     DeadlineExceeded,
-    StorageError,
     Timeouts,
 )
 from aproxy_storage.config import meta_backend_from_url
@@ -29,31 +27,12 @@ from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 from sync_bridge.models import StoredFile
 from tests.django_support.setup import (
-    add_database,
-    make_tables,
     postgres_settings,
-    remove_database,
     sqlite_settings,
 )
 from tests.services.postgres import PASSWORD_ROLE, PostgresServer
 
 pytestmark = pytest.mark.asyncio
-
-
-@pytest.fixture
-def added() -> Iterator[Callable[[dict[str, Any]], str]]:
-    """Add databases for the time of a test."""
-    aliases: list[str] = []
-
-    def add(settings: dict[str, Any]) -> str:
-        alias = f"db{uuid.uuid4().hex[:8]}"
-        add_database(alias, settings)
-        aliases.append(alias)
-        return alias
-
-    yield add
-    for alias in aliases:
-        remove_database(alias)
 
 
 # -- put together wrongly
@@ -196,79 +175,6 @@ async def test_a_busy_thread_is_told_from_a_slow_database(django_database: Path)
     release.set()
     await blocker
     assert await meta.count() == 0, "what was given up before it began is never begun"
-    await meta.aclose()
-
-
-@pytest.fixture
-def own_database(own_postgres: PostgresServer, added: Any) -> str:
-    name: str = added(postgres_settings(own_postgres.url))
-    make_tables(name)
-    connections[name].close()
-    return name
-
-
-async def test_a_killed_server_and_its_return(own_postgres: PostgresServer, own_database: str) -> None:
-    meta = ORMMetaBackend(StoredFile, own_database)
-    answered: list[str] = []
-    stop = False
-
-    async def load(worker: int) -> None:
-        for number in range(10_000):
-            if stop:
-                return
-            path = f"{worker}/{number}"
-            try:
-                await meta.create(make_record(path))
-                answered.append(path)
-            except BackendUnavailable:
-                await asyncio.sleep(0.01)
-
-    async def until(count: int) -> None:
-        while len(answered) < count:  # noqa: ASYNC110  a poll is enough for a test
-            await asyncio.sleep(0.01)
-
-    async with asyncio.TaskGroup() as group:
-        for worker in range(8):
-            group.create_task(load(worker))
-        await until(50)
-        own_postgres.kill9()
-        with pytest.raises(BackendUnavailable) as caught:
-            await meta.get("x")
-        assert caught.value.retryable
-        await asyncio.to_thread(own_postgres.start)
-        await until(len(answered) + 50)
-        stop = True
-    there = {record.path async for record in meta.list()}
-    assert set(answered) <= there
-    await meta.aclose()
-
-
-async def test_a_read_survives_the_restart_of_an_idle_server(own_postgres: PostgresServer, own_database: str) -> None:
-    meta = ORMMetaBackend(StoredFile, own_database)
-    record = await meta.create(make_record("a"))
-    await asyncio.to_thread(own_postgres.kill9)
-    await asyncio.to_thread(own_postgres.start)
-    assert await meta.get("a") == record
-    await meta.aclose()
-
-
-async def test_a_hung_server_hits_the_deadline(own_postgres: PostgresServer, own_database: str) -> None:
-    meta = ORMMetaBackend(StoredFile, own_database, timeouts=Timeouts(operation=0.3))
-    await meta.create(make_record("a"))
-    own_postgres.pause()
-    try:
-        began = time.monotonic()
-        answers = await asyncio.gather(
-            meta.create(make_record("b")), *(meta.get("a") for _ in range(5)), return_exceptions=True
-        )
-        assert time.monotonic() - began < 10
-        assert {type(answer) for answer in answers} == {DeadlineExceeded}
-        assert isinstance(answers[0], StorageError)
-        assert answers[0].outcome_unknown, "it had been sent"
-    finally:
-        own_postgres.resume()
-    await sync_to_async(lambda: None)()  # the thread is free again, after what it was at
-    assert await ORMMetaBackend(StoredFile, own_database).get("b") is not None
     await meta.aclose()
 
 
