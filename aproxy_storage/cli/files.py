@@ -57,7 +57,7 @@ async def ls(
             session.out.line(" " * (45 if long else 0) + printable(entry.path))
 
 
-async def stat(session: Session, paths: Annotated[list[str], typer.Argument(metavar="PATH...")]) -> None:
+async def stat(session: Session, paths: Annotated[list[str], typer.Argument(metavar="PATH")]) -> None:
     """Show the record of a file: where its bytes are, how many, their checksum."""
     storage = await session.storage()
     for number, path in enumerate(paths):
@@ -74,7 +74,7 @@ async def stat(session: Session, paths: Annotated[list[str], typer.Argument(meta
 
 def describe(record: MetaRecord, where: str) -> list[tuple[str, str]]:
     """Return a record in words, line by line."""
-    exact = "" if record.size is None else f" ({record.size:,} bytes)"
+    exact = f" ({record.size:,} bytes)" if record.size is not None and record.size >= 1000 else ""
     rows = [
         ("path", record.path),
         ("size", size(record.size) + exact),
@@ -93,7 +93,7 @@ def describe(record: MetaRecord, where: str) -> list[tuple[str, str]]:
 
 async def rm(
     session: Session,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="With -r directories, or . for everything.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="With -r directories, or . for everything.")],
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="All files below each PATH.")] = False,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Do not mind what is not there.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

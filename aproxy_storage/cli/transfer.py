@@ -59,7 +59,7 @@ class _Item:
 
 async def put(
     session: Session,
-    sources: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files; - is standard input.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files; - is standard input.")],
     to: Annotated[
         str | None,
         typer.Option("--to", "-t", metavar="PATH", help="Path of a single one; of several, or with a / at its end, "
@@ -307,7 +307,7 @@ async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, forc
 
 async def cat(
     session: Session,
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH")],
     byte_range: Annotated[
         str | None,
         typer.Option("--range", metavar="RANGE", help="As in HTTP: 0-99 the first hundred bytes, 100- all from there, "

@@ -61,10 +61,11 @@ def test_stat(run: Run) -> None:
     done = run("stat", "t/a.txt", "t/empty")
     lines = [line.split(maxsplit=1) for line in done.lines if line]
     assert ["path", "t/a.txt"] in lines
-    assert ["size", "5 bytes (5 bytes)"] in lines
+    assert ["size", "5 bytes"] in lines
     assert ["type", "text/plain"] in lines
     assert ["bytes", f"at  {Path('aproxy-data/files/t/a.txt').absolute()}"] in lines
     assert len(lines) == 20
+    assert "size  76.8 kB (76,800 bytes)" in run("stat", "t/b/d/e.bin").out
     (row,) = run("stat", "t/a.txt", "--json").rows
     assert row["full_path"] == str(Path("aproxy-data/files/t/a.txt").absolute())
     assert "has no file" in run("stat", "t/x", code=1).err
