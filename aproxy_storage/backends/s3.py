@@ -159,6 +159,9 @@ class S3Backend(Backend):
             raise ConfigurationError("multipart_bytes must be positive, and part_bytes at most")
         if cloudfront is not None and custom_domain is None:
             raise ConfigurationError("CloudFront signs URLs on custom_domain=, which is missing")
+        if addressing_style is None and endpoint_url is None and "." not in bucket:
+            # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
+            addressing_style = "virtual"
         self.bucket = bucket
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)

@@ -44,6 +44,8 @@ rm -rf "$0"
 for port in "$@"; do rm -f /tmp/seaweedfs-*-"$port".sock; done
 """
 
+_PROBE = "probe"  # the one object of the public bucket
+
 _PORTS = ("s3", "master", "volume", "filer", "admin")  # each of them once more for gRPC
 
 
@@ -124,6 +126,7 @@ class S3Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self.directory = Path()
+        self._has_buckets = False
         # A port that was free may be taken by the time that the server binds it; then it takes another or dies.
         for attempt in range(5):
             try:
@@ -198,10 +201,14 @@ class S3Server:
 
     def _ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.service.endpoint_url}/healthz", timeout=1) as answer:
-                return bool(answer.status == 200)
+            with urllib.request.urlopen(f"{self.service.endpoint_url}/healthz", timeout=1):
+                pass
+            if self._has_buckets:  # it is healthy a moment before it finds what it had
+                with urllib.request.urlopen(f"{self.service.endpoint_url}/{self.public.bucket}/{_PROBE}", timeout=5):
+                    pass
         except OSError:
             return False
+        return True
 
     def _make_buckets(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -211,10 +218,12 @@ class S3Server:
                 try:
                     client.create_bucket(Bucket=service.bucket)
                     # The first write to a bucket makes its volumes.
-                    client.put_object(Bucket=service.bucket, Key="first", Body=b"")
-                    client.delete_object(Bucket=service.bucket, Key="first")
+                    client.put_object(Bucket=service.bucket, Key=_PROBE, Body=b"there")
+                    if service is self.service:
+                        client.delete_object(Bucket=service.bucket, Key=_PROBE)
                 except (BotoCoreError, ClientError) as error:
                     raise _PortTakenError(f"another server answers, or this one not: {error}\n{self.log()}") from error
+        self._has_buckets = True
 
     @property
     def pid(self) -> int:
