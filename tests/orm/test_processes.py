@@ -88,6 +88,49 @@ def test_threads_that_create_the_same_paths(database: str) -> None:
     assert sorted(won) == paths
 
 
+RACER = """
+import asyncio, sys
+from tests.django_support.setup import add_database, configure, postgres_settings
+configure()
+add_database("db", postgres_settings(sys.argv[1], options=sys.argv[2]))
+from aproxy_storage import AlreadyExists
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
+from aproxy_storage.testing.meta_backends import make_record
+
+meta = ORMMetaBackend("sync_bridge.StoredFile", "db")
+paths = iter([f"{number:04}" for number in range(int(sys.argv[3]))])
+
+async def work():
+    for path in paths:
+        try:
+            print((await meta.create(make_record(path))).path)
+        except AlreadyExists:
+            pass
+
+async def main():
+    await asyncio.gather(*(work() for _ in range(100)))
+    await meta.aclose()
+
+sys.stdin.readline()  # all of them at once
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.soak)])
+def test_processes_that_create_the_same_paths(postgres_database: str, postgres_url: str, count: int) -> None:
+    command = [sys.executable, "-c", RACER, postgres_url, f"-c search_path={postgres_database}", str(count)]
+    environment = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(8)]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    won = [path for racer in racers for path in racer.communicate(timeout=120)[0].split()]
+    assert [racer.returncode for racer in racers] == [0] * 8
+    assert sorted(won) == [f"{number:04}" for number in range(count)]
+
+
 FORKER = """
 import asyncio, os, sys
 from django.conf import settings
