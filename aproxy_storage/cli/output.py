@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -25,7 +27,18 @@ from rich.progress import (
 from ..errors import StorageError
 from ..records import MetaRecord
 
-__all__ = ["Bar", "Output", "Tally", "described", "duration", "parse_duration", "printable", "size", "when"]
+__all__ = [
+    "Bar",
+    "Output",
+    "Tally",
+    "WatchedFile",
+    "described",
+    "duration",
+    "parse_duration",
+    "printable",
+    "size",
+    "when",
+]
 
 
 def size(count: int | None) -> str:
@@ -106,18 +119,51 @@ class Tally:
 
 
 class Bar:
-    """A progress bar over files; without a terminal, nothing."""
+    """A progress bar over files; without a terminal, nothing. May be moved from any thread.
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+    Attributes:
+        shown: there is a terminal on which it is drawn.
+    """
+
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self.shown = progress is not None
         self._progress = progress
         self._task = task
         self._bytes = 0
 
-    def advance(self, count: int | None) -> None:
-        """Count one more file, of `count` bytes."""
-        self._bytes += count or 0
+    def advance(self, count: int | None = 0) -> None:
+        """Count one more file, and `count` bytes."""
+        self._move(1, count or 0)
+
+    def moved(self, count: int) -> None:
+        """Count bytes of a file that is not done yet; negative where they have to be moved again."""
+        self._move(0, count)
+
+    def _move(self, files: int, count: int) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=1, bytes=size(self._bytes))
+            self._bytes += count
+            self._progress.update(self._task, advance=files, bytes=size(self._bytes))
+
+
+class WatchedFile(io.FileIO):
+    """A local file that tells a bar of every piece that is read from it."""
+
+    def __init__(self, path: str | os.PathLike[str], bar: Bar) -> None:
+        super().__init__(os.fspath(path), "rb")
+        self._bar = bar
+        self._count = 0
+
+    def read(self, limit: int | None = -1, /) -> bytes:
+        data = super().read(-1 if limit is None else limit)
+        self._count += len(data)
+        self._bar.moved(len(data))
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go back to the start for a second attempt; what was told does not count any more."""
+        self._bar.moved(-self._count)
+        self._count = 0
+        return super().seek(offset, whence)
 
 
 class Output:
@@ -179,7 +225,7 @@ class Output:
     def progress(self, what: str, total: int | None = None) -> Iterator[Bar]:
         """Show a bar while the block runs, on a terminal."""
         if not self.terminal or self.quiet or self.as_json:
-            yield Bar(None, None)
+            yield Bar()
             return
         columns = (
             SpinnerColumn(),

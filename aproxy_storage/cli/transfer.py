@@ -20,12 +20,13 @@ from ..errors import AlreadyExists, ConfigurationError, ContentError, IntegrityE
 from ..proxy import ProxyStorage
 from ..records import ByteRange, MetaRecord
 from ..tools.bulk import run_many
-from .output import Bar, duration, size
+from .output import Bar, WatchedFile, duration, size
 from .session import Session, command
 from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below
 
 __all__ = ["OnConflict", "put_files", "register"]
 
+_LARGE = 32 << 20  # bytes from which on a file moves the bar while it is under way
 _LOOK_UP = 200  # files whose records are asked for at once
 
 Concurrency = Annotated[int, typer.Option("--concurrency", "-j", min=1, help="Files at a time.")]
@@ -143,12 +144,13 @@ async def put_files(
                 yield _Item(local, path, record)
 
     async def work(item: _Item) -> tuple[str, str]:
-        return await _put_one(storage, item, on_conflict, using, repair)
+        return await _put_one(storage, item, bar, on_conflict, using, repair)
 
     results = run_many(storage, items(), work, name=lambda item: item.local, concurrency=concurrency)
     async with contextlib.aclosing(results):
         async for result in results:
             local: Local = result.item
+            stored = False
             if result.error is not None:
                 session.failed(local.name, result.error, file=str(local.file))
             else:
@@ -159,32 +161,55 @@ async def put_files(
                     action, path, local.size if stored else 0, told=path != storage.prefix + local.name,
                     file=str(local.file), size=local.size,
                 )  # fmt: skip
-            bar.advance(local.size)
+            moved_itself = (stored or not result.ok) and _is_watched(bar, local.size)
+            bar.advance(0 if moved_itself else local.size)
     with contextlib.suppress(StorageError):
         await storage.tidy()
 
 
 async def _put_one(
-    storage: ProxyStorage, item: _Item, on_conflict: OnConflict, using: str | None, repair: bool
+    storage: ProxyStorage, item: _Item, bar: Bar, on_conflict: OnConflict, using: str | None, repair: bool
 ) -> tuple[str, str]:
     local, path, record = item.local, item.path, item.record
     if local.error is not None:
         raise local.error
     if record is None:
-        return "stored", await storage.save(local.name, local.file, using=using)
+        with _content(local, bar) as content:
+            return "stored", await storage.save(local.name, content, using=using)
     if await has_bytes_of(local.file, record):
-        if repair and not await _is_sound(storage, record):
-            await storage.replace(path, local.file, using=using)
-            return "repaired", path
-        return "skipped", path
-    if on_conflict is OnConflict.overwrite:
-        await storage.replace(path, local.file, using=using)
-        return "replaced", path
-    if on_conflict is OnConflict.keep_both:
-        return "stored", await storage.save(local.name, local.file, using=using)
-    if on_conflict is OnConflict.skip:
+        if not repair or await _is_sound(storage, record):
+            return "skipped", path
+        action = "repaired"
+    elif on_conflict is OnConflict.overwrite:
+        action = "replaced"
+    elif on_conflict is OnConflict.keep_both:
+        with _content(local, bar) as content:
+            return "stored", await storage.save(local.name, content, using=using)
+    elif on_conflict is OnConflict.skip:
         return "kept", path
-    raise _taken(path, record)
+    else:
+        raise _taken(path, record)
+    with _content(local, bar) as content:
+        await storage.replace(path, content, using=using)
+    return action, path
+
+
+def _is_watched(bar: Bar, count: int | None) -> bool:
+    return bar.shown and (count or 0) >= _LARGE
+
+
+@contextlib.contextmanager
+def _content(local: Local, bar: Bar) -> Iterator[Path | WatchedFile]:
+    """Give the path, which is fastest; of a large file, where somebody watches, a file that moves the bar."""
+    if not _is_watched(bar, local.size):
+        yield local.file
+        return
+    try:
+        file = WatchedFile(local.file, bar)
+    except OSError as error:
+        raise ContentError(f"cannot read {local.file}: {error.strerror}") from error
+    with file:
+        yield file
 
 
 async def _is_sound(storage: ProxyStorage, record: MetaRecord) -> bool:
@@ -248,7 +273,8 @@ async def get(
         target = output or Path(name)
         if target.is_dir():
             target = target_below(target, name)
-        action = await _get_one(storage, record, target, force)
+        with session.out.progress("fetching", 1) as bar:
+            action = await _get_one(storage, record, target, force, bar)
         session.did(action, path, record.size, told=True, file=str(target))
         return
     prefix = directory_prefix(storage, path)
@@ -256,7 +282,7 @@ async def get(
 
     async def work(record: MetaRecord) -> tuple[str, Path]:
         target = target_below(root, record.path.removeprefix(prefix))
-        return await _get_one(storage, record, target, force), target
+        return await _get_one(storage, record, target, force, bar), target
 
     total = None
     if session.out.terminal:
@@ -274,7 +300,7 @@ async def get(
                     assert result.value is not None
                     action, target = result.value
                     session.did(action, record.path, record.size if action == "fetched" else 0, file=str(target))
-                bar.advance(record.size)
+                bar.advance()
     if not found:
         raise ContentError(f"there is nothing below {prefix!r}")
 
@@ -284,7 +310,7 @@ def directory_prefix(storage: ProxyStorage, path: str) -> str:
     return storage.prefix if path in (".", "", "/") else path.rstrip("/") + "/"
 
 
-async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool) -> str:
+async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool, bar: Bar) -> str:
     if await asyncio.to_thread(os.path.lexists, target):
         if await asyncio.to_thread(target.is_file) and await has_bytes_of(target, record):
             return "skipped"
@@ -296,6 +322,7 @@ async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, forc
             await asyncio.to_thread(draft.create)
             async for chunk in file:
                 await asyncio.to_thread(draft.write, chunk)
+                bar.moved(len(chunk))
         await asyncio.to_thread(draft.publish, replace=force)
     finally:
         draft.withdraw()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from aproxy_storage.cli.output import Output, Tally, duration, parse_duration, printable, size
+from aproxy_storage.cli.output import Bar, Output, Tally, WatchedFile, duration, parse_duration, printable, size
 from aproxy_storage.cli.session import Session
 from tests.cli.conftest import Run, command, environment, stored, tree
 
@@ -189,6 +189,23 @@ def test_on_a_terminal_there_is_a_bar_and_a_summary(run: Run) -> None:
     assert "4/4" in text
     assert "files/s" in text
     assert "4 stored" in text
+
+
+def test_a_large_file_moves_the_bar_while_it_is_under_way(here: Path) -> None:
+    moved: list[int] = []
+
+    class Recorder(Bar):
+        def moved(self, count: int) -> None:
+            moved.append(count)
+
+    Path("large").write_bytes(bytes(5_000_000))
+    with WatchedFile("large", Recorder()) as file:
+        while file.read(1 << 20):
+            pass
+        assert sum(moved) == 5_000_000
+        assert len(moved) >= 5
+        file.seek(0)
+        assert sum(moved) == 0, "a second attempt begins anew"
 
 
 # -- words
