@@ -28,7 +28,6 @@ ONE_BY_ONE = "ours, one after the other"
 #: In this order: each works on what the ones before it have left.
 VERBS = ("create", "get", "exists", "update", "delete")
 GOALS = {"create": 2.0, "get": 0.9, "exists": 0.9, "update": 0.9, "delete": 0.9}
-ALONE_GOAL = 0.9
 MANY_GOAL = 10.0
 COLUMNS = (
     "path", "proxy_storage_name", "original_storage_name", "original_storage_path", "state", "token", "version",
@@ -154,7 +153,7 @@ async def records(plan: Plan, url: str, report: Report) -> None:
             name: plan.files / statistics.median(seconds) for name, seconds in timings.items()
         }
         report.compare(what, timings, BARE, goal=GOALS[verb])
-        report.compare(f"{what}, each alone", {OURS: timings[ALONE], BARE: timings[BARE]}, BARE, goal=ALONE_GOAL)
+        report.compare(f"{what}, each alone", {OURS: timings[ALONE], BARE: timings[BARE]}, BARE)
     for verb, timings in many.items():
         what = f"PostgreSQL meta, {verb}_many"
         report.operations_per_second[what] = {name: 1 / statistics.median(each) for name, each in timings.items()}
