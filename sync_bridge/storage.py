@@ -166,8 +166,7 @@ class BridgeStorage(AsyncTwins):
             or type(proxy).exists is not ProxyStorage.exists
         ):
             return None
-        look: Callable[[str], MetaRecord | None] | None = getattr(proxy.meta, "look_here", None)
-        return look
+        return proxy.meta.look_here if proxy.meta.looks_here else None
 
     def _mine(self, record: MetaRecord | None) -> MetaRecord | None:
         """Return `record` if it is a stored file of this storage."""

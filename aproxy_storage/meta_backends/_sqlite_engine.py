@@ -100,7 +100,8 @@ class Engine:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._writing = Held()
-        self._held = [self._writing]  # and those of the readers that live
+        self._shared = Held()  # for those who look something up in their own thread, one after another
+        self._held = [self._writing, self._shared]  # and those of the readers that live
         self._local = threading.local()
         self.ready = False
 
@@ -180,6 +181,20 @@ class Engine:
                 "SQLite would corrupt it. Await aclose() before such a fork"
             )
         self._fresh()
+
+    # -- used in any thread
+
+    def look_here(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+        """Return ``function(cursor, *args)``, a matter of microseconds, called in this thread."""
+        self._check_process()
+        self._close_before_forks()
+        held = self._shared
+        with held.lock:
+            try:
+                return function(self.open_reading(held), *args)
+            except sqlite3.Error:
+                held.close()
+                raise
 
     # -- used in event loop threads
 

@@ -18,6 +18,7 @@ from ..errors import (
     Conflict,
     DeadlineExceeded,
     NotFound,
+    NotSupported,
     StorageError,
     from_os_error,
 )
@@ -124,6 +125,20 @@ class MetaBackend(abc.ABC):
         if record is None:
             raise NotFound(f"{self} holds no record of {path!r}", operation="get", path=path, backend=str(self))
         return record
+
+    @property
+    def looks_here(self) -> bool:
+        """Whether `look_here` can answer now: where the database is asked by synchronous calls anyway."""
+        return False
+
+    def look_here(self, path: str) -> MetaRecord | None:
+        """Return the record of `path`, whatever its state, or None; in the calling thread, for synchronous code that
+        needs no event loop for that. Nothing limits its time but the database. Only where `looks_here`.
+
+        Raises:
+            BackendUnavailable, and what the class says.
+        """
+        raise NotSupported(f"{self} can only be asked from an event loop")
 
     async def exists(self, path: str, *, state: State | None = None, proxy_storage_name: str | None = None) -> bool:
         """Return whether there is a record of `path`, in this state and of this storage where given."""

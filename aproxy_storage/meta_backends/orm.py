@@ -116,15 +116,11 @@ class ORMMetaBackend(MetaBackend):
         except NotConnected as error:
             raise self._map_error(error, f"use {self}") from error.__cause__
 
+    @property
+    def looks_here(self) -> bool:
+        return True
+
     def look_here(self, path: str) -> MetaRecord | None:
-        """Return the record of `path`, whatever its state, or None; in the calling thread, which runs no event loop.
-
-        For synchronous code: Django's ORM is synchronous, so that a look-up need not go through a loop. Nothing limits
-        its time but the database.
-
-        Raises:
-            What the class says, but for DeadlineExceeded.
-        """
         try:
             return in_this_thread(self._rows.alias, self._rows.get, path)
         except NotConnected as error:

@@ -190,6 +190,19 @@ class SQLiteMetaBackend(MetaBackend):
             return None
         return None if row is None else to_record(row)
 
+    @property
+    def looks_here(self) -> bool:
+        return self._engine.ready
+
+    def look_here(self, path: str) -> MetaRecord | None:
+        try:
+            return self._engine.look_here(self._select, (path,))
+        except StorageError as error:
+            error.located(operation="get", path=path, backend=str(self))
+            raise
+        except Exception as error:
+            raise self._map_error(error, "get").located(operation="get", path=path, backend=str(self)) from error
+
     async def _exists(self, path: str, state: State | None, proxy_storage_name: str | None) -> bool:
         row = await self._look_up(self._look, path)
         return (
