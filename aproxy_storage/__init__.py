@@ -8,6 +8,7 @@ from .attempts import Attempt
 from .backends.base import Backend, Reader
 from .breaker import Breaker
 from .content import Source
+from .direct_uploads import DirectUpload
 from .errors import (
     AccessDenied,
     AlreadyExists,
@@ -50,6 +51,7 @@ __all__ = [
     "Conflict",
     "ContentError",
     "DeadlineExceeded",
+    "DirectUpload",
     "Fallback",
     "First",
     "Health",

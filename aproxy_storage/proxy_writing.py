@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from .adopting import adopt
 from .content import Source
+from .direct_uploads import DirectUpload, begin, finish
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
 from .files import AsyncWriter
 from .journal import Journal, Marked
@@ -186,17 +187,31 @@ class WritingVerbs(ReadingVerbs):
             await source.aclose()
             self._tidy_when_due()
 
-    async def write_to(self, path: str, content: Any, *, exclusive: bool) -> MetaRecord:
-        """Store at exactly `path`: a new file, or, unless `exclusive`, new bytes for the one there."""
+    async def write_to(
+        self,
+        path: str,
+        content: Any,
+        *,
+        exclusive: bool,
+        using: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        size: int | None = None,
+    ) -> MetaRecord:
+        """Store at exactly `path`: a new file, or, unless `exclusive`, new bytes for the one there.
+
+        The options are those of `save`; `extra` is for a new file only.
+        """
+        options: dict[str, Any] = {"using": using, "content_type": content_type, "size": size}
         if not exclusive and await self.exists(path):
-            return await self.replace(path, content)
+            return await self.replace(path, content, **options)
         try:
-            return await self._save(path, content, exact=True)
+            return await self._save(path, content, exact=True, extra=extra, **options)
         except AlreadyExists:
             # Raised by the reservation, before any content was read.
             if exclusive or not await self.exists(path):
                 raise
-            return await self.replace(path, content)
+            return await self.replace(path, content, **options)
 
     async def copy(self, path: Path, name: str | os.PathLike[str], *, using: str | None = None) -> str:
         """Copy a file to `name`, or to the next free name; return the path. The copy has bytes of its own.
@@ -322,6 +337,56 @@ class WritingVerbs(ReadingVerbs):
             self, original, original_storage_path, path, given, content_type=content_type, extra=extra or {}
         )
         return adopted.path
+
+    async def begin_upload(
+        self,
+        name: str | os.PathLike[str],
+        *,
+        max_bytes: int,
+        using: str | None = None,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+        expires_in: float = 3600.0,
+    ) -> DirectUpload:
+        """Reserve a name for a file that a browser uploads straight to an original; return its path and the form.
+
+        The original, the first one that can unless `using` says which, refuses more than `max_bytes` bytes and, where
+        it is given, another `content_type`. There is no file until `finish_upload`; without that, reconcile undoes it
+        some time after `expires_in` seconds.
+
+        Raises:
+            NotSupported: the original takes no such uploads, or the caller is inside a transaction.
+            And as `save`.
+        """
+        own: dict[str, Any] = {"name": os.fspath(name)}
+        if content_type is not None:
+            own["content_type"] = content_type
+        try:
+            return await begin(
+                self,
+                self._new_path(os.fspath(name), exact=False),
+                using,
+                self._fields(own, extra or {}, {}),
+                max_bytes=max_bytes,
+                expires_in=expires_in,
+                max_length=max_length,
+            )
+        finally:
+            self._tidy_when_due()
+
+    async def finish_upload(self, path: str) -> MetaRecord:
+        """Make what was uploaded for `path` a file; return its record. Once finished, again is the same.
+
+        Its bytes are copied on the server to where nobody can upload any more. No checksum is recorded. After an
+        error or a cancellation it may be finished again while the form is good. Whether the caller may finish this
+        path is not asked here.
+
+        Raises:
+            NotFound: nothing was uploaded yet, or there is no such upload (any more).
+            Conflict: it is being finished, or undone, by somebody else. And as `copy`.
+        """
+        return await finish(self, path)
 
     async def update(self, path: Path, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; return the new record. The version does not move."""

@@ -33,6 +33,7 @@ CORE = {
     "mending",
     "writes",
     "adopting",
+    "direct_uploads",
     "health",
     "proxy_reading",
     "proxy_writing",

@@ -30,6 +30,7 @@ PUBLIC = [
     "Conflict",
     "ContentError",
     "DeadlineExceeded",
+    "DirectUpload",
     "Fallback",
     "First",
     "Health",
@@ -232,6 +233,8 @@ def name_is_described(name: str, doc: str) -> bool:
 BY_POSITION = {
     "ProxyStorage.__init__": ["name"],
     "ProxyStorage.adopt": ["original_storage_path"],
+    "ProxyStorage.begin_upload": ["name"],
+    "ProxyStorage.finish_upload": ["path"],
     "ProxyStorage.copy": ["path", "name"],
     "ProxyStorage.delete": ["path"],
     "ProxyStorage.delete_many": ["paths"],
