@@ -19,11 +19,11 @@ from ..records import MetaRecord, Revision, State
 from ._orm_table import NewRow, Table
 from .base import UNCHANGED, Unchanged
 
-__all__ = ["PARAMETERS", "Rows"]
+__all__ = ["PARAMETERS", "Batch", "Rows", "in_transaction"]
 
 A = TypeVar("A")
 
-#: How many parameters one statement may have; old builds of SQLite take 999.
+#: How many values are looked up in one statement; old builds of SQLite take 999.
 PARAMETERS = 900
 
 #: Answers some of many items at once, by their places; the others are left for one at a time.
@@ -31,7 +31,7 @@ Batch = Callable[[Any, Sequence[tuple[Any, ...]]], dict[int, Any]]
 
 
 class Rows:
-    """The rows of one model. `owner` is the backend, as messages show it."""
+    """The rows of one model."""
 
     def __init__(self, model: type[Any] | str, using: str | None, original: str) -> None:
         self.given = model
@@ -69,19 +69,8 @@ class Rows:
         return table
 
     def check(self, connection: Any) -> None:
-        """Raise ConfigurationError unless the table is there with all its columns."""
-        table = self.table(connection)
-        introspection = connection.introspection
-        with connection.cursor() as cursor:
-            there = table.name in introspection.table_names(cursor)
-            columns = introspection.get_table_description(cursor, table.name) if there else []
-        missing = {field.column for field in table.model._meta.concrete_fields} - {column.name for column in columns}
-        if missing:
-            what = f"lacks the columns {', '.join(sorted(missing))}" if there else "is not there"
-            raise ConfigurationError(
-                f"the table {table.name!r} of {table.label} {what} in the database {connection.alias!r}: run manage.py"
-                " migrate"
-            )
+        """Fail as every other call would unless the table is there with all its columns."""
+        self.get(connection, "")
 
     # -- one record
 
@@ -111,7 +100,7 @@ class Rows:
     def reserve(self, connection: Any, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
         # In a transaction too: what cannot be kept is refused before the bytes are written.
         new = self.table(connection).row_of(record, connection)
-        if connection.in_atomic_block:
+        if in_transaction(connection):
             connection.validate_no_broken_transaction()
             return None
         reserved = self._insert_row(connection, new, lease)
@@ -186,8 +175,11 @@ class Rows:
             return False
         if table.has_dependents:
             wanted = {"path": path} if expect is None else {"path": path, "token": expect[0], "version": expect[1]}
-            _, by_model = table.model._base_manager.using(connection.alias).filter(**wanted).delete()
-            return bool(by_model.get(table.label))
+            rows = table.model._base_manager.using(connection.alias)
+            with transaction.atomic(using=connection.alias):
+                # Django selects first and deletes afterwards, so the row is held meanwhile.
+                found = list(rows.select_for_update().filter(**wanted).values_list("pk", flat=True))
+                return bool(found) and bool(rows.filter(pk__in=found).delete()[1].get(table.label))
         text = table.delete
         values: list[Any] = [path]
         if expect is not None:
@@ -251,7 +243,7 @@ class Rows:
         inserted: dict[int, MetaRecord] = {}
         for columns, group in groups.items():
             group.sort(key=lambda each: each[0])
-            size = max(1, PARAMETERS // len(columns))
+            size = max(1, (connection.features.max_query_params or 30_000) // len(columns))
             for start in range(0, len(group), size):
                 part = [values for _, values in group[start : start + size]]
                 text = table.insert(columns, rows=len(part), plain=True)
@@ -325,6 +317,19 @@ class Rows:
         if not all(map(table.is_storable, values)):
             return 0
         return int(_fetch(connection, text, values)[0][0])
+
+
+def in_transaction(connection: Any) -> bool:
+    """Return whether the caller is inside ``atomic()``.
+
+    Raises:
+        ConfigurationError: he manages transactions by hand; nothing tells us when they commit.
+    """
+    if not connection.in_atomic_block and not connection.get_autocommit():
+        raise ConfigurationError(
+            f"autocommit is off for the database {connection.alias!r}: use transaction.atomic() instead"
+        )
+    return bool(connection.in_atomic_block)
 
 
 def _fetch(connection: Any, text: str, values: Sequence[Any]) -> list[Any]:

@@ -98,8 +98,11 @@ class Table:
         ]
         self._pk = meta.pk.attname
         self.lease = self.fields["lease"].column
-        #: Who else has to be told of a delete: Django follows foreign keys itself, the database does not.
-        self.has_dependents = any(True for relation in meta.related_objects)
+        #: Whether others have to be told of a delete: Django follows foreign keys itself, the database does not.
+        self.has_dependents = any(
+            relation.auto_created and not relation.concrete and (relation.one_to_one or relation.one_to_many)
+            for relation in meta.get_fields(include_hidden=True)
+        ) or any(hasattr(field, "bulk_related_objects") for field in meta.private_fields)
         self._write_statements(meta, connection)
 
     def _record_fields(self, meta: Any) -> dict[str, Any]:
@@ -134,7 +137,6 @@ class Table:
         self.clock = clock = _CLOCK[self.vendor]
         # Text in byte order, also where the column of a model of the user's has the collation of a locale.
         self._ordered = ordered = f'{path} COLLATE "C"' if postgres else path
-        self._casts = {field.column: f"%s::{field.db_type(connection)}" for field in meta.concrete_fields if postgres}
         further = (f"{t}.{quote(field.column)}" for field in (meta.pk, *self.custom))
         own = ", ".join(further)
         self.columns = ", ".join([*column.values(), own])
@@ -192,11 +194,7 @@ class Table:
         found = self._inserts.get((columns, rows, guarded, plain))
         if found is not None:
             return found
-        marks = [
-            f"{self.clock} + {self._casts.get(name, '%s')}" if name == self.lease else self._casts.get(name, "%s")
-            for name in columns
-        ]
-        values = ", ".join(marks)
+        values = ", ".join(f"{self.clock} + %s" if name == self.lease else "%s" for name in columns)
         text = f"INSERT INTO {self.table} ({', '.join(map(self._quote, columns))})"
         if self.vendor == "postgresql" and not plain:
             text += f" SELECT {values} WHERE NOT EXISTS (SELECT 1 FROM {self.table} WHERE {self.column['path']} = %s)"
@@ -215,9 +213,9 @@ class Table:
         `moves`: the path is among the columns; then nothing is done where the new one is taken. One that another
         transaction is about to insert is found out by the unique constraint.
         """
-        sets = [f"{self._quote(name)} = {self._casts.get(name, '%s')}" for name in columns]
+        sets = [f"{self._quote(name)} = %s" for name in columns]
         if lease:
-            sets.append(f"{self._quote(self.lease)} = {self.clock} + {self._casts.get(self.lease, '%s')}")
+            sets.append(f"{self._quote(self.lease)} = {self.clock} + %s")
         text = f"UPDATE {self.table} SET {', '.join(sets)} WHERE {self.column['path']} = %s"
         if moves:
             text += f" AND NOT EXISTS (SELECT 1 FROM {self.table} AS other WHERE other.{self._path} = %s)"

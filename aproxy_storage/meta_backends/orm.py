@@ -17,7 +17,7 @@ try:
     from django.db import transaction
 
     from ._orm_errors import NotConnected, orm_error
-    from ._orm_rows import PARAMETERS, Batch, Rows
+    from ._orm_rows import PARAMETERS, Batch, Rows, in_transaction
     from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
     raise MissingDependency.of("Django", "django") from error
@@ -263,7 +263,7 @@ class ORMMetaBackend(MetaBackend):
 
     def _register(self, connection: Any, callback: Callable[[], Awaitable[None]]) -> bool:
         """Return whether there is a transaction whose commit will await `callback`."""
-        if not connection.in_atomic_block:
+        if not in_transaction(connection):
             return False
         # Robust: it is committed; what goes wrong now is logged, and must not reach the caller or stop others.
         transaction.on_commit(lambda: type(self).run_callback(callback), using=connection.alias, robust=True)

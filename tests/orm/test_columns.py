@@ -14,12 +14,22 @@ from asgiref.sync import async_to_sync, sync_to_async
 from django.db import transaction
 from django.test import override_settings
 
-from aproxy_storage import ConfigurationError, InvalidPath, MetaRecord, NotFound, NotSupported, ProxyStorage, Source
+from aproxy_storage import (
+    ConfigurationError,
+    Conflict,
+    InvalidPath,
+    MetaRecord,
+    NotFound,
+    NotSupported,
+    ProxyStorage,
+    Source,
+)
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
+from aproxy_storage.records import Revision
 from sync_bridge.models import StoredFile
 from tests.django_support.setup import forget_connections
-from tests.django_support.shelf.models import Document, NamedFile, Note, PlainFile, Shelf, Stamped
+from tests.django_support.shelf.models import Document, Mark, NamedFile, Note, PlainFile, Shelf, Stamped
 
 pytestmark = pytest.mark.asyncio
 
@@ -199,9 +209,13 @@ async def test_what_belongs_to_a_file_goes_with_it(make: Make) -> None:
     storage = make(Document)
     using = storage.meta.using
     path = await storage.save("a.txt", b"1")
-    await Note.objects.using(using).acreate(document_id=(await storage.get(path))["id"])
+    for model in (Note, Mark):
+        await model.objects.using(using).acreate(document_id=(await storage.get(path))["id"])
+    with pytest.raises(Conflict):
+        await storage.meta.delete(path, expect=Revision("another", 1))
     await storage.delete(path)
-    assert await Note.objects.using(using).acount() == 0
+    for model in (Note, Mark):
+        assert await model.objects.using(using).acount() == 0
     with pytest.raises(NotFound):
         await storage.meta.delete(path)
 

@@ -57,9 +57,7 @@ async def test_a_table_that_is_behind_its_model(django_database: Path) -> None:
         direct.execute("ALTER TABLE sync_bridge_storedfile DROP COLUMN checksum")
     direct.close()
     meta = ORMMetaBackend(StoredFile)
-    with pytest.raises(
-        ConfigurationError, match=r"lacks the columns checksum in the database 'default': run manage.py"
-    ):
+    with pytest.raises(ConfigurationError, match=r"no such column: sync_bridge_storedfile\.checksum.*run manage\.py"):
         await meta.setup()
     with pytest.raises(ConfigurationError, match=r"run manage\.py migrate"):
         await meta.get("a")

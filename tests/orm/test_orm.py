@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from django.db import connections
 
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.testing.meta_backends import MetaBackendTests
+from tests.django_support.setup import postgres_settings
 
 CLOCKS = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
@@ -67,3 +68,14 @@ class TestOnPostgreSQL(ORMTests):
     @pytest.fixture
     def database(self, postgres_database: str) -> str:
         return postgres_database
+
+
+class TestWithServerSideBinding(ORMTests):
+    """PostgreSQL gets the values apart from the statements, and has to find their types."""
+
+    extra_keeps_nul = False
+
+    @pytest.fixture
+    def database(self, postgres_database: str, postgres_url: str, added: Callable[[dict[str, Any]], str]) -> str:
+        options = f"-c search_path={postgres_database}"
+        return added(postgres_settings(postgres_url, options=options, server_side_binding=True))

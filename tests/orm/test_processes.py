@@ -205,6 +205,19 @@ def test_both_sides_of_a_fork_go_on(kind: str, request: pytest.FixtureRequest) -
     assert "Traceback" not in done.stderr
 
 
+def test_without_django() -> None:
+    code = """
+import sys
+sys.modules["django"] = None
+try:
+    import aproxy_storage.meta_backends.orm
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "pip install 'aproxy-storage[django]'" in done.stdout, done.stdout + done.stderr
+
+
 def test_without_a_set_up_django() -> None:
     """Importing needs no settings; using says what is missing."""
     code = """

@@ -14,7 +14,15 @@ from asgiref.sync import async_to_sync
 from django.db import connections, transaction
 from django.test import TestCase
 
-from aproxy_storage import AlreadyExists, BackendUnavailable, Conflict, MetaRecord, NotFound, ProxyStorage
+from aproxy_storage import (
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    Conflict,
+    MetaRecord,
+    NotFound,
+    ProxyStorage,
+)
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.tools.reconcile import reconcile
@@ -241,6 +249,17 @@ def test_a_broken_transaction_is_named(files: Files, database: str) -> None:
                 raise Rollback
         files.save("a.txt", b"1")
     assert files.keys() == []
+
+
+def test_transactions_by_hand_are_refused(files: Files, database: str) -> None:
+    transaction.set_autocommit(False, using=database)
+    try:
+        with pytest.raises(ConfigurationError, match=r"use transaction\.atomic"):
+            files.save("a.txt", b"1")
+        assert files.keys() == []
+    finally:
+        transaction.rollback(using=database)
+        transaction.set_autocommit(True, using=database)
 
 
 @pytest.mark.parametrize("style", ["path", "token"])

@@ -46,3 +46,9 @@ class Stamped(OriginalStorageNameMixin, ProxyStorageModelBase):
     filed_at = models.DateTimeField(auto_now_add=True)
     touched_at = models.DateTimeField(auto_now=True)
     label = models.CharField(max_length=20, db_default="none")
+
+
+class Mark(models.Model):
+    """The same, unknown to the document."""
+
+    document = models.ForeignKey(Document, on_delete=models.CASCADE, related_name="+")
