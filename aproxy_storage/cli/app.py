@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, files, transfer, upkeep
+from . import copying, demo, files, transfer, upkeep
 
 __all__ = ["app"]
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 something failed, 2 wrong usage or configuration, 130 interrupted.",
 )
 
-for _group in (transfer, files, upkeep, demo):
+for _group in (transfer, copying, files, upkeep, demo):
     _group.register(app)
 
 
