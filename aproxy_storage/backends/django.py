@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
-import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Any, Self, TypeVar
 from urllib.parse import unquote
 
 from ..content import Source
 from ..errors import (
-    AccessDenied,
-    AlreadyExists,
-    BackendUnavailable,
     ConfigurationError,
-    Conflict,
-    DeadlineExceeded,
     InvalidPath,
     MissingDependency,
     NotFound,
-    NotSupported,
-    OutOfSpace,
     StorageError,
-    from_os_error,
 )
-from ..feeds import Handle, seen
+from ..feeds import seen
 from ..paths import MAX_PATH_BYTES, check_path, shown
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts
 from ..urls import URL, optional
-from ._django_content import Attempt, Held, InterruptedContent, Pipe
+from . import _django_calls as calls
+from ._django_content import Attempt, Held, Pipe
+from ._django_errors import map_error
 from .base import Backend, Reader
 
 try:
@@ -44,14 +35,9 @@ except ImportError as _error:
 
 __all__ = ["DjangoStorageBackend"]
 
-_log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 _SMALL = 256 << 10  # bytes of content that is handed over as a whole
-
-# What storages say of a directory, or of a name below a file; FileExistsError is Django's own way.
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class DjangoStorageBackend(Backend):
@@ -169,7 +155,7 @@ class DjangoStorageBackend(Backend):
         return error if isinstance(error, StorageError) else self._map_error(error, what)
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
-        return _map_error(error, what) or super()._map_error(error, what)
+        return map_error(error, what) or super()._map_error(error, what)
 
     # -- writing
 
@@ -223,7 +209,7 @@ class DjangoStorageBackend(Backend):
         """Have the storage save `content`, which `feed` feeds; leave nothing where that fails or is cancelled."""
         attempt = Attempt()
         saving = self._call_storage(
-            _save,
+            calls.save,
             self.prefix + key,
             content,
             attempt,
@@ -305,7 +291,7 @@ class DjangoStorageBackend(Backend):
 
     async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
         name = self._asked(key, "read")
-        opened = _Opened(name, byte_range or ByteRange(), chunk_bytes)
+        opened = calls.Opened(name, byte_range or ByteRange(), chunk_bytes)
         what = f"read {key!r} in {self}"
         try:
             size, data, whole = await self._call_storage(opened.first, timeout=self.timeouts.idle, what=what)
@@ -321,7 +307,7 @@ class DjangoStorageBackend(Backend):
     async def _stat(self, key: str) -> ObjectInfo:
         name = self._asked(key, "look up")
         size, moment = await self._call_storage(
-            _stat, name, timeout=self.timeouts.operation, what=f"look up {key!r} in {self}"
+            calls.stat, name, timeout=self.timeouts.operation, what=f"look up {key!r} in {self}"
         )
         return ObjectInfo(key, size=size, modified_at=moment)
 
@@ -330,12 +316,17 @@ class DjangoStorageBackend(Backend):
             name = self._asked(key, "discard")
         except NotFound:
             return
-        await self._call_storage(_delete, name, timeout=self.timeouts.operation, what=f"discard {key!r} in {self}")
+        await self._call_storage(calls.delete, name, timeout=self.timeouts.operation, what=f"discard {key!r} in {self}")
 
     async def _url(self, key: str, *, expires_in: float | None, **options: Any) -> str:
         name = self._asked(key, "give the URL of")
         return await self._call_storage(
-            _url, name, expires_in, options, timeout=self.timeouts.operation, what=f"give the URL of {key!r} in {self}"
+            calls.url,
+            name,
+            expires_in,
+            options,
+            timeout=self.timeouts.operation,
+            what=f"give the URL of {key!r} in {self}",
         )
 
     # -- listing
@@ -381,7 +372,7 @@ class DjangoStorageBackend(Backend):
 
     async def _directory(self, base: str) -> list[str]:
         directories, files = await self._call_storage(
-            _listdir,
+            calls.listdir,
             (self.prefix + base).rstrip("/"),
             timeout=self.timeouts.operation,
             what=f"list {base!r} in {self}",
@@ -389,153 +380,15 @@ class DjangoStorageBackend(Backend):
         return sorted([*(base + name.strip("/") + "/" for name in directories), *(base + name for name in files)])
 
 
-# -- in the storage's thread
-
-
-def _save(storage: Any, name: str, content: Any, attempt: Attempt) -> None:
-    if storage.exists(name):
-        raise AlreadyExists(f"{name!r} is there already")
-    if attempt.withdrawn:
-        raise InterruptedContent("nobody waits for this write any more")
-    try:
-        given = str(storage.save(name, content)).replace("\\", "/")
-    except BaseException as error:
-        if not isinstance(error, FileExistsError):
-            with contextlib.suppress(Exception):
-                _delete(storage, name)
-        raise
-    if given != name:
-        _remove(storage, given)
-        raise AlreadyExists(f"the storage has named {name!r} otherwise: it is taken; the other file is deleted again")
-    if not attempt.publish():
-        _delete(storage, name)
-
-
-def _remove(storage: Any, name: str) -> None:
-    try:
-        storage.delete(name)
-    except Exception:
-        _log.warning("%s: could not delete %r, which was stored under a name that nobody has asked for", storage, name)
-        raise
-
-
-def _delete(storage: Any, name: str) -> None:
-    with contextlib.suppress(*_NO_FILE):
-        try:
-            storage.path(name)
-        except NotImplementedError:
-            pass
-        else:  # there are directories, and some storages delete them as readily
-            storage.open(name, "rb").close()
-        storage.delete(name)
-
-
-def _stat(storage: Any, name: str) -> tuple[int | None, datetime | None]:
-    with contextlib.closing(storage.open(name, "rb")) as file:  # unlike exists(), takes no directory for a file
-        size = _size(file)
-    if size is None:
-        size = int(storage.size(name))
-    moment: datetime | None = None
-    with contextlib.suppress(NotImplementedError):
-        moment = storage.get_modified_time(name)
-    if moment is not None and moment.tzinfo is None:
-        moment = moment.astimezone()  # of this machine, where USE_TZ is off
-    return size, moment
-
-
-def _size(file: Any) -> int | None:
-    try:
-        return int(file.size)
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-
-
-def _url(storage: Any, name: str, expires_in: float | None, options: Mapping[str, Any]) -> str:
-    if expires_in is not None:
-        options = {**options, "expire": int(expires_in)}
-    known = inspect.signature(storage.url).parameters
-    if unknown := sorted(name for name in options if name not in known):
-        raise NotSupported(f"the url() of {type(storage).__name__} takes no {', '.join(unknown)}")
-    try:
-        return str(storage.url(name, **options))
-    except ValueError as error:  # FileSystemStorage without a base_url
-        raise NotSupported(f"{type(storage).__name__} has no URLs as it is set up") from error
-
-
-def _listdir(storage: Any, directory: str) -> tuple[list[str], list[str]]:
-    try:
-        directories, files = storage.listdir(directory)
-    except _NO_FILE:
-        return [], []
-    return [str(name) for name in directories if name], [str(name) for name in files if name]
-
-
-class _Opened:
-    """A file of the storage, read in its threads, one call at a time; closed by whoever comes last."""
-
-    def __init__(self, name: str, byte_range: ByteRange, chunk_bytes: int) -> None:
-        self._name = name
-        self._range = byte_range
-        self._chunk_bytes = chunk_bytes
-        self._file: Any = None
-        self._at = 0
-        self._stop: int | None = None
-        self._handle = Handle(self._release)
-
-    def first(self, storage: Any) -> tuple[int | None, bytes, bool]:
-        """Open the file; return its size, the first chunk, and whether that is all."""
-        nothing: tuple[int | None, bytes, bool] = (None, b"", True)
-        return self._handle.use(lambda: self._first(storage), nothing)
-
-    def _first(self, storage: Any) -> tuple[int | None, bytes, bool]:
-        self._file = file = storage.open(self._name, "rb")
-        size = _size(file)
-        if size is None:
-            size = int(storage.size(self._name))
-        self._at, self._stop = self._range.resolve(size)
-        data = self._read()
-        return size, data, self._at >= self._stop
-
-    def next(self, _: Any) -> bytes:
-        """Return the next chunk, empty at the end."""
-        return self._handle.use(self._read, b"")
-
-    def _read(self) -> bytes:
-        assert self._stop is not None
-        wanted = min(self._chunk_bytes, self._stop - self._at)
-        if wanted <= 0:
-            return b""
-        if self._file.tell() != self._at:  # it begins elsewhere, or is shared with others (InMemoryStorage)
-            self._file.seek(self._at)
-        data = bytes(self._file.read(wanted))
-        if not data:
-            raise BackendUnavailable(f"{self._name!r} ended at byte {self._at}, and should have had {self._stop}")
-        self._at += len(data)
-        return data
-
-    def _release(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except Exception:
-                _log.warning("closing %r failed", self._name, exc_info=True)
-
-    def give_up(self, workers: Workers) -> None:
-        """Close the file in a worker, now or when its call under way ends; does not wait."""
-        with contextlib.suppress(BackendUnavailable):
-            workers.submit(self._handle.close)
-
-
 class _OpenedReader(Reader):
     """Chunks of a file of the storage, one call of its threads for each."""
 
     def __init__(
-        self, info: ObjectInfo, backend: DjangoStorageBackend, opened: _Opened, data: bytes, what: str
+        self, info: ObjectInfo, backend: DjangoStorageBackend, opened: calls.Opened, data: bytes, what: str
     ) -> None:
         super().__init__(info)
         self._backend = backend
-        self._opened: _Opened | None = opened
+        self._opened: calls.Opened | None = opened
         self._first = data
         self.data = None
         self._what = what
@@ -587,59 +440,3 @@ def _close_old_connections() -> None:
 
     for connection in connections.all(initialized_only=True):
         connection.close_if_unusable_or_obsolete()
-
-
-# -- errors: of Django, and of the drivers of storages that this library does not know
-
-
-def _map_error(error: Exception, what: str) -> StorageError | None:
-    failed = f"could not {what}"
-    if isinstance(error, django_errors.SuspiciousOperation):
-        return InvalidPath(f"{failed}: the storage refuses such a name")
-    if isinstance(error, django_errors.ImproperlyConfigured):
-        return ConfigurationError(f"{failed}: the storage is not configured; see the cause")
-    if isinstance(error, NotImplementedError):
-        return NotSupported(f"{failed}: the storage cannot do that")
-    if isinstance(error, _NO_FILE):
-        if what.startswith("write "):
-            return InvalidPath(f"{failed}: a file stands in the place of a directory, or the other way round")
-        return NotFound(f"{failed}: there is no such file")
-    if isinstance(error, PermissionError):
-        return AccessDenied(f"{failed}: access denied")
-    if isinstance(error, TimeoutError):
-        return DeadlineExceeded(f"{failed} in time", outcome_unknown=True)
-    if isinstance(error, InterruptedContent):
-        return Conflict(f"{failed}: the content was interrupted")
-    if isinstance(error, OSError) and error.errno is not None and error.strerror:
-        return from_os_error(error, what)
-    name, status = type(error).__name__, _status(error)
-    if status in (401, 403):
-        return AccessDenied(f"{failed}: access denied ({status})")
-    if status == 404:
-        return NotFound(f"{failed}: the service has no such object, or no such bucket")
-    if status in (413, 507):
-        return OutOfSpace(f"{failed}: no room, or too large ({status})")
-    if status == 429 or (status or 0) >= 500:
-        return BackendUnavailable(f"{failed}: the service is out of order, or asks to slow down ({status})")
-    if status is not None:
-        return BackendUnavailable(f"{failed}: the service refused the request ({status})", retryable=False)
-    if "Timeout" in name:
-        return DeadlineExceeded(f"{failed} in time ({name})", outcome_unknown=True)
-    if "Credential" in name:
-        return ConfigurationError(f"{failed}: there are no credentials, or only a part ({name})")
-    if isinstance(error, OSError) or "Connect" in name or "Transport" in name or "SSL" in name:
-        # Not its text: that of requests holds the URL.
-        return BackendUnavailable(f"{failed}: the service cannot be reached ({name})", outcome_unknown=True)
-    return None
-
-
-def _status(error: Exception) -> int | None:
-    """Return the HTTP status that an error carries, as botocore, requests, Azure's and Google's clients keep it."""
-    response: Any = getattr(error, "response", None)
-    if isinstance(response, Mapping):
-        found: Any = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
-        found = getattr(response, "status_code", None)
-    for name in ("status_code", "code", "status"):
-        found = found if isinstance(found, int) else getattr(error, name, None)
-    return found if isinstance(found, int) and 100 <= found < 600 else None

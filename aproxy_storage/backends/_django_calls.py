@@ -1,0 +1,156 @@
+"""What is asked of a Django storage, in its threads. Knows Django's contract, and not Django."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from ..errors import AlreadyExists, BackendUnavailable, NotSupported
+from ..feeds import Handle
+from ..records import ByteRange
+from ..threads import Workers
+from ._django_content import Attempt, InterruptedContent
+from ._django_errors import NO_FILE
+
+__all__ = ["Opened", "delete", "listdir", "save", "stat", "url"]
+
+_log = logging.getLogger(__name__)
+
+
+def save(storage: Any, name: str, content: Any, attempt: Attempt) -> None:
+    if storage.exists(name):
+        raise AlreadyExists(f"{name!r} is there already")
+    if attempt.withdrawn:
+        raise InterruptedContent("nobody waits for this write any more")
+    try:
+        given = str(storage.save(name, content)).replace("\\", "/")
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            with contextlib.suppress(Exception):
+                delete(storage, name)
+        raise
+    if given != name:
+        _remove(storage, given)
+        raise AlreadyExists(f"the storage has named {name!r} otherwise: it is taken; the other file is deleted again")
+    if not attempt.publish():
+        delete(storage, name)
+
+
+def _remove(storage: Any, name: str) -> None:
+    try:
+        storage.delete(name)
+    except Exception:
+        _log.warning("%s: could not delete %r, which was stored under a name that nobody has asked for", storage, name)
+        raise
+
+
+def delete(storage: Any, name: str) -> None:
+    with contextlib.suppress(*NO_FILE):
+        try:
+            storage.path(name)
+        except NotImplementedError:
+            pass
+        else:  # there are directories, and some storages delete them as readily
+            storage.open(name, "rb").close()
+        storage.delete(name)
+
+
+def stat(storage: Any, name: str) -> tuple[int | None, datetime | None]:
+    with contextlib.closing(storage.open(name, "rb")) as file:  # unlike exists(), takes no directory for a file
+        size = _size(file)
+    if size is None:
+        size = int(storage.size(name))
+    moment: datetime | None = None
+    with contextlib.suppress(NotImplementedError):
+        moment = storage.get_modified_time(name)
+    if moment is not None and moment.tzinfo is None:
+        moment = moment.astimezone()  # of this machine, where USE_TZ is off
+    return size, moment
+
+
+def _size(file: Any) -> int | None:
+    try:
+        return int(file.size)
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def url(storage: Any, name: str, expires_in: float | None, options: Mapping[str, Any]) -> str:
+    if expires_in is not None:
+        options = {**options, "expire": int(expires_in)}
+    known = inspect.signature(storage.url).parameters
+    if unknown := sorted(name for name in options if name not in known):
+        raise NotSupported(f"the url() of {type(storage).__name__} takes no {', '.join(unknown)}")
+    try:
+        return str(storage.url(name, **options))
+    except ValueError as error:  # FileSystemStorage without a base_url
+        raise NotSupported(f"{type(storage).__name__} has no URLs as it is set up") from error
+
+
+def listdir(storage: Any, directory: str) -> tuple[list[str], list[str]]:
+    try:
+        directories, files = storage.listdir(directory)
+    except NO_FILE:
+        return [], []
+    return [str(name) for name in directories if name], [str(name) for name in files if name]
+
+
+class Opened:
+    """A file of the storage, read in its threads, one call at a time; closed by whoever comes last."""
+
+    def __init__(self, name: str, byte_range: ByteRange, chunk_bytes: int) -> None:
+        self._name = name
+        self._range = byte_range
+        self._chunk_bytes = chunk_bytes
+        self._file: Any = None
+        self._at = 0
+        self._stop: int | None = None
+        self._handle = Handle(self._release)
+
+    def first(self, storage: Any) -> tuple[int | None, bytes, bool]:
+        """Open the file; return its size, the first chunk, and whether that is all."""
+        nothing: tuple[int | None, bytes, bool] = (None, b"", True)
+        return self._handle.use(lambda: self._first(storage), nothing)
+
+    def _first(self, storage: Any) -> tuple[int | None, bytes, bool]:
+        self._file = file = storage.open(self._name, "rb")
+        size = _size(file)
+        if size is None:
+            size = int(storage.size(self._name))
+        self._at, self._stop = self._range.resolve(size)
+        data = self._read()
+        return size, data, self._at >= self._stop
+
+    def next(self, _: Any) -> bytes:
+        """Return the next chunk, empty at the end."""
+        return self._handle.use(self._read, b"")
+
+    def _read(self) -> bytes:
+        assert self._stop is not None
+        wanted = min(self._chunk_bytes, self._stop - self._at)
+        if wanted <= 0:
+            return b""
+        if self._file.tell() != self._at:  # it begins elsewhere, or is shared with others (InMemoryStorage)
+            self._file.seek(self._at)
+        data = bytes(self._file.read(wanted))
+        if not data:
+            raise BackendUnavailable(f"{self._name!r} ended at byte {self._at}, and should have had {self._stop}")
+        self._at += len(data)
+        return data
+
+    def _release(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except Exception:
+                _log.warning("closing %r failed", self._name, exc_info=True)
+
+    def give_up(self, workers: Workers) -> None:
+        """Close the file in a worker, now or when its call under way ends; does not wait."""
+        with contextlib.suppress(BackendUnavailable):
+            workers.submit(self._handle.close)
