@@ -1,6 +1,6 @@
 """Measure aproxy_storage beside hand-made floors and django-proxy-storage, in interleaved rounds; see README.md.
 
-    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|postgres] [--quick] [--directory DIR]
+    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|bridge|postgres] [--quick] [--directory DIR]
 
 A whole run (neither --quick nor --only) writes results/DATE-pyX.Y.json and the table in README.md.
 """
@@ -304,10 +304,18 @@ async def many(plan: Plan, directory: Path, report: Report) -> None:
 
 
 async def orm(plan: Plan, directory: Path, report: Report) -> None:
+    await apart("orm.py", plan, directory, report)
+
+
+async def bridge(plan: Plan, directory: Path, report: Report) -> None:
+    await apart("bridge.py", plan, directory, report)
+
+
+async def apart(script: str, plan: Plan, directory: Path, report: Report) -> None:
     """One process can hold one configured Django, and here the peer has its own."""
-    figures = directory / "orm.json"
+    figures = directory / f"{script}.json"
     options = ["--quick"] if plan is QUICK else ["--rounds", str(plan.rounds)]
-    command = [sys.executable, str(HERE / "orm.py"), *options, "--json", str(figures), "--directory", str(directory)]
+    command = [sys.executable, str(HERE / script), *options, "--json", str(figures), "--directory", str(directory)]
     process = await asyncio.create_subprocess_exec(*command)
     if await process.wait():
         raise SystemExit(f"{' '.join(command)} failed")
@@ -401,7 +409,7 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many", "orm", "postgres"))
+    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres"))
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -414,7 +422,14 @@ async def main() -> None:
             "versions": versions(),
             "machine": machine(directory),
         }
-        for name, part in (("small", small), ("big", big), ("many", many), ("orm", orm), ("postgres", postgres)):
+        for name, part in (
+            ("small", small),
+            ("big", big),
+            ("many", many),
+            ("orm", orm),
+            ("bridge", bridge),
+            ("postgres", postgres),
+        ):
             if options.only in (None, name):
                 await part(plan, directory, report)
     print(f"\n{table(report)}\n")

@@ -42,6 +42,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_UNKNOWN: Any = object()
+
 
 class SuspiciousPath(InvalidPath, SuspiciousFileOperation):
     """A name that can never be stored: for Django a suspicious operation, for us an illegal path."""
@@ -106,6 +108,7 @@ class ConfiguredStorage(Storage):
                 "config=, original= or originals="
             )
         self._proxy: ProxyStorage | None = None
+        self._base_url: Any = _UNKNOWN
         setting_changed.connect(self._obey)
         _instances.add(self)
 
@@ -141,6 +144,7 @@ class ConfiguredStorage(Storage):
     def _obey(self, *, setting: str, **_: Any) -> None:
         if setting in SETTINGS:
             self._proxy = None
+            self._base_url = _UNKNOWN
 
     # -- what is below
 
@@ -181,6 +185,12 @@ class ConfiguredStorage(Storage):
     @property
     def base_url(self) -> str | None:
         """What `url` puts before a name; None where URLs are those of the original, and may need it to be asked."""
+        if self._base_url is _UNKNOWN:  # a page may ask for a hundred URLs
+            self._base_url = self._find_base_url()
+        base: str | None = self._base_url
+        return base
+
+    def _find_base_url(self) -> str | None:
         if self.options.is_local or "base_url" in self._given:
             base: str | None = self._or_setting("base_url", "MEDIA_URL")
         else:

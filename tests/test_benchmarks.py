@@ -61,6 +61,8 @@ def test_whole_run_tiny(tmp_path: pathlib.Path) -> None:
         "dps, sync_to_async",
         "file_digest",
         "bare async ORM",
+        "run_coroutine_threadsafe",
+        "dps, inside atomic()",
         "bare asyncpg pool",
         "goals met",
     ):
