@@ -11,6 +11,7 @@ from aproxy_storage import (
     ByteRange,
     CommonPrefix,
     Health,
+    MetaBackend,
     MetaRecord,
     ObjectInfo,
     ProxyStorage,
@@ -23,6 +24,7 @@ from aproxy_storage import (
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.config import load, meta_backend_from_url, original_from_url, storage_from_urls
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.registry import get_storage, register
@@ -57,6 +59,14 @@ class Invoices(ProxyStorage):
         self, *, path: str, original_storage_path: str, original_name: str, content: Source, **kwargs: Any
     ) -> Mapping[str, Any]:
         return {"first": (await content.peek(1)).hex()}
+
+
+def configure() -> None:
+    assert_type(load(Path("aproxy.toml")), dict[str, ProxyStorage])
+    assert_type(original_from_url("file:media"), Backend)
+    assert_type(meta_backend_from_url("memory:"), MetaBackend)
+    assert_type(storage_from_urls("memory:", "memory:", prefix="a"), ProxyStorage)
+    assert_type(FileSystemBackend.from_url("file:media"), FileSystemBackend)
 
 
 async def write(content: AsyncIterator[bytes]) -> None:
