@@ -7,9 +7,11 @@ before a URL asks for it. The class makes itself: ``from_url(url)``.
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -18,8 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
+from . import errors
 from .backends.base import Backend
+from .breaker import Breaker
 from .errors import ConfigurationError, MissingDependency, StorageError
+from .fallback import Original
 from .meta_backends.base import MetaBackend
 from .placement import Placement
 from .proxy import ProxyStorage
@@ -66,7 +71,10 @@ META_BACKENDS = {
 
 #: Policies of ``placement = {policy = "…"}``; the other keys of that table are keyword arguments of the class.
 PLACEMENTS = {
+    "fallback": "aproxy_storage.fallback:Fallback",
     "first": "aproxy_storage.placement:First",
+    "replicate": "aproxy_storage.replicate:Replicate",
+    "route": "aproxy_storage.placement:route_by",
 }
 
 #: The directory, below the working directory, of the storage that needs no configuration.
@@ -242,11 +250,39 @@ class _File:
             ),
         )
 
-    def _originals(self, at: tuple[str, ...], given: Any) -> Backend | dict[str, Backend]:
+    def _originals(self, at: tuple[str, ...], given: Any) -> Original | dict[str, Original]:
         if isinstance(given, str) or (isinstance(given, dict) and isinstance(given.get("url"), str)):
-            return self._made_from(at, given, original_from_url)
+            return self._original(at, given)
         table = self._table(at, given)
-        return {name: self._made_from((*at, name), one, original_from_url) for name, one in table.items()}
+        return {name: self._original((*at, name), one) for name, one in table.items()}
+
+    def _original(self, at: tuple[str, ...], given: Any) -> Original:
+        """Make an original of a URL, or of a table which may hold its rules beside what is the backend's."""
+        rules: dict[str, Any] = {}
+        if isinstance(given, dict):
+            given = dict(given)
+            if "max_concurrency" in given:
+                rules["max_concurrency"] = self._typed((*at, "max_concurrency"), given.pop("max_concurrency"), (int,))
+            if "attempt_timeout" in given:
+                seconds = self._typed((*at, "attempt_timeout"), given.pop("attempt_timeout"), (int, float))
+                rules["timeouts"] = self._attempt(at, lambda: Timeouts(idle=seconds))
+            if "fallback_on" in given:
+                named = given.pop("fallback_on")
+                named = [named] if isinstance(named, str) else named
+                rules["fallback_on"] = tuple(self._exception((*at, "fallback_on"), each) for each in named)
+        backend = self._made_from(at, given, original_from_url)
+        return self._attempt(at, lambda: Original(backend, **rules))
+
+    def _exception(self, at: tuple[str, ...], name: Any) -> type[BaseException]:
+        """Return the exception of that name: of Python, of this library, or of the module that it begins with."""
+        try:
+            if "." in name:
+                found = pkgutil.resolve_name(name)
+            else:
+                found = getattr(errors, name, None) or getattr(builtins, name)
+        except (AttributeError, ImportError, TypeError, ValueError) as error:
+            raise self._wrong(at, f"{name!r} is no exception: {error}") from None
+        return cast(type[BaseException], found)
 
     def _made_from(self, at: tuple[str, ...], given: Any, make: Callable[[str], T]) -> T:
         """Make a backend of a URL, or of a table with a ``url`` and what could be in its query."""
@@ -298,6 +334,11 @@ class _File:
         cls = _import(PLACEMENTS[policy])
         options = {name: value for name, value in table.items() if name != "policy"}
         self._only(at, options, set(inspect.signature(cls).parameters))
+        # TOML has no null: "none" stands for it, as it does in timeouts.
+        options = {name: None if value == "none" else value for name, value in options.items()}
+        if isinstance(breaker := options.get("breaker"), dict):
+            self._only((*at, "breaker"), breaker, set(Breaker.__dataclass_fields__))
+            options["breaker"] = self._attempt((*at, "breaker"), lambda: Breaker(**breaker))
         return cast(Placement, self._attempt(at, lambda: cls(**options)))
 
     # -- checks

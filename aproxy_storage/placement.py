@@ -17,7 +17,18 @@ from .content import Source
 from .errors import ConfigurationError, StorageError
 from .sniffing import guess_content_type
 
-__all__ = ["Choose", "First", "Limits", "Placement", "Request", "Route", "by_content_type", "by_suffix", "in_order"]
+__all__ = [
+    "Choose",
+    "First",
+    "Limits",
+    "Placement",
+    "Request",
+    "Route",
+    "by_content_type",
+    "by_suffix",
+    "in_order",
+    "route_by",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +154,25 @@ def by_content_type(originals: Mapping[str, str], default: str | None = None) ->
         return next((name for pattern, name in originals.items() if fnmatchcase(essence, pattern.lower())), default)
 
     return choose
+
+
+def route_by(
+    *,
+    suffixes: Mapping[str, str] | None = None,
+    content_types: Mapping[str, str] | None = None,
+    default: str | None = None,
+) -> Route:
+    """Return the `Route` that a configuration file can express: by suffix, then by content type, then `default`."""
+    first = by_suffix(suffixes or {})
+    second = by_content_type(content_types or {}, default)
+
+    async def choose(request: Request) -> str | None:
+        found = first(request) if suffixes else None
+        if found is None:
+            found = second(request) if content_types else default
+        return await found if inspect.isawaitable(found) else found
+
+    return Route(choose)
 
 
 def in_order(order: Sequence[str] | None, originals: Sequence[str]) -> Sequence[str]:

@@ -29,6 +29,7 @@ CORE = {
     "attempts",
     "gates",
     "openings",
+    "otel",
     "replication",
     "mending",
     "writes",
@@ -51,6 +52,7 @@ UPWARD = {
 # What a module may import besides the standard library.
 DRIVERS = {
     "sniffing": {"puremagic"},
+    "otel": {"opentelemetry"},
     "backends._s3_client": {"aiobotocore", "botocore"},
     "backends._s3_errors": {"aiohttp", "botocore"},
     "backends._s3_urls": {"botocore", "cryptography"},

@@ -328,7 +328,7 @@ def test_a_whole_file(tmp_path: Path) -> None:
 def test_every_plain_argument_of_a_storage_can_be_given() -> None:
     import inspect
 
-    others = {"self", "name", "originals", "meta", "placement", "timeouts"}
+    others = {"self", "name", "originals", "meta", "placement", "timeouts", "on_attempt"}
     assert set(config_module._ARGUMENTS) == set(inspect.signature(ProxyStorage.__init__).parameters) - others
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Annotated
 
 import typer
@@ -68,12 +68,13 @@ async def stat(session: Session, paths: Annotated[list[str], typer.Argument(meta
             continue
         if number:
             session.out.line("")
-        for name, value in describe(record, where):
+        further = [(at.state, storage.get_original(at.original).full_path(at.key)) for at in record.all_places()[1:]]
+        for name, value in describe(record, where, further):
             session.out.line(f"{name:>12}  {printable(value)}")
 
 
-def describe(record: MetaRecord, where: str) -> list[tuple[str, str]]:
-    """Return a record in words, line by line."""
+def describe(record: MetaRecord, where: str, further: Iterable[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """Return a record in words, line by line. `further`: the states of its other places, and where they are."""
     exact = f" ({record.size:,} bytes)" if record.size is not None and record.size >= 1000 else ""
     rows = [
         ("path", record.path),
@@ -82,6 +83,7 @@ def describe(record: MetaRecord, where: str) -> list[tuple[str, str]]:
         ("checksum", record.checksum or "none"),
         ("original", record.original_storage_name),
         ("bytes at", where),
+        *(("copy at" if state == "good" else state, place) for state, place in further),
         ("stored", when(record.created_at)),
         ("changed", when(record.updated_at)),
         ("version", str(record.version)),

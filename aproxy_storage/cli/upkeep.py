@@ -1,4 +1,4 @@
-"""``verify`` and ``reconcile``: are all bytes what they were, and is nothing left over."""
+"""``verify``, ``reconcile``, ``health``: are all bytes what they were, is nothing left over, and does all answer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ _WORDS = {
     "settling": "to be looked at again later: a write without an answer may still land",
     "moved on": "taken care of by somebody else meanwhile",
     "failed": "failed",
+    "copied": "copies made that were missing",
+    "dropped": "copies more than wanted",
+    "missing": "copies whose bytes are gone",
+    "damaged": "copies whose bytes are not the file",
     "removed": "bytes that no record names",
     "young": "bytes without a record, left because they may belong to a save in flight",
     "foreign": "bytes without a record, left because nothing says that this library wrote them",
@@ -33,6 +37,7 @@ def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
     command(app, name="verify")(verify_files)
     command(app, name="reconcile")(reconcile_storage)
+    command(app, name="health")(health)
 
 
 async def verify_files(
@@ -112,3 +117,13 @@ def _tell(session: Session, report: Report) -> None:
         session.out.note("nothing is left over")
     elif report.dry_run:
         session.out.note("Nothing was done; --apply does it.")
+
+
+async def health(session: Session) -> None:
+    """Ask every original and the meta-backend whether they answer; exit code 1 if one does not."""
+    storage = await session.storage()
+    for part in await storage.health():
+        if part.error is not None:
+            session.failed(part.name, part.error)
+        else:
+            session.did("ok", part.name, told=True)
