@@ -475,10 +475,13 @@ def public_callables() -> Iterator[tuple[str, Any]]:
             for name in (
                 "backends.filesystem.FileSystemBackend",
                 "backends.memory.MemoryBackend",
+                "backends.django.DjangoStorageBackend",
+                "backends.obstore.ObstoreBackend",
                 "meta_backends.sqlite.SQLiteMetaBackend",
                 "meta_backends.memory.MemoryMetaBackend",
                 "tools.bulk.save_many",
                 "tools.bulk.delete_many",
+                "tools.migrate.copy_files",
                 "tools.reconcile.Report",
                 "tools.reconcile.reconcile",
                 "tools.verify.verify",
