@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from ..clients.postgres import Database, map_error, storable
 from ..content import Source
-from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError, outcome_unknown
+from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError
 from ..loops import PerLoop
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
@@ -158,13 +159,12 @@ class PostgresBackend(Backend):
         if source.data is not None and len(source.data) <= CHUNK_BYTES:
             return await self._write_small(draft, source.data)
         async with contextlib.aclosing(source.chunks()) as chunks:
-            pieces = _pieces(chunks)
-            first = await anext(pieces, b"")
-            second = await anext(pieces, b"") if len(first) == CHUNK_BYTES else b""
-            if not second:
-                return await self._write_small(draft, first)
+            pieces = _Pieces(chunks)
+            first = await pieces.take(_AT_ONCE)
+            if len(first) < 2:
+                return await self._write_small(draft, b"".join(first))
             async with self._uploads.get():
-                return await self._write_large(draft, _chain((first, second), pieces))
+                return await self._write_large(draft, first, pieces)
 
     async def _write_small(self, draft: _Draft, data: bytes) -> ObjectInfo:
         async def insert() -> Any:
@@ -175,18 +175,19 @@ class PostgresBackend(Backend):
 
         return await self._published(draft, len(data), insert())
 
-    async def _write_large(self, draft: _Draft, pieces: AsyncIterator[bytes]) -> ObjectInfo:
+    async def _write_large(self, draft: _Draft, batch: list[bytes], pieces: _Pieces) -> ObjectInfo:
         async with contextlib.AsyncExitStack() as stack:
             connection = await stack.enter_async_context(self._database.use())
             # Until it is handed over: whatever happens costs the connection, and with it the transaction, at once.
             stack.push(_cut(connection))
             object_id = await self._begin(connection, draft)
             number = size = 0
-            async for batch in _batches(pieces, _AT_ONCE):
+            while batch:
                 numbers = list(range(number, number + len(batch)))
                 await connection.execute(self._sql.add_chunks, object_id, numbers, batch)
                 number += len(batch)
                 size += sum(map(len, batch))
+                batch = await pieces.take(_AT_ONCE)
             return await self._publish(stack, connection, draft, object_id, size, CHUNK_BYTES)
 
     async def _begin(self, connection: Any, draft: _Draft) -> int:
@@ -230,25 +231,28 @@ class PostgresBackend(Backend):
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError as error:
-            undone = self._undo(draft.key, task)
-            error.outcome_unknown = not await self.cleanup.finish(undone, within=_PATIENCE)  # type: ignore[attr-defined]
+            undoing = self.cleanup.start(self._undo(draft.key, task), name="undo of a write")
+            await asyncio.wait({undoing}, timeout=_PATIENCE)
+            undone = undoing.done() and undoing.exception() is None and undoing.result()
+            error.outcome_unknown = not undone  # type: ignore[attr-defined]
             raise
         row = task.result()
         if row is None:
             raise AlreadyExists(f"{draft.key!r} exists already")
         return draft.info(size, row["id"], row["modified_at"])
 
-    async def _undo(self, key: str, task: asyncio.Task[Any]) -> None:
-        """Remove the object that `task` has made, if it has."""
+    async def _undo(self, key: str, task: asyncio.Task[Any]) -> bool:
+        """Remove the object that `task` makes, if it does; return whether it is certain that nothing is there."""
         await asyncio.wait({task})
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if outcome_unknown(error):
-                raise error
-            return
+        if task.cancelled():
+            return False
+        if (error := task.exception()) is not None:
+            return isinstance(error, Exception) and not self._map_error(error, "write").outcome_unknown
         row = task.result()
         if row is not None:
             async with asyncio.timeout(self.timeouts.operation), self._database.use() as connection:
                 await connection.execute(self._sql.undo, key, row["id"])
+        return True
 
     # -- read and stat
 
@@ -438,37 +442,26 @@ def _rolled_up(key: str, prefix: str, delimiter: str) -> str | None:
     return None if at < 0 else key[: at + len(delimiter)]
 
 
-async def _pieces(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Cut and join `chunks` to pieces of CHUNK_BYTES; the last may be shorter."""
-    kept: list[bytes] = []
-    length = 0
-    async for chunk in chunks:
-        at = 0
-        while length + len(chunk) - at >= CHUNK_BYTES:
-            end = at + CHUNK_BYTES - length
-            kept.append(chunk[at:end])
-            yield kept[0] if len(kept) == 1 else b"".join(kept)
-            kept, length, at = [], 0, end
-        if at < len(chunk):
-            kept.append(chunk[at:])
-            length += len(chunk) - at
-    if kept:
-        yield b"".join(kept)
+class _Pieces:
+    """Content in pieces of CHUNK_BYTES; the last may be shorter. Not a generator: nothing is left to be finalised."""
 
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+        self._ready: deque[bytes] = deque()
+        self._rest = b""
+        self._over = False
 
-async def _chain(first: tuple[bytes, ...], rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    for piece in first:
-        yield piece
-    async for piece in rest:
-        yield piece
-
-
-async def _batches(pieces: AsyncIterator[bytes], count: int) -> AsyncIterator[list[bytes]]:
-    batch: list[bytes] = []
-    async for piece in pieces:
-        batch.append(piece)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    async def take(self, count: int) -> list[bytes]:
+        """Return the next `count` pieces; fewer at the end, and none after it."""
+        while len(self._ready) < count and not self._over:
+            chunk = await anext(self._chunks, None)
+            if chunk is None:
+                self._over = True
+                if self._rest:
+                    self._ready.append(self._rest)
+                break
+            data = self._rest + chunk if self._rest else chunk
+            whole = len(data) - len(data) % CHUNK_BYTES
+            self._ready.extend(data[at : at + CHUNK_BYTES] for at in range(0, whole, CHUNK_BYTES))
+            self._rest = data[whole:]
+        return [self._ready.popleft() for _ in range(min(count, len(self._ready)))]

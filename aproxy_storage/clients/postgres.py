@@ -92,6 +92,10 @@ class Database:
     ) -> None:
         if (dsn is None) == (pool is None):
             raise ConfigurationError("PostgreSQL is given either by dsn= or by pool=")
+        if pool is not None and not isinstance(pool, asyncpg.Pool) and not callable(pool):
+            raise ConfigurationError(
+                f"pool= is an asyncpg pool or a function that makes one, not {type(pool).__name__}"
+            )
         if max_connections < 1:
             raise ConfigurationError(f"max_connections must be at least 1, not {max_connections}")
         self._dsn = dsn
@@ -321,6 +325,7 @@ _BY_STATE: dict[str, _Kind] = {
     "22P05": (NotSupported, "PostgreSQL cannot keep such a text (NUL characters, for example)"),
     "22": (NotSupported, "the table cannot keep such a value"),
     "23": (NotSupported, "a constraint of the table forbids it"),
+    "25P03": (BackendUnavailable, "the content came too slowly for the server's idle_in_transaction_session_timeout"),
     "25006": (BackendUnavailable, "this server only reads; name the primary one, or add target_session_attrs=primary"),
     "28": (ConfigurationError, "the server does not accept this user with this password; see the URL and pg_hba.conf"),
     "3D000": (ConfigurationError, "there is no such database; make it with createdb, or name another one in the URL"),
@@ -369,7 +374,7 @@ def map_error(error: Exception, what: str, *, sent: bool = True) -> StorageError
         return cls(text, retryable=retryable, outcome_unknown=sent and state.startswith(_UNKNOWN))
     if isinstance(error, UnicodeEncodeError):
         return NotSupported(f"could not {what}: text with lone surrogates cannot be stored")
-    if isinstance(error, asyncpg.InterfaceError) and isinstance(error, ValueError):
+    if isinstance(error, ValueError | TypeError) and (isinstance(error, asyncpg.InterfaceError) or not sent):
         return ConfigurationError(f"could not {what}: asyncpg does not understand the URL or the options")
     if isinstance(error, OSError):
         reason = error.strerror or type(error).__name__

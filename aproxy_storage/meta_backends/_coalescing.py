@@ -169,7 +169,7 @@ class Coalescer:
                         job.future.set_exception(self._failed(kind, job.item, error))
         except BaseException:  # cut short by a drain that took too long
             for job in jobs:
-                job.future.cancel()
+                _answer(job, _cut_short())
             raise
         else:
             for job, answer in zip(jobs, answers, strict=True):
@@ -185,7 +185,7 @@ class Coalescer:
         except Exception as error:
             _answer(job, self._failed(kind, job.item, error))
         except BaseException:
-            job.future.cancel()
+            _answer(job, _cut_short())
             raise
 
     def _tick(self, here: _Here) -> None:
@@ -223,6 +223,10 @@ def _split(waiting: list[_Job]) -> tuple[list[_Job], list[_Job]]:
             keys.add(job.key)
             jobs.append(job)
     return jobs, left
+
+
+def _cut_short() -> StorageError:
+    return BackendUnavailable("closed while the statement was under way", outcome_unknown=True)
 
 
 def _answer(job: _Job, answer: Any) -> None:

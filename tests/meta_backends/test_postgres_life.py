@@ -119,7 +119,7 @@ async def test_many_wait_for_few_connections(
 
 def test_both_sides_of_a_fork(postgres_url: str, postgres_table: str) -> None:
     script = """
-import asyncio, os, sys
+import asyncio, os, sys, traceback
 from aproxy_storage.backends.postgres import PostgresBackend
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
@@ -136,7 +136,12 @@ async def main():
     await work("before")
     pid = os.fork()
     if pid == 0:
-        return False
+        try:  # in a loop of its own; the parent's must not run here, it would read what the parent waits for
+            asyncio.run(work("child"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     await work("parent")
     _, status = await asyncio.to_thread(os.waitpid, pid, 0)
     assert status == 0, status
@@ -147,14 +152,8 @@ async def main():
         await connection.execute(f'DROP SCHEMA "{table}" CASCADE')
     await meta.aclose()
     await backend.aclose()
-    return True
 
-loop = asyncio.new_event_loop()
-if not loop.run_until_complete(main()):  # the child, in a loop of its own
-    child = asyncio.new_event_loop()
-    child.run_until_complete(work("child"))
-    os._exit(0)
-loop.close()
+asyncio.run(main())
 """
     command = [sys.executable, "-c", script, postgres_url, postgres_table]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -248,6 +247,8 @@ async def test_wrong_set_ups_name_the_way_out_and_no_password(
         ("number", lambda: kind(f"postgresql://me:123/{PLAIN}@host/db"), "%"),
         ("nothing", lambda: kind(), "dsn"),
         ("too much", lambda: kind("postgresql://host/db", pool=object()), "dsn"),
+        ("unknown option", lambda: kind(own_postgres.url, connect_options={"no_such": 1}), "options"),
+        ("no pool", lambda: kind(pool=object()), "function"),
         ("option", lambda: kind(own_postgres.url, connect_options={"ssl": PLAIN}), "options"),
         ("connections", lambda: kind(own_postgres.url, max_connections=0), "max_connections"),
         ("table of another", lambda: kind(own_postgres.url, table="foreign"), "another table"),
