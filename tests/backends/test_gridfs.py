@@ -15,7 +15,9 @@ from gridfs.errors import NoFile
 from aproxy_storage.backends.gridfs import GridFSBackend
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
-from tests.services.mongo import DRIVERS, Borrowed
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed
+
+pytestmark = FORGOTTEN_SOCKETS
 
 
 class TestGridFS(BackendTests):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from aproxy_storage.meta_backends.base import MetaBackend
 from aproxy_storage.meta_backends.mongo import MongoMetaBackend
 from aproxy_storage.testing.meta_backends import MetaBackendTests
-from tests.services.mongo import DRIVERS, Borrowed
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed
+
+pytestmark = FORGOTTEN_SOCKETS
 
 
 class TestMongo(MetaBackendTests):
@@ -32,11 +33,6 @@ class TestMongo(MetaBackendTests):
             yield meta
         if isinstance(given, Borrowed):
             await given.close()
-
-    # Cancelled amid its first connections, PyMongo leaves their sockets to the garbage collector.
-    @pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
-    async def test_cancelled_calls_leave_it_usable(self, meta: MetaBackend) -> None:
-        await super().test_cancelled_calls_leave_it_usable(meta)
 
     async def row_behind(self, meta: MongoMetaBackend, path: str) -> Mapping[str, Any] | None:
         found: Mapping[str, Any] | None = await self.files.find_one({"path": path})

@@ -30,12 +30,11 @@ from aproxy_storage.testing.meta_backends import make_record
 from aproxy_storage.tools.reconcile import reconcile
 from tests.backends.test_gridfs import everything_in
 from tests.services.cutting_proxy import CuttingProxy
-from tests.services.mongo import DRIVERS, Borrowed, MongoServer
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer
 
 ROOT = Path(__file__).parents[2]
 
-# Killed amid its first connections, the drivers leave sockets to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning")
+pytestmark = FORGOTTEN_SOCKETS
 
 
 @pytest_asyncio.fixture(params=DRIVERS)

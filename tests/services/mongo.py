@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,26 @@ import pytest
 import pytest_asyncio
 from pymongo import AsyncMongoClient
 
-__all__ = ["DRIVERS", "Borrowed", "MongoServer", "mongo_client", "mongo_database", "mongo_url", "own_mongo"]
+__all__ = [
+    "DRIVERS",
+    "FORGOTTEN_SOCKETS",
+    "Borrowed",
+    "MongoServer",
+    "forgotten_sockets",
+    "mongo_client",
+    "mongo_database",
+    "mongo_url",
+    "own_mongo",
+]
 
 #: Both drivers get every test that says so.
 DRIVERS = ("pymongo", "motor")
+
+#: Cancelled or closed amid an attempt to connect, PyMongo leaves the socket to the garbage collector, which warns.
+FORGOTTEN_SOCKETS = [
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("forgotten_sockets"),
+]
 
 # On the end of its standard input, which is the end of whoever started it, the watchdog kills the server and removes
 # its directory.
@@ -127,6 +145,15 @@ def _answers(port: int) -> bool:
         finally:
             client.close()
     return False
+
+
+@pytest.fixture(scope="module")
+def forgotten_sockets() -> Iterator[None]:
+    """Let none of them be found in a test of another module."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
