@@ -22,6 +22,7 @@ from django.utils.encoding import filepath_to_uri
 from django.utils.module_loading import import_string
 
 from aproxy_storage import Backend, InvalidPath, MetaBackend, ProxyStorage, StorageError
+from aproxy_storage.backends.filesystem import FileSystemBackend
 
 from . import bridge as _bridge
 from .bridge import Bridge
@@ -215,17 +216,26 @@ class ConfiguredStorage(Storage):
 
     @property
     def is_published(self) -> bool:
-        """Whether the files lie in a directory that a web server may publish, so that a path must be its key."""
-        return self.options.is_local and self.proxy.keys == "path"
+        """Whether URLs are paths below a directory that a web server may publish, so that a path must be its key."""
+        return self._published_root() is not None
+
+    def _published_root(self) -> str | None:
+        if self.proxy.keys != "path":
+            return None
+        if self.options.is_local:
+            return self.location
+        # With a base_url of this storage's own, somebody else answers for it, by the path.
+        first = self.proxy.get_original()
+        given = "base_url" in self._given or self.base_url is None
+        return first.root if isinstance(first, FileSystemBackend) and not given else None
 
     def _is_on_disk(self, name: str) -> bool:
         """Return whether something has the key of `name`, with a record or without.
 
         Without: it would get the URL, and the place in old rows, of a file that is not it.
         """
-        if not self.is_published:
-            return False
-        return os.path.lexists(os.path.join(self.location, name.removeprefix(self.proxy.prefix)))
+        root = self._published_root()
+        return root is not None and os.path.lexists(os.path.join(root, name.removeprefix(self.proxy.prefix)))
 
 
 _instances: weakref.WeakSet[ConfiguredStorage] = weakref.WeakSet()

@@ -117,6 +117,7 @@ def _forget(*, setting: str, **_: Any) -> None:
             for made in _made.values():
                 names.unregister(made.name)
             _made.clear()
+            _metas.clear()
 
 
 setting_changed.connect(_forget)

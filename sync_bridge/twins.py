@@ -171,7 +171,7 @@ class AsyncTwins(ConfiguredStorage):
         proxy = self.proxy
         path = name if name.startswith(proxy.prefix) else proxy.prefix + name
         if self._is_on_disk(path) and not await self.aexists(path):
-            raise FileExistsError(f"{path!r} is in {self.location} without a record; adopt it first")
+            raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
         record = await proxy.write_to(path, content, exclusive=exclusive)
         return record if exclusive else await self._with_its_key(record)
 

@@ -1,11 +1,22 @@
 """Django for the tests of the bridge: a database and a media directory of each test's own."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.django_support.setup import configure, django_database, migrated_sqlite  # noqa: F401
+from tests.django_support.setup import (
+    add_database,
+    close_connections,
+    configure,
+    django_database,  # noqa: F401
+    make_tables,
+    migrated_sqlite,  # noqa: F401
+    postgres_settings,
+    remove_database,
+)
 
 configure()
 
@@ -19,9 +30,53 @@ def media(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "media"
 
 
+@pytest.fixture(scope="session")
+def postgres_default(postgres_url: str) -> Iterator[dict[str, Any]]:
+    """Settings of a migrated database of the whole run, in PostgreSQL."""
+    add_database("for_bridge", postgres_settings(postgres_url))
+    make_tables("for_bridge")
+    from django.db import connections
+
+    yield connections.settings["for_bridge"]
+    remove_database("for_bridge")
+
+
 @pytest.fixture
-def default(media: Path, django_database: Path) -> object:  # noqa: F811
-    """Return the default storage: files below `media`, records in a fresh database."""
+def default_in_postgres(postgres_default: dict[str, Any]) -> Iterator[None]:
+    """Let the database ``default`` be in PostgreSQL, and empty."""
+    from django.core.management import call_command
+    from django.db import connections
+
+    close_connections()
+    before, connections.settings["default"] = connections.settings["default"], postgres_default
+    _forget_connections()
+    try:
+        yield
+    finally:
+        call_command("flush", interactive=False, verbosity=0)
+        close_connections()
+        connections.settings["default"] = before
+        _forget_connections()
+
+
+def _forget_connections() -> None:
+    """Let the next use of ``default`` look at its settings, in this thread and in that of asgiref."""
+    from asgiref.sync import SyncToAsync
+    from django.db import connections
+
+    def forget() -> None:
+        with contextlib.suppress(AttributeError):
+            del connections["default"]
+
+    SyncToAsync.single_thread_executor.submit(forget).result(timeout=30)
+    forget()
+
+
+@pytest.fixture
+def default(media: Path, request: pytest.FixtureRequest) -> object:
+    """Return the default storage: files below `media`, records in a fresh database (SQLite, or as parametrized)."""
+    on_postgres = getattr(request, "param", "sqlite") == "postgres"
+    request.getfixturevalue("default_in_postgres" if on_postgres else "django_database")
     from django.core.files.storage import default_storage
 
     return default_storage

@@ -37,6 +37,9 @@ from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Pictu
 pytestmark = pytest.mark.usefixtures("default")
 
 
+BOTH = pytest.mark.parametrize("default", ["sqlite", "postgres"], indirect=True)
+
+
 class Rollback(Exception):
     pass
 
@@ -65,6 +68,7 @@ def run(function: Callable[[], Any]) -> Any:
 # -- the owner
 
 
+@BOTH
 def test_the_record_names_the_owner(default: BridgeStorage) -> None:
     message = Message.objects.create(attach=file())
     assert message.attach.name == "messages/f.txt"
@@ -126,6 +130,7 @@ def test_a_proxy_or_child_names_the_model_that_has_the_column(default: BridgeSto
     assert default.get(written.attach.name).extra == record.extra
 
 
+@BOTH
 def test_an_object_with_a_key_of_its_own_kind(default: BridgeStorage, person: Person) -> None:
     paper = Paper(owner=person)
     paper.file.save("p.txt", file(), save=False)
@@ -136,6 +141,7 @@ def test_an_object_with_a_key_of_its_own_kind(default: BridgeStorage, person: Pe
     assert get_content_object(default.get(paper.file.name)) == paper
 
 
+@BOTH
 def test_no_record_is_no_reason_to_fail(default: BridgeStorage, caplog: pytest.LogCaptureFixture) -> None:
     message = Message.objects.create(attach="was/never/stored.txt")
     assert "has no record" in caplog.text
@@ -265,6 +271,7 @@ def test_dimensions_of_images(default: BridgeStorage) -> None:
 # -- asynchronous
 
 
+@BOTH
 def test_the_twins_of_the_attribute(default: BridgeStorage) -> None:
     async def main() -> None:
         message = Message()
@@ -314,6 +321,7 @@ def test_a_template_on_the_loop_shows_the_url(default: BridgeStorage) -> None:
 # -- transactions
 
 
+@BOTH
 def test_a_save_that_is_rolled_back_is_no_file(default: BridgeStorage, media: Path) -> None:
     with pytest.raises(Rollback), transaction.atomic():
         message = Message.objects.create(attach=file())
@@ -331,6 +339,7 @@ def test_a_save_that_is_rolled_back_is_no_file(default: BridgeStorage, media: Pa
     assert not (media / "messages" / "f.txt").exists()
 
 
+@BOTH
 def test_what_is_deleted_or_replaced_is_as_it_was_after_a_rollback(default: BridgeStorage, media: Path) -> None:
     path = default.save("a.txt", file(b"old"))
     for change in (
@@ -351,6 +360,7 @@ def test_what_is_deleted_or_replaced_is_as_it_was_after_a_rollback(default: Brid
     assert not (media / path).exists()
 
 
+@BOTH
 def test_on_commit_inside_a_testcase(default: BridgeStorage, media: Path) -> None:
     from django.test import TestCase
 
@@ -368,6 +378,7 @@ def test_on_commit_inside_a_testcase(default: BridgeStorage, media: Path) -> Non
     assert not Message.objects.exists()
 
 
+@BOTH
 def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
     paper = Paper.objects.create(owner=person, file=file(b"1", "first.txt"))
     first = paper.file.name
