@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import mmap
 import os
 import tempfile
@@ -11,7 +12,7 @@ from typing import IO
 
 from ..content import Source
 from ..errors import BackendUnavailable, OutOfSpace
-from ..feeds import seen
+from ..feeds import Handle, seen
 from ..threads import Workers
 
 __all__ = ["Body", "collect"]
@@ -19,6 +20,7 @@ __all__ = ["Body", "collect"]
 Body = bytes | mmap.mmap
 
 _BATCH = 4 << 20  # bytes that go to the file in one hop
+_FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
 async def collect(source: Source, workers: Workers, *, memory: int, idle: float | None) -> Body:
@@ -33,7 +35,7 @@ async def collect(source: Source, workers: Workers, *, memory: int, idle: float 
     if source.data is not None:
         await source.measure()
         return source.data
-    file: IO[bytes] | None = None
+    file: _File | None = None
     writing: asyncio.Future[None] | None = None
     waiting: list[bytes] = []
     size = count = 0
@@ -42,51 +44,61 @@ async def collect(source: Source, workers: Workers, *, memory: int, idle: float 
             async for chunk in chunks:
                 waiting.append(chunk)
                 count += len(chunk)
-                if file is None and count <= memory:
+                if count <= memory if file is None else count < _BATCH:
                     continue
-                if file is None:
-                    file = await workers.call(_new_file, timeout=idle)
-                if count < _BATCH:
-                    continue
+                file = file or _File()
                 if writing is not None:
                     await writing
-                writing = workers.call(_write, file, waiting, timeout=idle)
+                writing = workers.call(file.write, waiting, timeout=idle)
                 writing.add_done_callback(seen)
                 size, waiting, count = size + count, [], 0
         if file is None:
             return waiting[0] if len(waiting) == 1 else b"".join(waiting)
         if writing is not None:
             await writing
-        return await workers.call(_finish, file, waiting, size + count, timeout=idle)
+        return await workers.call(file.finish, waiting, size + count, timeout=idle)
     except OSError as error:
         if isinstance(error, BackendUnavailable):
             raise
-        cls = OutOfSpace if error.errno in (27, 28, 122) else BackendUnavailable
+        cls = OutOfSpace if error.errno in _FULL else BackendUnavailable
         raise cls(
             f"could not keep the content in a temporary file in {tempfile.gettempdir()}: {error.strerror}"
         ) from error
     finally:
         if file is not None:
-            # A worker that is still writing keeps its own reference.
-            del file
+            with contextlib.suppress(BackendUnavailable):
+                workers.submit(file.handle.close)
 
 
-def _new_file() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="aproxy-", buffering=0)
+class _File:
+    """A temporary file without a name; closed by whoever comes last, a worker that still writes or `collect`."""
 
+    def __init__(self) -> None:
+        self.handle = Handle(self._release)
+        self._file: IO[bytes] | None = None
 
-def _write(file: IO[bytes], chunks: list[bytes]) -> None:
-    for chunk in chunks:
-        view = memoryview(chunk)
-        while view:
-            view = view[file.write(view) :]
+    def write(self, chunks: list[bytes]) -> None:
+        self.handle.use(lambda: self._write(chunks), None)
 
+    def _write(self, chunks: list[bytes]) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="aproxy-", buffering=0)  # noqa: SIM115  see `_release`
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                view = view[self._file.write(view) :]
 
-def _finish(file: IO[bytes], chunks: list[bytes], size: int) -> mmap.mmap:
-    _write(file, chunks)
-    found = os.fstat(file.fileno()).st_size
-    if found != size:
-        raise OSError(f"the temporary file has {found} bytes, not {size}")
-    mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-    file.close()  # the mapping has a descriptor of its own
-    return mapped
+    def finish(self, chunks: list[bytes], size: int) -> Body:
+        return self.handle.use(lambda: self._finish(chunks, size), b"")
+
+    def _finish(self, chunks: list[bytes], size: int) -> Body:
+        self._write(chunks)
+        assert self._file is not None
+        found = os.fstat(self._file.fileno()).st_size
+        if found != size:
+            raise OSError(f"the temporary file has {found} bytes, not {size}")
+        return mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)  # with a descriptor of its own
+
+    def _release(self) -> None:
+        if self._file is not None:
+            self._file.close()
