@@ -211,13 +211,16 @@ class Attempts:
     async def _in_turn(self, job: Job, places: Sequence[Place]) -> Placed:
         for place in places:
             last = place is places[-1]
+            one = Try(place)
             try:
-                return await self.attempt(job, Try(place), movable=last)
+                return await self.attempt(job, one, movable=last)
             except StorageError as error:
                 if last or not self.falls_back(job, place, error):
                     raise note(error, job.errors)  # noqa: B904  it is the error itself
                 job.errors.append(error)
-                _log.warning(
+                # One whose circuit is open has been warned of, once.
+                _log.log(
+                    logging.WARNING if one.begun else logging.INFO,
                     "the original %r failed, trying the next one: %s", place.original, error,
                     extra={"storage": self._storage.name, "original": place.original, "fallback": True},
                 )  # fmt: skip
