@@ -134,9 +134,11 @@ async def test_download_goes_on_when_the_server_is_back(victim: S3Server) -> Non
 
 
 async def test_hung_server_hits_the_limits(victim: S3Server) -> None:
-    timeouts = Timeouts(operation=0.5, idle=0.5, cleanup=0.5)
-    async with backend_of(victim.service.fresh(), timeouts=timeouts) as backend:
+    service = victim.service.fresh()
+    async with backend_of(service) as backend:
         await backend.write("key", pattern(PARTS))
+    timeouts = Timeouts(operation=1.0, idle=1.0, cleanup=0.5)
+    async with backend_of(service, timeouts=timeouts) as backend:
         reading = backend.read("key", chunk_bytes=1 << 16)
         async with reading as reader:
             await anext(reader)

@@ -7,13 +7,16 @@ host, and what is put in their place before the block runs. What a page makes th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
-__all__ = ["page_mongo", "page_postgres"]
+from tests.services.s3 import S3Server
+
+__all__ = ["page_mongo", "page_postgres", "page_s3"]
 
 
 def _in_database(url: str, name: str) -> str:
@@ -51,3 +54,16 @@ def page_mongo(mongo_url: str) -> Iterator[Mapping[str, str]]:
     yield {"mongodb://db.example/app": _in_database(mongo_url, name)}
     with pymongo.MongoClient(mongo_url) as client:
         client.drop_database(name)
+
+
+@pytest.fixture
+def page_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """Give a bucket for ``my-bucket`` at ``https://s3.example.org``, with credentials in the environment."""
+    service = s3_server.service
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", str(service.access_key))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", str(service.secret_key))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", str(service.region))
+    bucket = f"page-{secrets.token_hex(6)}"
+    with contextlib.closing(service.client()) as client:
+        client.create_bucket(Bucket=bucket)
+    return {"https://s3.example.org": str(service.endpoint_url), "my-bucket": bucket}
