@@ -1,6 +1,14 @@
 """Sphinx: ``make docs``. The source directory is the project's root, so that links between pages hold as on a forge."""
 
+import re
 from importlib.metadata import version as version_of
+
+import django
+from django.conf import settings
+
+# For the docstrings of sync_bridge, whose modules want to know where Django is.
+settings.configure(INSTALLED_APPS=["django.contrib.contenttypes", "sync_bridge"])
+django.setup()
 
 project = "aproxy_storage"
 author = "the contributors to aproxy_storage"
@@ -26,3 +34,16 @@ autodoc_typehints_format = "short"
 autodoc_class_signature = "separated"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
+
+
+def _split_raises(app, what, name, obj, options, lines):
+    """Take ``Raises, from every call:`` and ``Raises (on entering):`` apart, which Napoleon takes for no section."""
+    for number, line in reversed(list(enumerate(lines))):
+        found = re.fullmatch(r"( *)Raises[, ]+\(?(.+?)\)?:", line)
+        if found:
+            indent, when = found.groups()
+            lines[number : number + 1] = [f"{indent}{when[0].upper()}{when[1:]}:", "", f"{indent}Raises:"]
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _split_raises, priority=400)  # before Napoleon

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import aproxy_storage
+import aproxy_storage.tools
 from aproxy_storage import StorageError, config, errors
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,7 @@ PAGES = [
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 # A block of another language is prose to every test below, so those that we use are named.
-LANGUAGES = {"python", "shell", "console", "text", "toml", "sql", "sql", "{toctree}", "{eval-rst}"}
+LANGUAGES = {"python", "shell", "console", "text", "toml", "sql", "{toctree}", "{eval-rst}"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
@@ -300,6 +301,15 @@ def test_the_pages_build(tmp_path: Path) -> None:
     made = (tmp_path / "html" / "docs" / "reference.html").read_text()
     missing = [name for name in aproxy_storage.__all__ if f'id="aproxy_storage.{name}"' not in made]
     assert not missing, "the reference leaves out public names"
+
+
+def test_the_reference_has_every_public_module() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text()
+    modules = {reference.partition(":")[0] for table in (config.ORIGINALS, config.META_BACKENDS) for reference in
+               table.values()}  # fmt: skip
+    modules |= {f"aproxy_storage.tools.{module.name}" for module in pkgutil.iter_modules(aproxy_storage.tools.__path__)}
+    modules |= {"aproxy_storage.config", "aproxy_storage.registry", "aproxy_storage.urls"}
+    assert not [module for module in sorted(modules) if f".. automodule:: {module}\n" not in page]
 
 
 # -- links
