@@ -293,7 +293,7 @@ async def timelines(directory: Path) -> Bars:
 async def main(options: argparse.Namespace) -> None:
     base = Path(options.directory or ("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()))
     directory = Path(tempfile.mkdtemp(prefix="aproxy-fallback-", dir=base))
-    seconds, pace = (0.7, 20.0) if options.quick else (options.seconds, 25.0)
+    seconds, pace = (0.3, 20.0) if options.quick else (options.seconds, 25.0)
     try:
         saves = await phases(directory, seconds, pace)
         print(phase_table(saves, seconds), goals(saves, seconds), sep="\n\n")
