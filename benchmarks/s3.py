@@ -2,8 +2,8 @@
 
     python benchmarks/s3.py [--rounds N] [--quick] [--only objects|large]
 
-The server is one SeaweedFS of our own for the time of the run, on the same machine: of 2 cores it takes one. A process
-of its own, because django-storages needs a configured Django.
+The server is one SeaweedFS of our own for the time of the run, on the same machine: of 2 cores it takes one. Nobody
+sends "Expect: 100-continue". A process of its own, because django-storages needs a configured Django.
 """
 
 import argparse
@@ -164,7 +164,7 @@ async def objects(plan: Plan, service: Any, directory: Path, report: Report) -> 
             content = random.Random(5).randbytes(size)
             seconds: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in VERBS}
             cpu: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in VERBS}
-            for round_number in range(-1, plan.rounds):
+            for round_number in rounds(plan):
                 keys = {
                     name: [f"{size}/{place}/{round_number}/{number}" for number in range(count)]
                     for place, name in enumerate(stores)
@@ -189,6 +189,11 @@ async def objects(plan: Plan, service: Any, directory: Path, report: Report) -> 
                 goals = {"up": 2.5, "down": 4.0} if label == "4 KiB" else {}
                 report.compare(what, seconds[verb], STORAGES, goal=goals.get(verb))
                 proxy(report, label, verb, seconds[verb], cpu[verb])
+
+
+def rounds(plan: Plan) -> range:
+    """A round to warm up is the first, of number -1."""
+    return range(0 if plan is QUICK else -1, plan.rounds)
 
 
 async def batch(store: Any, verb: str, keys: list[str], content: bytes) -> tuple[float, float, list[Any]]:
@@ -229,7 +234,7 @@ async def large(plan: Plan, service: Any, directory: Path, report: Report) -> No
     seconds: dict[str, dict[str, list[float]]] = {verb: {OURS: [], TRANSFER: []} for verb in VERBS}
     memory: dict[str, dict[str, list[float]]] = {verb: {OURS: [], TRANSFER: []} for verb in VERBS}
     with contextlib.closing(service.client()) as client:
-        for round_number in range(-1, plan.rounds):
+        for round_number in rounds(plan):
             for name in rotated((OURS, TRANSFER), round_number + 1):
                 process = await asyncio.create_subprocess_exec(
                     sys.executable, __file__, "--large", name, "--file", str(source),
@@ -338,6 +343,13 @@ class Peak:
         self.grown = float(max(self._highest - self._start, 1 << 10))
 
 
+def send_at_once() -> None:
+    """Let no contender ask before it sends: after SeaweedFS's "100 Continue" boto3 now and then waits for a minute."""
+    from botocore import handlers
+
+    handlers.BUILTIN_HANDLERS[:] = [each for each in handlers.BUILTIN_HANDLERS if each[1] != handlers.add_expect_header]
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (5)")
@@ -359,6 +371,7 @@ async def main() -> None:
     from tests.services.s3 import S3Server
 
     settings.configure()
+    send_at_once()
     server = S3Server()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory) as directory:
