@@ -284,9 +284,12 @@ class PostgresBackend(Backend):
     async def _fetch_chunks(self, row: Any, number: int, count: int) -> bytes:
         async with self._database.use() as connection:
             found = await connection.fetch(self._sql.read_chunks, row["id"], number, number + count)
-        left = -(-row["size"] // row["chunk_bytes"]) - number
-        if [one["number"] for one in found] != list(range(number, number + min(count, left))):
-            raise Conflict(f"the object {row['key']!r} was discarded while it was read")
+            left = -(-row["size"] // row["chunk_bytes"]) - number
+            if [one["number"] for one in found] != list(range(number, number + min(count, left))):
+                still = await connection.fetchrow(self._sql.stat, row["key"])
+                if still is not None and still["id"] == row["id"]:
+                    raise IntegrityError(f"the object {row['key']!r} lacks chunks")
+                raise Conflict(f"the object {row['key']!r} was discarded while it was read")
         return b"".join([one["data"] for one in found])
 
     async def _stat(self, key: str) -> ObjectInfo:

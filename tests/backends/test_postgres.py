@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import asyncpg
+import pytest
 import pytest_asyncio
 
 from aproxy_storage.backends.postgres import PostgresBackend
+from aproxy_storage.errors import ConfigurationError, IntegrityError, NotFound
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
+from aproxy_storage.testing.interruptions import interruptions
 
 _FOREIGN_CHUNK = 100_000  # another length than ours
 
@@ -76,3 +80,81 @@ def test_capabilities() -> None:
         content_type=True,
         tokens=True,
     )
+
+
+BIG = bytes(range(256)) * 5000  # five chunks
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("number", [0, 3])
+async def test_a_lost_chunk_is_damage(
+    backend: PostgresBackend, postgres_behind: asyncpg.Connection, number: int
+) -> None:
+    await backend.write("key", BIG)
+    await postgres_behind.execute(f'DELETE FROM "{backend.table}_chunks" WHERE number = $1', number)
+    with pytest.raises(IntegrityError, match="key"):
+        async with backend.read("key", chunk_bytes=1000) as reader:
+            async for _ in reader:
+                pass
+
+
+@pytest.mark.asyncio
+async def test_slow_uploads_leave_connections_to_others(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+) -> None:
+    release = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield BIG
+        await release.wait()
+        yield b"end"
+
+    async def under_way() -> int:
+        text = "SELECT count(*) FROM pg_stat_activity WHERE xact_start IS NOT NULL AND application_name = $1"
+        count: int = await postgres_behind.fetchval(text, postgres_table)
+        return count
+
+    url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}application_name={postgres_table}"
+    async with PostgresBackend(url, table=postgres_table, max_connections=4) as backend:
+        uploads = [asyncio.ensure_future(backend.write(f"slow{number}", slowly())) for number in range(6)]
+        async with asyncio.timeout(30):
+            while await under_way() < 2:  # noqa: ASYNC110  both that may be under way have begun
+                await asyncio.sleep(0.01)
+            await backend.write("quick", b"x")
+            assert (await backend.stat("quick")).size == 1
+            assert await under_way() == 2
+            release.set()
+            assert {info.size for info in await asyncio.gather(*uploads)} == {len(BIG) + 3}
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_write_knows_that_nothing_is_there(backend: PostgresBackend) -> None:
+    for content in (b"small", BIG):
+        async for interruption in interruptions(lambda content=content: backend.write("key", content)):
+            if not interruption.whole and interruption.way != "twice":
+                assert interruption.error is not None
+                if getattr(interruption.error, "outcome_unknown", None) is False:
+                    with pytest.raises(NotFound):
+                        await backend.stat("key")
+                    break
+            await backend.aclose()
+            await backend.discard("key")
+        else:
+            pytest.fail("it never knew")
+
+
+@pytest.mark.asyncio
+async def test_tables_of_others_and_of_tomorrow_are_refused(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+) -> None:
+    backends = [PostgresBackend(postgres_url, table=postgres_table) for _ in range(6)]
+    await asyncio.gather(*(backend.setup() for backend in backends))
+    for backend in backends:
+        await backend.aclose()
+    for comment, reason in (("aproxy-storage objects 99", "99"), ("my pictures", "another program")):
+        await postgres_behind.execute(f"""COMMENT ON TABLE "{postgres_table}" IS '{comment}'""")
+        with pytest.raises(ConfigurationError, match=reason):
+            await backends[0].setup()
+        await backends[0].aclose()
+    with pytest.raises(ConfigurationError):
+        PostgresBackend(postgres_url, table="x" * 60)  # there would be no room for _chunks

@@ -331,6 +331,20 @@ async def test_urls(postgres_url: str, postgres_table: str, postgres_behind: asy
     await postgres_behind.execute(f'DROP TABLE "{original.table}", "{original.table}_chunks"')
 
 
+def test_the_command_line(own_postgres: PostgresServer, tmp_path: Path) -> None:
+    url = own_postgres.url
+    (tmp_path / "aproxy.toml").write_text(f'[storages.media]\noriginals = "{url}"\nmeta = "{url}"\n')
+    (tmp_path / "hello.txt").write_text("hello\n")
+    written = ""
+    for arguments in (["put", "hello.txt"], ["cat", "hello.txt"], ["verify"], ["reconcile"]):
+        command = [sys.executable, "-W", "error", "-m", "aproxy_storage", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+        written += done.stdout
+    assert "hello" in written.split()
+
+
 def test_wrong_urls() -> None:
     for cls in (PostgresMetaBackend, PostgresBackend):
         for url in (
