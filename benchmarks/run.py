@@ -1,6 +1,6 @@
 """Measure aproxy_storage beside hand-made floors and django-proxy-storage, in interleaved rounds; see README.md.
 
-    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|bridge|postgres|s3] [--quick] [--directory DIR]
+    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|bridge|postgres|s3|obstore] [--quick] [--directory DIR]
 
 A whole run (neither --quick nor --only) writes results/DATE-pyX.Y.json and the table in README.md.
 """
@@ -315,6 +315,10 @@ async def s3(plan: Plan, directory: Path, report: Report) -> None:
     await apart("s3.py", plan, directory, report)
 
 
+async def obstore(plan: Plan, directory: Path, report: Report) -> None:
+    await apart("obstore.py", plan, directory, report)
+
+
 async def apart(script: str, plan: Plan, directory: Path, report: Report) -> None:
     """One process can hold one configured Django, and here the peer has its own."""
     figures = directory / f"{script}.json"
@@ -413,7 +417,7 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres", "s3"))
+    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres", "s3", "obstore"))
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -434,6 +438,7 @@ async def main() -> None:
             ("bridge", bridge),
             ("postgres", postgres),
             ("s3", s3),
+            ("obstore", obstore),
         ):
             if options.only in (None, name):
                 await part(plan, directory, report)
