@@ -1,0 +1,105 @@
+"""A page whose uploads go from the browser straight to S3, past this process.
+
+    S3_URL='s3://my-bucket/uploads?endpoint_url=https://s3.example.org&region=eu-central-1' \\
+        python -m uvicorn --app-dir examples browser_upload:app
+
+Needs starlette and uvicorn, credentials in the environment, and a CORS rule of the bucket that lets the page's origin
+POST (SeaweedFS has one for all).
+"""
+
+import os
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from aproxy_storage import NotFound
+from aproxy_storage.config import storage_from_urls
+
+MAX_BYTES = 100_000_000
+
+storage = storage_from_urls(os.environ["S3_URL"], os.environ.get("META_URL", "sqlite:uploads.sqlite3"))
+begun: dict[str, str] = {}  # a secret of the browser that has begun an upload -> its path; yours: the user's session
+
+PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Upload</title>
+<input type="file" id="file"> <progress id="progress" value="0" hidden></progress> <span id="said"></span>
+<script>
+const said = document.getElementById("said"), progress = document.getElementById("progress");
+const ask = async (url, data) => {
+  const answer = await fetch(url, {method: "POST", body: JSON.stringify(data)});
+  if (!answer.ok) throw Error(await answer.text());
+  return answer.json();
+};
+const send = (form, file) => new Promise((resolve, reject) => {
+  const data = new FormData(), request = new XMLHttpRequest();
+  for (const [name, value] of Object.entries(form.fields)) data.append(name, value);
+  data.append("file", file);  // the last field
+  request.upload.onprogress = event => progress.value = event.loaded / event.total;
+  request.onload = () => request.status < 300 ? resolve() : reject(Error("refused: " + request.status));
+  request.onerror = () => reject(Error("no connection"));
+  request.open("POST", form.url);
+  request.send(data);
+});
+document.getElementById("file").onchange = async event => {
+  const file = event.target.files[0];
+  progress.hidden = false;
+  try {
+    const form = await ask("/begin", {name: file.name, type: file.type});
+    await send(form, file);
+    const done = await ask("/finish", {secret: form.secret});
+    said.innerHTML = `<a href="/files/${done.path.split("/").map(encodeURIComponent).join("/")}"></a>`;
+    said.firstChild.textContent = `${done.path}, ${done.size} bytes`;
+  } catch (error) { said.textContent = error.message; }
+};
+</script>"""
+
+
+async def page(request: Request) -> Response:
+    return HTMLResponse(PAGE)
+
+
+async def begin(request: Request) -> Response:
+    asked = await request.json()
+    upload = await storage.begin_upload(
+        asked["name"], max_bytes=MAX_BYTES, content_type=asked["type"] or "application/octet-stream", expires_in=600
+    )
+    secret = secrets.token_urlsafe()
+    begun[secret] = upload.path
+    return JSONResponse({"secret": secret, "url": upload.form.url, "fields": dict(upload.form.fields)})
+
+
+async def finish(request: Request) -> Response:
+    path = begun.get((await request.json())["secret"])
+    if path is None:
+        return Response("there is no such upload", 404)
+    try:
+        record = await storage.finish_upload(path)
+    except NotFound as error:
+        return Response(str(error), 404)
+    return JSONResponse({"path": record.path, "size": record.size})
+
+
+async def download(request: Request) -> Response:
+    return RedirectResponse(await storage.url(request.path_params["path"], expires_in=60))
+
+
+@asynccontextmanager
+async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async with storage:
+        yield
+
+
+app = Starlette(
+    routes=[
+        Route("/", page),
+        Route("/begin", begin, methods=["POST"]),
+        Route("/finish", finish, methods=["POST"]),
+        Route("/files/{path:path}", download),
+    ],
+    lifespan=lifespan,
+)
