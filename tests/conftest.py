@@ -4,7 +4,7 @@ import pytest
 
 from tests.django_support.setup import django_database, migrated_sqlite  # noqa: F401
 from tests.services.mongo import forgotten_sockets, mongo_client, mongo_database, mongo_url, own_mongo  # noqa: F401
-from tests.services.pages import page_mongo, page_postgres, page_s3  # noqa: F401
+from tests.services.pages import page_live_bucket, page_mongo, page_postgres, page_s3  # noqa: F401
 from tests.services.postgres import own_postgres, postgres_behind, postgres_table, postgres_url  # noqa: F401
 from tests.services.s3 import own_s3, s3_client, s3_server, s3_service  # noqa: F401
 from tests.telling import Told, tell  # noqa: F401

@@ -16,7 +16,7 @@ import pytest
 
 from tests.services.s3 import S3Server
 
-__all__ = ["page_mongo", "page_postgres", "page_s3"]
+__all__ = ["page_live_bucket", "page_mongo", "page_postgres", "page_s3"]
 
 
 def _in_database(url: str, name: str) -> str:
@@ -67,3 +67,20 @@ def page_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Mapping[str
     with contextlib.closing(service.client()) as client:
         client.create_bucket(Bucket=bucket)
     return {"https://s3.example.org": str(service.endpoint_url), "my-bucket": bucket}
+
+
+@pytest.fixture
+def page_live_bucket(s3_server: S3Server) -> Mapping[str, str]:
+    """Give a bucket with three files, and a key that may only read it, for one URL."""
+    service, reader = s3_server.service, s3_server.read_only
+    bucket = f"live-{secrets.token_hex(6)}"
+    with contextlib.closing(service.client()) as client:
+        client.create_bucket(Bucket=bucket)
+        for name in ("about/team.jpg", "logo.png", "日本/写真.jpg"):
+            client.put_object(Bucket=bucket, Key=name, Body=name.encode() * 1000)
+    return {
+        "obstore+s3://READER:SECRET@live-media?endpoint=https://s3.example": (
+            f"obstore+s3://{reader.access_key}:{reader.secret_key}@{bucket}"
+            f"?endpoint={reader.endpoint_url}&region={reader.region}&flat_listings=false"
+        )
+    }
