@@ -80,10 +80,11 @@ class Placed(NamedTuple):
 class Try:
     """One attempt: its place, which moves to a token key where the key is taken, and how sure its end is."""
 
-    __slots__ = ("begun", "certain", "outrun", "place")
+    __slots__ = ("begun", "certain", "outrun", "place", "waiting")
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.waiting = False  # for a slot
         self.begun = False  # something was sent to the original
         self.certain = False  # ended, and nothing of it can still take effect
         self.outrun = False  # given up because another attempt was faster
@@ -350,7 +351,7 @@ class Attempts:
         except TimeoutError as error:
             if isinstance(error, StorageError) or watch is None or not watch.expired():
                 raise
-            if not one.begun:
+            if one.waiting:
                 raise BackendUnavailable(
                     f"no slot of the original {name!r} was free within {seconds:g} seconds", backend=name
                 ) from error
@@ -369,7 +370,9 @@ class Attempts:
         watch: IdleWatch | None,
     ) -> Written:
         if gate.has_slots:
+            one.waiting = True
             await gate.slot(admission)
+            one.waiting = False
         backend = self._storage.get_original(one.place.original)
         put = job.write.put
         if job.name is not None and one.place not in job.named:
@@ -405,7 +408,7 @@ class Attempts:
 
 def outcome_of(error: StorageError, one: Try | None, fallback_on: tuple[type[BaseException], ...]) -> Outcome:
     """Return what `error` of an attempt says about its original."""
-    if one is not None and not one.begun and isinstance(error, BackendUnavailable):
+    if one is not None and one.waiting:
         return "crowded"
     if isinstance(error, _CALLERS):
         return "aborted"

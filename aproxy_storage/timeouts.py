@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any, Self
 
 from .loops import PerLoop
 
-__all__ = ["Alarm", "IdleWatch", "Timeouts"]
+__all__ = ["Alarm", "IdleWatch", "Timeouts", "progress"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +145,25 @@ def _here() -> _Alarms:
     return found
 
 
+_watching: contextvars.ContextVar[IdleWatch | None] = contextvars.ContextVar("aproxy_storage.watching", default=None)
+
+
+def progress() -> None:
+    """Tell the watch over this task's work that it gets on; for a backend that takes no chunks, as in a copy."""
+    watch = _watching.get()
+    if watch is not None:
+        watch.go_on()
+
+
 class IdleWatch(AbstractAsyncContextManager["IdleWatch"]):
     """Raise TimeoutError when the block makes no progress for `seconds` (None: never) while the clock is running.
 
     Whoever sees progress calls `go_on`; whoever waits for something that is not to be counted, `pause`. Both are
-    passed on to `outer`, the watch around this one. `pause` and `go_on` may be called from any task of the loop.
+    passed on to `outer`, the watch around this one. `pause` and `go_on` may be called from any task of the loop, and
+    `progress` where only the context is at hand.
     """
 
-    __slots__ = ("_alarm", "_outer", "_seconds")
+    __slots__ = ("_alarm", "_outer", "_reset", "_seconds")
 
     def __init__(self, seconds: float | None, outer: IdleWatch | None = None) -> None:
         self._seconds = seconds
@@ -160,11 +172,13 @@ class IdleWatch(AbstractAsyncContextManager["IdleWatch"]):
 
     async def __aenter__(self) -> Self:
         self._alarm.__enter__()
+        self._reset = _watching.set(self)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _watching.reset(self._reset)
         try:
             self._alarm.__exit__(exc_type, exc, traceback)
         except TimeoutError as error:

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from aproxy_storage.timeouts import IdleWatch, Timeouts
+from aproxy_storage.timeouts import Alarm, IdleWatch, Timeouts, progress
 
 
 def test_defaults_are_finite_and_changed_by_copy() -> None:
@@ -78,3 +78,64 @@ async def test_errors_of_the_block_pass() -> None:
             async with IdleWatch(5):
                 raise error
         assert caught.value is error
+
+
+@pytest.mark.asyncio
+async def test_progress_reaches_the_watch_of_the_context() -> None:
+    progress()  # nobody watches
+    async with IdleWatch(0.3) as watch:
+        async with IdleWatch(0.3, watch):
+            for _ in range(15):
+                await asyncio.sleep(0.03)
+                progress()
+        for _ in range(15):
+            await asyncio.sleep(0.03)
+            progress()
+
+
+@pytest.mark.asyncio
+async def test_alarms_ring_in_their_order_and_only_once() -> None:
+    async def sleeper(seconds: float | None, nap: float) -> bool:
+        alarm = Alarm(seconds)
+        try:
+            with alarm:
+                await asyncio.sleep(nap)
+        except TimeoutError:
+            assert alarm.expired()
+            await asyncio.sleep(0)  # no cancellation is left over
+            task = asyncio.current_task()
+            assert task is not None
+            assert task.cancelling() == 0
+            return True
+        return False
+
+    wanted = [(0.2, 5.0, True), (0.05, 5.0, True), (5.0, 0.01, False), (None, 0.1, False), (0.1, 5.0, True)]
+    answers = await asyncio.gather(*(sleeper(seconds, nap) for seconds, nap, _ in wanted))
+    assert answers == [rings for _, _, rings in wanted]
+
+
+@pytest.mark.asyncio
+async def test_an_alarm_inside_an_alarm() -> None:
+    with pytest.raises(TimeoutError):
+        with Alarm(0.05) as outer:
+            with Alarm(5) as inner:
+                await asyncio.sleep(5)
+    assert outer.expired()
+    assert not inner.expired()
+    with Alarm(5):
+        with pytest.raises(TimeoutError):
+            with Alarm(0.05):
+                await asyncio.sleep(5)
+
+
+@pytest.mark.asyncio
+async def test_a_cancellation_passes_through_an_alarm() -> None:
+    async def work() -> None:
+        with Alarm(5):
+            await asyncio.sleep(5)
+
+    task = asyncio.ensure_future(work())
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -18,7 +18,7 @@ from ..errors import InvalidPath, NotSupported, StorageError
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
-from ..timeouts import Timeouts
+from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
 from ._draft import Draft, hash_part
 from ._handles import HIDDEN, Opened
@@ -240,6 +240,7 @@ class FileSystemBackend(Backend):
         hashed = 0
         hashing: asyncio.Future[None] | None = None
         while done < size or (state is not None and hashed < done):
+            progress()
             if state is not None and hashed < done:
                 if hashing is not None:
                     await hashing
@@ -252,6 +253,7 @@ class FileSystemBackend(Backend):
                     break
         if hashing is not None:
             await hashing
+        progress()
         if source is not None and done != size:
             raise source.changed_error(f"{source.key!r} has changed while it was copied")
         return done, None if state is None else f"{algorithm}:{state.hexdigest()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -317,6 +318,35 @@ async def test_a_one_shot_source_of_200_mib_falls_back_after_150(tmp_path: Path)
                 number += 1
         assert number == 200
         assert list((tmp_path / "main").iterdir()) == []
+
+
+class Unhurried(FileSystemBackend):
+    """A disk that takes longer for a file than an attempt may go without progress."""
+
+    def _bulk_step(self, draft: Any, step: Any, *args: Any) -> Any:
+        def slowly(*given: Any) -> Any:
+            time.sleep(0.2)
+            return step(*given)
+
+        return super()._bulk_step(draft, slowly, *args)
+
+
+async def test_a_large_copy_by_the_kernel_is_never_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is copied without a chunk passing through the process tells its progress all the same."""
+    for name in ("_SLICE", "_STRETCH", "_HASHED", "_SMALL"):
+        monkeypatch.setattr(f"aproxy_storage.backends.filesystem.{name}", 1 << 20)
+    monkeypatch.setattr("aproxy_storage.backends._draft._reflink", None, raising=False)
+    main = Unhurried(tmp_path / "main")
+    story = Story(tmp_path, main, Fallback(attempt_timeout=1.0))
+    source = tmp_path / "source"
+    source.write_bytes(b"0123456789abcdef" * (12 << 16))  # 12 MiB: more than two seconds
+    async with story.storage:
+        path = await story.storage.save("big", source)
+        assert (await story.storage.get(path)).original_storage_name == "main"
+        copy = await story.storage.copy(path, "copy")
+        assert (await story.storage.get(copy)).original_storage_name == "main"
+        assert story.outcomes() == {("main", "ok"): 2}
+        assert await content_of(story.storage, copy) == source.read_bytes()
 
 
 # -- a disk that blocks in the kernel
