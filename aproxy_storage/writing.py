@@ -174,7 +174,10 @@ class Writing:
                 await journal.change(record, {"places": rest}, lease=journal.lease_for(rest))
                 return
             except Conflict:
-                current = await journal.meta.get(record.path)
+                try:
+                    current = await journal.meta.get(record.path)
+                except NotFound:
+                    return
                 if current.token != record.token or current.state != STORED:
                     return  # whoever has deleted it removes these places too
                 record = current

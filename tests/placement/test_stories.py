@@ -333,9 +333,8 @@ class Unhurried(FileSystemBackend):
 
 async def test_a_large_copy_by_the_kernel_is_never_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is copied without a chunk passing through the process tells its progress all the same."""
-    for name in ("_SLICE", "_STRETCH", "_HASHED", "_SMALL"):
-        monkeypatch.setattr(f"aproxy_storage.backends.filesystem.{name}", 1 << 20)
-    monkeypatch.setattr("aproxy_storage.backends._draft._reflink", None, raising=False)
+    for name, value in {"_SLICE": 1 << 20, "_STRETCH": 0.0, "_HASHED": 1 << 20}.items():
+        monkeypatch.setattr(f"aproxy_storage.backends.filesystem.{name}", value)
     main = Unhurried(tmp_path / "main")
     story = Story(tmp_path, main, Fallback(attempt_timeout=1.0))
     source = tmp_path / "source"
