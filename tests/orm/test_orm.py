@@ -12,7 +12,8 @@ from asgiref.sync import sync_to_async
 from django.db import connections
 
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
-from aproxy_storage.testing.meta_backends import MetaBackendTests
+from aproxy_storage.records import MetaRecord, Place
+from aproxy_storage.testing.meta_backends import MetaBackendTests, make_record, make_reservation
 from tests.django_support.setup import postgres_settings
 
 CLOCKS = {
@@ -70,12 +71,27 @@ class TestOnPostgreSQL(ORMTests):
         return postgres_database
 
 
-class TestWithServerSideBinding(ORMTests):
+@pytest.mark.asyncio
+async def test_values_that_are_bound_by_the_server(
+    postgres_database: str, postgres_url: str, added: Callable[[dict[str, Any]], str]
+) -> None:
     """PostgreSQL gets the values apart from the statements, and has to find their types."""
-
-    extra_keeps_nul = False
-
-    @pytest.fixture
-    def database(self, postgres_database: str, postgres_url: str, added: Callable[[dict[str, Any]], str]) -> str:
-        options = f"-c search_path={postgres_database}"
-        return added(postgres_settings(postgres_url, options=options, server_side_binding=True))
+    options = f"-c search_path={postgres_database}"
+    alias = added(postgres_settings(postgres_url, options=options, server_side_binding=True))
+    async with ORMMetaBackend("sync_bridge.StoredFile", alias) as meta:
+        made = await meta.create(make_record("a", extra={"x": [1.5, "é"], "field": "cv"}, size=2**40), lease=60)
+        assert await meta.get("a") == made
+        record, spare = make_reservation("b", places=(Place("s3", "k", "doubtful"),))
+        assert await meta.reserve(record, lease=60.0, spare=spare) == await meta.get("b")
+        changed = await meta.update("a", {"path": "c", "extra": {"y": 2}, "size": None}, lease=None)
+        assert changed == await meta.get("c")
+        assert (changed.lease, changed.extra) == (None, {"y": 2})
+        assert all(
+            isinstance(each, MetaRecord) for each in await meta.create_many([make_record("d"), make_record("e")])
+        )
+        assert [record.path async for record in meta.list("", after="b", proxy_storage_name="media")] == ["c", "d", "e"]
+        assert [record.path for record in await meta.list_unfinished(force=True)] == ["b"]
+        assert await meta.list_unfinished(older_than=5.0) == []
+        assert await meta.owners("s3", ["k", "a"]) == {"k": ["b"]}
+        assert await meta.count("c", state="stored") == 1
+        assert await meta.delete_many([("d", None), ("e", None)]) == [None, None]
