@@ -229,6 +229,11 @@ class ConfiguredStorage(Storage):
         given = "base_url" in self._given or self.base_url is None
         return first.root if isinstance(first, FileSystemBackend) and not given else None
 
+    def _needs_a_name(self, name: str, max_length: int | None) -> bool:
+        """Return whether Django's way to an available name has to be gone, before ProxyStorage goes its own."""
+        too_long = max_length is not None and len(name) > max_length
+        return self._chooses_names or (too_long if self.allow_overwrite else self._is_on_disk(name))
+
     def _is_on_disk(self, name: str) -> bool:
         """Return whether something has the key of `name`, with a record or without.
 

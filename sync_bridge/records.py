@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from aproxy_storage import MetaBackend, MetaRecord, NotFound
 from aproxy_storage.records import STORED
 
-from .bridge import Bridge
+from .bridge import Bridge, refuse_on_event_loop
 
 __all__ = ["SyncMetaBackend"]
 
@@ -25,8 +25,9 @@ class SyncMetaBackend:
         Raises:
             NotFound: there is none.
         """
-        record = self._bridge.call(self._meta.get, path)
-        if record.state != STORED:
+        refuse_on_event_loop(f"the synchronous side of {self._meta}.get()", "get() of the meta-backend itself")
+        record = self._meta.look_here(path) if self._meta.looks_here else self._bridge.call(self._meta.get, path)
+        if record is None or record.state != STORED:
             raise NotFound(f"{self._meta} holds no stored file {path!r}", operation="get", path=path)
         return record
 

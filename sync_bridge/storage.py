@@ -94,7 +94,7 @@ class BridgeStorage(AsyncTwins):
         if original_storage_path:
             return self.adopt(original_storage_path, name=name, using=using, content_type=content_type, extra=extra)
         target, content = named(name, content)
-        if self._chooses_names or self._is_on_disk(target):
+        if self._needs_a_name(target, max_length):
             target = self.get_available_name(target, max_length=max_length)
             validate_file_name(target, allow_relative_path=True)
         token = saving.set(Saving(max_length, using, content_type, extra))
@@ -252,7 +252,7 @@ class BridgeStorage(AsyncTwins):
         except NotFound:
             if text.startswith("/"):
                 raise SuspiciousFileOperation(f"{text!r} is not relative, and no record has it") from None
-            return os.path.join(local.root, text)
+            return os.path.join(local.root, text.removeprefix(self.proxy.prefix))
         return self._local_original(record.original_storage_name).full_path(record.original_storage_path)
 
     def _local_original(self, name: str) -> FileSystemBackend:
@@ -324,10 +324,12 @@ class BridgeStorage(AsyncTwins):
 
     def rename(self, name: str, new_name: str) -> MetaRecord:
         """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path."""
+        validate_file_name(new_name, allow_relative_path=True)
         return self.bridge.call(self._rename, name, new_name)
 
     def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
+        validate_file_name(new_name, allow_relative_path=True)
         return self.bridge.call(self.proxy.copy, name, new_name, using=using)
 
     def move(self, name: str, using: str) -> MetaRecord:

@@ -50,7 +50,7 @@ class AsyncTwins(ConfiguredStorage):
             )
         target = os.fspath(content.name if name is None else name).replace("\\", "/")
         validate_file_name(target, allow_relative_path=True)
-        if self._chooses_names or self._is_on_disk(target):
+        if self._needs_a_name(target, max_length):
             target = await sync_to_async(self.get_available_name)(target, max_length=max_length)
             validate_file_name(target, allow_relative_path=True)
         try:
@@ -156,7 +156,7 @@ class AsyncTwins(ConfiguredStorage):
 
     async def _store(self, name: str, content: Any, saving: Saving) -> str:
         if self.allow_overwrite:
-            return (await self._overwrite(name, content)).path
+            return (await self._overwrite(name, content, saving=saving)).path
         return await self.proxy.save(
             name,
             content,
@@ -166,13 +166,20 @@ class AsyncTwins(ConfiguredStorage):
             extra=saving.extra,
         )
 
-    async def _overwrite(self, name: str, content: Any, *, exclusive: bool = False) -> MetaRecord:
+    async def _overwrite(
+        self, name: str, content: Any, *, exclusive: bool = False, saving: Saving | None = None
+    ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
         proxy = self.proxy
         path = name if name.startswith(proxy.prefix) else proxy.prefix + name
         if self._is_on_disk(path) and not await self.aexists(path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
-        record = await proxy.write_to(path, content, exclusive=exclusive)
+        asks = saving or Saving()
+        record = await proxy.write_to(
+            path, content, exclusive=exclusive, using=asks.using, content_type=asks.content_type, extra=asks.extra
+        )
+        if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
+            record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
         return record if exclusive else await self._with_its_key(record)
 
     async def _with_its_key(self, record: MetaRecord) -> MetaRecord:

@@ -581,6 +581,17 @@ def test_overwriting_on_any_other_original(storage: BridgeStorage) -> None:
         assert content_of(storage, "a.txt") == data
 
 
+def test_overwriting_keeps_to_what_it_is_asked(default: object, tmp_path: Path) -> None:
+    storage = BridgeStorage(location=tmp_path / "public", name="public", allow_overwrite=True)
+    for tag in ("x", "y"):
+        path = storage.save("a.txt", ContentFile(b""), content_type="text/x-own", extra={"tag": tag})
+        record = storage.get(path)
+        assert (record.content_type, record["tag"], record.original_storage_path) == ("text/x-own", tag, "a.txt")
+    assert storage.save("n" * 30 + ".txt", ContentFile(b""), max_length=10) == "nnnnnn.txt"
+    with pytest.raises(SuspiciousFileOperation):
+        storage.rename("a.txt", "../a.txt")
+
+
 def test_a_file_without_a_record_is_never_taken_for_one_with(default: BridgeStorage, media: Path) -> None:
     """Its path stands in old rows, and its URL would show the new file's bytes, or the other way round."""
     media.mkdir()
