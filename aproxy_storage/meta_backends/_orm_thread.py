@@ -66,11 +66,14 @@ async def in_djangos_thread(
     """
     _watch_forks()
     job = _Job(alias, function, args, repeatable)
+    clock = asyncio.timeout(limit)
     try:
-        async with asyncio.timeout(limit):
+        async with clock:
             result: T = await _perform_there(job)
             return result
     except TimeoutError as error:
+        if not clock.expired():
+            raise
         begun = not job.take()
         raise DeadlineExceeded(
             f"no answer from Django's ORM within {limit:g} seconds"
