@@ -341,6 +341,14 @@ async def postgres(plan: Plan, directory: Path, report: Report) -> None:
         await measure(plan, report)
 
 
+# -- MongoDB
+
+
+async def mongo(plan: Plan, directory: Path, report: Report) -> None:
+    if (measure := load("benchmarks.mongo:measure", report)) is not None:
+        await measure(plan, report)
+
+
 # -- the report
 
 
@@ -417,7 +425,7 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres", "s3", "obstore"))
+    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres", "mongo", "s3", "obstore"))
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -437,6 +445,7 @@ async def main() -> None:
             ("orm", orm),
             ("bridge", bridge),
             ("postgres", postgres),
+            ("mongo", mongo),
             ("s3", s3),
             ("obstore", obstore),
         ):
