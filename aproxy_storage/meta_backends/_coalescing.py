@@ -8,7 +8,6 @@ is ready, and goes together. So nobody waits for company that does not come, and
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any
 
@@ -59,7 +58,7 @@ class _Here:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.queues: dict[Hashable, _Queue] = {}
-        self.watched: deque[_Job] = deque()  # all have the same time, so the oldest is the next to run out of it
+        self.watched: list[_Job] = []  # the oldest first
         self.ticking = False
         self.waiting = 0
 
@@ -144,7 +143,7 @@ class Coalescer:
 
     def _send(self, here: _Here, kind: Hashable, queue: _Queue) -> None:
         queue.scheduled = False
-        jobs, left = _split(queue.waiting)
+        jobs, left = self._split(queue.waiting, here.loop.time())
         here.waiting -= len(queue.waiting) - len(left)
         queue.waiting = left
         queue.busy = len(jobs) > 1
@@ -188,41 +187,41 @@ class Coalescer:
             _answer(job, _cut_short())
             raise
 
-    def _tick(self, here: _Here) -> None:
-        now = here.loop.time()
-        watched = here.watched
-        while watched and (watched[0].future.done() or watched[0].deadline <= now):
-            job = watched.popleft()
-            if not job.future.done():
-                state = "without an answer" if job.sent else "while others were waited for"
-                job.future.set_exception(
-                    DeadlineExceeded(
-                        f"no time was left after {self._timeout:g} seconds, {state}", outcome_unknown=job.sent
-                    )
-                )
-        here.ticking = bool(watched)
-        if watched:
-            here.loop.call_later(_TICK, self._tick, here)
-
-
-def _split(waiting: list[_Job]) -> tuple[list[_Job], list[_Job]]:
-    """Return those that can share the next statement, and those that wait on. Who has given up is in neither."""
-    jobs: list[_Job] = []
-    left: list[_Job] = []
-    keys: set[Hashable] = set()
-    for number, job in enumerate(waiting):
-        if len(jobs) == _SHARE:
-            return jobs, left + waiting[number:]
-        if job.future.done():
-            continue
-        if job.key is None:
-            jobs.append(job)
-        elif job.key in keys:
-            left.append(job)
-        else:
+    def _split(self, waiting: list[_Job], now: float) -> tuple[list[_Job], list[_Job]]:
+        """Return those that can share the next statement, and those that wait on; who has given up is in neither."""
+        jobs: list[_Job] = []
+        left: list[_Job] = []
+        keys: set[Hashable] = set()
+        for number, job in enumerate(waiting):
+            if len(jobs) == _SHARE:
+                return jobs, left + waiting[number:]
+            if self._timeout is not None and job.deadline <= now:
+                self._expire(job)
+            if job.future.done():
+                continue
+            if job.key is not None and job.key in keys:
+                left.append(job)
+                continue
             keys.add(job.key)
             jobs.append(job)
-    return jobs, left
+        return jobs, left
+
+    def _expire(self, job: _Job) -> None:
+        if not job.future.done():
+            state = "without an answer" if job.sent else "waiting for others"
+            text = f"no time was left after {self._timeout:g} seconds, {state}"
+            job.future.set_exception(DeadlineExceeded(text, outcome_unknown=job.sent))
+
+    def _tick(self, here: _Here) -> None:
+        now = here.loop.time()
+        for job in here.watched:
+            if job.deadline > now:  # all have the same time, so those after it have more
+                break
+            self._expire(job)
+        here.watched = [job for job in here.watched if not job.future.done()]
+        here.ticking = bool(here.watched)
+        if here.watched:
+            here.loop.call_later(_TICK, self._tick, here)
 
 
 def _cut_short() -> StorageError:
