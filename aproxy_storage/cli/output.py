@@ -36,6 +36,7 @@ __all__ = [
     "duration",
     "parse_duration",
     "printable",
+    "reason",
     "size",
     "when",
 ]
@@ -74,6 +75,11 @@ def parse_duration(text: str) -> float:
 def printable(text: str) -> str:
     """Return `text` fit for a terminal: what could be a control sequence, or is no text at all, is escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error says, its notes included: of several originals each has its own."""
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def described(record: MetaRecord) -> dict[str, Any]:
@@ -205,7 +211,7 @@ class Output:
         if self.as_json:
             self.json({"action": "failed", "path": path, "error": str(error), "kind": type(error).__name__, **fields})
         else:
-            self._console.print(f"failed  {printable(path)}: {printable(str(error))}", style="red")
+            self._console.print(f"failed  {printable(path)}: {printable(reason(error))}", style="red")
 
     def note(self, text: str) -> None:
         """Write a remark to stderr, unless the output is to be quiet or JSON."""

@@ -17,7 +17,7 @@ import typer
 from ..config import EMBEDDED, find_file, load, storage_from_urls
 from ..errors import ConfigurationError, StorageError
 from ..proxy import ProxyStorage
-from .output import Output, Tally
+from .output import Output, Tally, reason
 
 __all__ = ["FAILED", "INTERRUPTED", "TERMINATED", "WRONG", "Session", "command"]
 
@@ -141,7 +141,7 @@ class Session:
         try:
             asyncio.run(self._main(work))
         except StorageError as error:
-            self.out.problem(str(error))
+            self.out.problem(reason(error))
             return WRONG if isinstance(error, ConfigurationError) else FAILED
         except KeyboardInterrupt:
             self._stopped("interrupted")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aproxy_storage import BackendUnavailable
 from aproxy_storage.cli.output import Bar, Output, Tally, WatchedFile, duration, parse_duration, printable, size
 from aproxy_storage.cli.session import Session
 from tests.cli.conftest import Run, command, environment, stored, tree
@@ -219,6 +220,16 @@ def test_sizes_and_times_that_a_person_reads() -> None:
         with pytest.raises(ValueError, match="90s, 15m"):
             parse_duration(wrong)
     assert printable("a\x1b\udc80\u202eb é") == "a\\x1b\\udc80\\u202eb é"
+
+
+def test_an_error_is_told_with_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(session: Session) -> None:
+        error = BackendUnavailable("the last one is out of order")
+        error.add_note("before: the first one was full")
+        raise error
+
+    assert Session(Output()).run(work) == 1
+    assert "aproxy: the last one is out of order; before: the first one was full" in capsys.readouterr().err
 
 
 def test_a_tally_in_words() -> None:
