@@ -282,7 +282,7 @@ def stream(plan: Plan, report: Report, directory: Path) -> None:
     what = f"memory while {size // MIB} MiB are streamed"
     report.operations_per_second[f"{what} (MiB of growth)"] = {name: bytes_ / MIB for name, bytes_ in grown.items()}
     goal = None if plan is QUICK else STREAM_GOAL
-    ratio = STREAM_GOAL / max(grown["ours"], 1)
+    ratio = STREAM_GOAL / max(grown["ours"], MIB)  # below that it is noise
     report.rows.append(Row(what, "a growth of 24 MiB", ratio, ratio, ratio, None if goal is None else 1.0))
 
 

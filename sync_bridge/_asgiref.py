@@ -145,7 +145,7 @@ class BesideEntry:
 def _new_executor(outer: Any) -> Any:
     try:
         return CurrentThreadExecutor(outer)
-    except TypeError:  # before asgiref 3.9
+    except TypeError:  # of an asgiref older than ours
         return CurrentThreadExecutor()  # type: ignore[call-arg]
 
 
