@@ -12,7 +12,7 @@ from ._postgres_rows import created, to_record
 from ._postgres_sql import Statements
 from ._rows import COLUMNS
 
-__all__ = ["Change", "New", "Removal", "Table"]
+__all__ = ["Change", "New", "Removal", "Table", "failed"]
 
 _KEY, _TOKEN, _PLACES = map(COLUMNS.index, ("original_storage_path", "token", "places"))
 
@@ -93,10 +93,15 @@ class Table:
         """Insert many in one statement; look in another at those whose path was taken, by others or by one another."""
         async with self._database.use() as connection:
             made = {row[0]: row for row in await connection.fetch(text, *columns)}
-            taken: dict[str, Any] = {}
-            if len(made) < len(items):
-                paths = list({new.path for new in items})
-                taken = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+        taken: dict[str, Any] = {}
+        failure: Exception | None = None
+        if len(made) < len(items):
+            try:
+                async with self._database.use() as connection:
+                    paths = list({new.path for new in items})
+                    taken = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+            except Exception as error:  # theirs alone: those that were inserted are there
+                failure = error
         answers: list[MetaRecord | StorageError] = []
         for new in items:
             row = made.pop(new.path, None)
@@ -104,8 +109,10 @@ class Table:
                 answers.append(await self._inserted(new, row) if new.spare else created(new.values, *row[1:]))
             elif new.path in taken:
                 answers.append(self._own(new, taken[new.path]))
+            elif failure is not None:
+                answers.append(failed(failure, f"create {new.path!r} in {self._name}"))
             else:  # deleted between the two
-                answers.append(await _answer(alone(new), f"create {new.path!r}"))
+                answers.append(await self._answer(alone(new), new))
         return answers
 
     async def _inserted(self, new: New, row: Any) -> MetaRecord | StorageError:
@@ -117,7 +124,10 @@ class Table:
         if not was_there:
             return record
         # There was a record of this path when the statement began, and it has let go of it: was it renamed?
-        return await _answer(self._look_again(new, record), f"reserve {new.path!r}")
+        answer = await self._answer(self._look_again(new, record), new)
+        if isinstance(answer, StorageError):
+            answer.outcome_unknown = True  # it is reserved, only not known with which key
+        return answer
 
     async def _look_again(self, new: New, record: MetaRecord) -> MetaRecord:
         for place in new.places:
@@ -128,6 +138,12 @@ class Table:
                     Change(record.path, {**values, "version": record.version + 1}, record.revision)
                 )
         return record
+
+    async def _answer(self, work: Awaitable[MetaRecord], new: New) -> MetaRecord | StorageError:
+        try:
+            return await work
+        except Exception as error:
+            return failed(error, f"create {new.path!r} in {self._name}")
 
     def _own(self, new: New, taken: Any) -> MetaRecord | StorageError:
         """Return the record that has the path already, if it is ours, from a call whose answer was lost."""
@@ -218,14 +234,15 @@ class Table:
         return found
 
 
-async def _answer(work: Awaitable[MetaRecord], what: str) -> MetaRecord | StorageError:
-    try:
-        return await work
-    except Exception as error:
-        mapped = map_error(error, what)
-        if mapped is not error:
-            mapped.__cause__ = error
-        return mapped.with_traceback(None)
+def failed(error: Exception, what: str) -> StorageError:
+    """Return an error of its own for one of many."""
+    mapped = map_error(error, what)
+    if mapped is error:
+        unknown = mapped.outcome_unknown
+        mapped = type(mapped)(str(error), path=mapped.path, retryable=mapped.retryable, outcome_unknown=unknown)
+    mapped.__cause__ = error
+    # An error that is kept, not raised, must not keep this frame and all other answers alive.
+    return mapped.with_traceback(None)
 
 
 def _raised(answer: MetaRecord | StorageError) -> MetaRecord:

@@ -17,7 +17,7 @@ from ._coalescing import Coalescer
 from ._postgres_rows import changes_of, row_of, to_record
 from ._postgres_schema import prepare
 from ._postgres_sql import Statements
-from ._postgres_table import Change, New, Removal, Table
+from ._postgres_table import Change, New, Removal, Table, failed
 from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
 
 __all__ = ["PostgresMetaBackend"]
@@ -372,15 +372,10 @@ class PostgresMetaBackend(MetaBackend):
 
     def _failure(self, error: Exception, what: str) -> StorageError:
         """Return an error of its own for one of many."""
-        mapped = self._map_error(error, what)
-        cause: BaseException | None = error
-        if mapped is error:  # of ours already, and shared with others
-            cause = error.__cause__
-            unknown = mapped.outcome_unknown
-            mapped = type(mapped)(str(error), path=mapped.path, retryable=mapped.retryable, outcome_unknown=unknown)
-        mapped.__cause__ = cause
-        # An error that is kept, not raised, must not keep this frame and all other answers alive.
-        return mapped.with_traceback(None)
+        failure = failed(error, what)
+        if isinstance(failure, ConfigurationError):
+            self._ready = False
+        return failure
 
     def _located(self, error: StorageError, operation: str, path: str) -> StorageError:
         return error.located(operation=operation, path=path, backend=str(self))

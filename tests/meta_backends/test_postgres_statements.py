@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 
-from aproxy_storage.errors import AlreadyExists, ConfigurationError, NotSupported, StorageError
+from aproxy_storage.errors import AlreadyExists, ConfigurationError, DeadlineExceeded, NotSupported, StorageError
 from aproxy_storage.meta_backends import _postgres_sql
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
 from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place
@@ -163,6 +163,23 @@ async def test_a_row_that_a_transaction_holds_keeps_only_its_own_waiting(
     await transaction.rollback()
     assert (await held).path == "held"
     assert (await updates[15]).size == 2
+
+
+async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails(
+    meta: PostgresMetaBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await meta.create(make_record("taken"))
+    inner = asyncpg.Connection.fetch
+
+    async def fetch(connection: Any, text: str, *values: Any, **options: Any) -> Any:
+        if text == meta._sql.get_many:
+            raise asyncpg.QueryCanceledError("statement timeout")
+        return await inner(connection, text, *values, **options)
+
+    monkeypatch.setattr(asyncpg.Connection, "fetch", fetch)
+    answers = await meta.create_many([make_record(path) for path in ("a", "taken", "b")])
+    assert [type(answer) for answer in answers] == [MetaRecord, DeadlineExceeded, MetaRecord]
+    assert answers[1].path == "taken"
 
 
 # -- reserve
