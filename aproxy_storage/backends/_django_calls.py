@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -15,13 +16,18 @@ from ..records import ByteRange
 from ..threads import Workers
 from ._django_content import Attempt, InterruptedContent
 from ._django_errors import NO_FILE
+from ._syncing import sync_file
 
 __all__ = ["Opened", "delete", "listdir", "save", "stat", "url"]
 
 _log = logging.getLogger(__name__)
 
 
-def save(storage: Any, name: str, content: Any, attempt: Attempt) -> None:
+def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool) -> None:
+    """Have the storage save `content` as `name`, and nothing else; what fails is deleted again.
+
+    `durable`: a file of this machine is on the disk then; of a service its answer has to do.
+    """
     if storage.exists(name):
         raise AlreadyExists(f"{name!r} is there already")
     if attempt.withdrawn:
@@ -36,6 +42,11 @@ def save(storage: Any, name: str, content: Any, attempt: Attempt) -> None:
     if given != name:
         _remove(storage, given)
         raise AlreadyExists(f"the storage has named {name!r} otherwise: it is taken; the other file is deleted again")
+    if durable:
+        with contextlib.suppress(NotImplementedError):
+            path = storage.path(name)
+            if os.path.exists(path):  # InMemoryStorage has paths, and nothing there
+                sync_file(path)
     if not attempt.publish():
         delete(storage, name)
 

@@ -173,16 +173,16 @@ class DjangoStorageBackend(Backend):
         try:
             if source.data is not None:
                 await source.measure()
-                await self._save(key, Held(source.data, name, content_type))
+                await self._save(key, Held(source.data, name, content_type), durable)
             else:
-                await self._stream(key, source, name, content_type)
+                await self._stream(key, source, name, content_type, durable)
         except asyncio.CancelledError as error:
             if not hasattr(error, "outcome_unknown"):  # the storage was not asked yet
                 error.outcome_unknown = False  # type: ignore[attr-defined]
             raise
         return ObjectInfo(key, size=source.seen_size)
 
-    async def _stream(self, key: str, source: Source, name: str, content_type: str | None) -> None:
+    async def _stream(self, key: str, source: Source, name: str, content_type: str | None, durable: bool) -> None:
         async with contextlib.aclosing(source.chunks()) as chunks:
             head: list[bytes] = []
             count = 0
@@ -192,7 +192,7 @@ class DjangoStorageBackend(Backend):
                 if count > _SMALL:
                     break
             else:
-                await self._save(key, Held(b"".join(head), name, content_type))
+                await self._save(key, Held(b"".join(head), name, content_type), durable)
                 return
             pipe = Pipe(name, content_type, source.size)
 
@@ -203,9 +203,9 @@ class DjangoStorageBackend(Backend):
                     await pipe.put(chunk)
                 pipe.end()
 
-            await self._save(key, pipe, feed)
+            await self._save(key, pipe, durable, feed)
 
-    async def _save(self, key: str, content: Held | Pipe, feed: Callable[[], Any] | None = None) -> None:
+    async def _save(self, key: str, content: Held | Pipe, durable: bool, feed: Callable[[], Any] | None = None) -> None:
         """Have the storage save `content`, which `feed` feeds; leave nothing where that fails or is cancelled."""
         attempt = Attempt()
         saving = self._call_storage(
@@ -213,6 +213,7 @@ class DjangoStorageBackend(Backend):
             self.prefix + key,
             content,
             attempt,
+            durable,
             timeout=None,
             what=f"write {key!r} in {self}",
             writes=True,
@@ -436,7 +437,10 @@ def _is_file_system(storage: Any) -> bool:
 
 def _close_old_connections() -> None:
     """As at the end of a request: what a storage has opened in this thread and Django's settings do not keep."""
+    from django.conf import settings
     from django.db import connections
 
+    if not settings.configured:
+        return
     for connection in connections.all(initialized_only=True):
         connection.close_if_unusable_or_obsolete()

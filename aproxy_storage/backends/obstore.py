@@ -25,6 +25,7 @@ from ._obstore_errors import NativeError, map_error
 from ._obstore_listing import list_flat, list_one_level, listed, walk
 from ._obstore_reading import Download, is_beyond_the_end, range_option
 from ._obstore_stores import CLOUD, LOCAL, MEMORY, Made, kind_of, parts_of, place_of
+from ._syncing import sync_file
 from .base import Backend, Reader
 
 import obstore  # isort: skip  after ours, which say what to install where it is missing
@@ -234,7 +235,9 @@ class ObstoreBackend(Backend):
             async with asyncio.timeout(self._limit(size) if size > _QUICK else None):
                 etag = await self._put(store, key, body, options, token)
         if durable and self._kind is LOCAL:
-            await self._workers.call(_sync, os.path.join(store.prefix, self.prefix + key), timeout=self.timeouts.idle)
+            await self._workers.call(
+                sync_file, os.path.join(store.prefix, self.prefix + key), timeout=self.timeouts.idle
+            )
         kept = self._kind.capabilities.content_type
         return ObjectInfo(
             key,
@@ -304,8 +307,8 @@ class ObstoreBackend(Backend):
 
     async def _take_back(self, future: asyncio.Future[Any], key: str, token: str, *, quick: bool) -> bool:
         """Remove what a cancelled write has made; return whether it is certain that nothing comes of it any more."""
-        # A thread that writes a file cannot be stopped. A request can, but whether it has arrived is unknown then.
-        await asyncio.wait((future,), timeout=None if quick or self._kind is LOCAL else _PATIENCE)
+        # A request can be cut short, but whether it has arrived is unknown then; a thread that writes a file cannot.
+        await asyncio.wait((future,), timeout=self.timeouts.operation if quick or self._kind is LOCAL else _PATIENCE)
         if not future.done():
             future.cancel()
             await asyncio.wait((future,))
@@ -449,16 +452,3 @@ def _decoded(text: str) -> str:
         return str(make_header(decode_header(text)))
     except (ValueError, LookupError):
         return text
-
-
-def _sync(path: str) -> None:
-    """Have a file and the directories above it on the disk."""
-    while True:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if path == os.path.dirname(path):
-            return
-        path = os.path.dirname(path)

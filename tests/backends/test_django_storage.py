@@ -222,6 +222,18 @@ async def test_every_call_runs_in_threads_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_files_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    for content in (b"x", iter([b"x" * 300_000] * 3)):
+        await files(tmp_path).write(f"dir/{type(content).__name__}", content)
+    assert not synced
+    for number, content in enumerate((b"x", iter([b"x" * 300_000] * 3))):
+        await files(tmp_path).write(f"dir/key{number}", content, durable=True)
+        assert {str(tmp_path / f"dir/key{number}"), str(tmp_path / "dir"), str(tmp_path)} <= set(synced)
+
+
+@pytest.mark.asyncio
 async def test_copies_within_one_storage_do_not_wait_for_each_other(tmp_path: Path) -> None:
     """As many writes as there are threads, each of which waits for content that the same storage has to give."""
     backend = DjangoStorageBackend(FileSystemStorage(tmp_path), max_workers=2, timeouts=Timeouts(idle=20.0))

@@ -470,7 +470,7 @@ async def test_a_service_that_ignores_ranges_is_noticed(s3_service: S3Service) -
 async def test_a_broken_download_goes_on_where_it_was(own_s3: S3Server) -> None:
     """The server is killed and started again between two chunks: the same object, so the same reader goes on."""
     backend = backend_of(own_s3.service, timeouts=Timeouts(operation=10.0, idle=20.0))
-    data = pattern(48 << 20)
+    data = pattern(24 << 20)
     await backend.write("big", data)
     got = bytearray()
     async with backend.read("big", chunk_bytes=1 << 20) as reader:
