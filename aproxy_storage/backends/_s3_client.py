@@ -24,6 +24,7 @@ from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
 
+_SMALL = 256 << 10  # bytes; a body up to this size is with the system at once: there is no progress to watch
 _RETRIES = 3  # after the first try
 _PATIENCE = 0.1  # seconds that the first retry waits for at most; each further one twice as long
 _LONG_PATIENCE = 0.5  # seconds, likewise, where the service asks to slow down
@@ -199,7 +200,7 @@ class Connection:
             params["Body"] = body
         try:
             async with IdleWatch(self._options.idle) as watch:
-                if body is not None:
+                if body is not None and body.size > _SMALL:
 
                     def progress() -> None:
                         watch.go_on()

@@ -508,7 +508,7 @@ class S3Backend(Backend):
         if self._options.client is not None:
             loop = asyncio.get_running_loop()
             owner = self._lent_to() if self._lent_to is not None else None
-            if owner is not None and owner is not loop:
+            if owner is not None and owner is not loop and not owner.is_closed():
                 raise ConfigurationError(f"the client of {self} belongs to another event loop; pass a session instead")
             self._lent_to = weakref.ref(loop)
         return Connection(self._options)
