@@ -52,5 +52,5 @@ bench: $(STAMP) ## compare with hand-made floors and django-proxy-storage (BENCH
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
 
 clean: ## remove .venv and everything that the other targets made
-	rm -rf aproxy-data .venv dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf aproxy-data .venv .venv-3.13 dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
