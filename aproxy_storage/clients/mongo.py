@@ -38,7 +38,16 @@ try:
 except ImportError as error:
     raise MissingDependency.of("pymongo", "mongo") from error
 
-__all__ = ["DUPLICATE_KEY", "JOURNALLED", "Connected", "Databases", "collection_of", "ensure_indexes", "mongo_error"]
+__all__ = [
+    "DUPLICATE_KEY",
+    "JOURNALLED",
+    "Connected",
+    "Databases",
+    "collection_of",
+    "ensure_indexes",
+    "mongo_error",
+    "runs_in_threads",
+]
 
 T = TypeVar("T")
 
@@ -142,8 +151,8 @@ class Databases(Generic[T]):
         return self._loops.get()
 
     def limit(self) -> AbstractContextManager[Any]:
-        """Return a context in which the driver keeps the limit too, and tells the server of it, so that what has been
-        given up does not go on there. A thread of Motor's ends by nothing else."""
+        """Return a context in which the driver keeps the limit too, and tells the server of it: for statements that
+        nobody cancels, and for those in Motor's threads, which end by nothing else. It costs a fifth of a look-up."""
         if self._seconds is None:
             return contextlib.nullcontext()
         # It should give up before our own deadline strikes, for it can tell why; it looks every half second.
@@ -276,6 +285,9 @@ def _client(uri: str, seconds: float | None) -> AsyncMongoClient[Any]:
     ours: dict[str, Any] = {"appName": "aproxy_storage"}
     if seconds is not None:
         ours["connectTimeoutMS"] = int(1000 * min(_CONNECT, seconds))
+        ours["socketTimeoutMS"] = int(1000 * seconds)
+        # It should give up before our own deadline strikes, for it can tell why; it looks every half second.
+        ours["serverSelectionTimeoutMS"] = max(1, int(1000 * (0.8 * seconds - 0.5)))
     options = {name: value for name, value in ours.items() if name.lower() not in given}
     try:
         return AsyncMongoClient(uri, driver=DriverInfo("aproxy_storage"), **options)
@@ -295,6 +307,11 @@ def _is_database(given: Any) -> bool:
 
 
 _MOTOR = ("motor.motor_asyncio", "AsyncIOMotorDatabase")
+
+
+def runs_in_threads(database: Any) -> bool:
+    """Return whether the driver is Motor, of which a cancelled call goes on in its thread."""
+    return type(database).__module__.partition(".")[0] == "motor"
 
 
 def _is_of_a_driver(given: Any) -> bool:

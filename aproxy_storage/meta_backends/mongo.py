@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ..clients.mongo import DUPLICATE_KEY, JOURNALLED, Databases, collection_of, ensure_indexes, mongo_error
+from ..clients.mongo import (
+    DUPLICATE_KEY,
+    JOURNALLED,
+    Databases,
+    collection_of,
+    ensure_indexes,
+    mongo_error,
+    runs_in_threads,
+)
 from ..errors import AlreadyExists, ConfigurationError, Conflict, MissingDependency, NotFound, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
@@ -34,6 +43,8 @@ except ImportError as error:
     raise MissingDependency.of("pymongo", "mongo") from error
 
 __all__ = ["MongoMetaBackend"]
+
+_NO_LIMIT = contextlib.nullcontext()  # but that of every call, see `MetaBackend._call`
 
 A = TypeVar("A")
 P = ParamSpec("P")
@@ -122,7 +133,7 @@ class MongoMetaBackend(MetaBackend):
     async def _on(
         self, work: Callable[Concatenate[_Collection, P], Awaitable[A]], *args: P.args, **options: P.kwargs
     ) -> A:
-        with self._databases.use() as used, self._databases.limit():
+        with self._databases.use() as used, self._databases.limit() if used.in_threads else _NO_LIMIT:
             try:
                 if not used.ready:
                     await used.prepare(str(self))
@@ -424,6 +435,7 @@ class _Collection:
     def __init__(self, database: Any, name: str, concern: WriteConcern) -> None:
         self.files = collection_of(database, name, concern)
         self.clock = ServerClock(database)
+        self.in_threads = runs_in_threads(database)
         self.ready = False
         self._preparing = asyncio.Lock()
 
