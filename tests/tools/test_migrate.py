@@ -219,7 +219,7 @@ async def test_interrupted_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     files = {f"{number % 3}/{number}": bytes([number]) * 5000 for number in range(30)}
     source = await bucket(files)
     originals: Backend = FileSystemBackend(tmp_path)
-    target = ProxyStorage("staging", originals=originals, meta=MemoryMetaBackend(), lease=0.05, settle=0.0)
+    target = ProxyStorage("staging", originals=originals, meta=MemoryMetaBackend(), settle=0.0)
     for stop in count_up():
         results = copy_files(source, target, concurrency=5)
         seen = 0
