@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from asgiref.sync import SyncToAsync, sync_to_async
+from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
 from django.db import InterfaceError, OperationalError, connections
 
 from ..errors import DeadlineExceeded
@@ -120,7 +120,17 @@ def _perform(job: _Job) -> Any:
     return job.function(connection, *job.args)
 
 
-_perform_there = sync_to_async(_perform, thread_sensitive=True)
+_perform_anywhere = sync_to_async(_perform, thread_sensitive=True)
+
+
+async def _perform_there(job: _Job) -> Any:
+    """Perform `job` in the thread that asgiref would choose."""
+    executor = getattr(AsyncToSync.executors, "current", None)
+    if executor is None:
+        return await _perform_anywhere(job)
+    # A synchronous caller waits, and serves his thread. There the job finds his own context as it is, so that none
+    # has to be carried over: that takes longer than many a statement.
+    return await asyncio.wrap_future(executor.submit(_perform, job))
 
 
 def _mend(connection: Any) -> bool:
