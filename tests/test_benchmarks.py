@@ -64,6 +64,7 @@ def test_whole_run_tiny(tmp_path: pathlib.Path) -> None:
         "run_coroutine_threadsafe",
         "dps, inside atomic()",
         "bare asyncpg pool",
+        "aioboto3, same Config",
         "bare obstore",
         "goals met",
     ):

@@ -10,6 +10,9 @@ import pytest_asyncio
 
 from aproxy_storage.backends.s3 import S3Backend
 from aproxy_storage.records import Capabilities
+from aproxy_storage.testing._backend_life import LifeTests
+from aproxy_storage.testing._backend_reads import ReadTests
+from aproxy_storage.testing._backend_writes import CancellationTests, WriteTests
 from aproxy_storage.testing.backends import BackendTests
 from tests.services.s3 import S3Service
 
@@ -60,8 +63,8 @@ class TestS3Backend(ObjectsBehind, BackendTests):
             yield backend
 
 
-class TestS3BackendInParts(TestS3Backend):
-    """Content and copies by multipart uploads, and reads by ranges, although there is no need."""
+class TestS3BackendInParts(ObjectsBehind, WriteTests, CancellationTests, ReadTests, LifeTests):
+    """Content and copies by multipart uploads, and reads by ranges, although there is no need; listings are the same."""
 
     options = {"multipart_bytes": 1 << 16, "conditional_copies": False, "parallel_reads": 2}  # noqa: RUF012
 
