@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .breaker import Breaker
 from .errors import (
@@ -56,10 +56,11 @@ class Original:
     timeouts: Timeouts | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.fallback_on, type):
-            object.__setattr__(self, "fallback_on", (self.fallback_on,))
-        if not all(isinstance(each, type) and issubclass(each, BaseException) for each in self.fallback_on):
-            raise ConfigurationError(f"fallback_on={self.fallback_on!r}: exception classes")
+        given: Any = self.fallback_on
+        if isinstance(given, type):  # as `except` takes it
+            object.__setattr__(self, "fallback_on", given := (given,))
+        if not all(isinstance(each, type) and issubclass(each, BaseException) for each in given):
+            raise ConfigurationError(f"fallback_on={given!r}: exception classes")
         if self.max_concurrency is not None and self.max_concurrency < 1:
             raise ConfigurationError(f"max_concurrency={self.max_concurrency}: at least 1, or None for no limit")
 

@@ -122,11 +122,9 @@ class ReadingVerbs(abc.ABC):
                 elif not differs:
                     elsewhere = partial(self._elsewhere, record, opened.place) if len(places) > 1 else None
                     patience = self.gate_of(opened.place.original).attempt_timeout
-                    file = AsyncFile(
+                    return AsyncFile(
                         record, backend, reading, byte_range, self.chunk_bytes, verify, elsewhere, patience
                     )
-                    opened = None
-                    return file
                 elif len(places) > 1:
                     avoided.append(opened.place)
                 else:
@@ -134,9 +132,10 @@ class ReadingVerbs(abc.ABC):
                         f"{record.path!r} has {reading.info.size} bytes in {backend}, its record says {record.size}",
                         operation="open", path=record.path, backend=str(backend),
                     )  # fmt: skip
-            finally:
-                if opened is not None:
-                    await opened.aclose()
+            except BaseException:
+                await opened.aclose()
+                raise
+            await opened.aclose()
 
     async def _elsewhere(
         self, record: MetaRecord, first: Place, failed: Sequence[Place], byte_range: ByteRange

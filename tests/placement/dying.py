@@ -37,6 +37,16 @@ class SlowCrash(Fault):
         return await self.crash(call)
 
 
+class Stubborn(Fault):
+    """Finishes the write when it is cancelled, as what is on its way to a server does."""
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            return await call()
+
+
 async def breaking_off() -> AsyncIterator[bytes]:
     for start in range(0, len(LARGE), 100_000):
         if start > len(LARGE) // 2:
@@ -67,11 +77,10 @@ for when in ("before", "after"):
             HEDGE, {"write": Slow(0.05)}, {"write": Slow(0.03)}, {"update": at(1, Crash(after=later))}, SMALL, "",
         ),
         f"hedge: {when} the loser is forgotten": (
-            HEDGE, {"write": Slow(0.05)}, {"write": Slow(0.03)}, {"update": at(2, Crash(after=later))}, SMALL, "wait",
+            HEDGE, {"write": Stubborn()}, {}, {"update": at(2, Crash(after=later))}, SMALL, "wait",
         ),
         f"hedge: {when} the loser's bytes go": (
-            HEDGE, {"write": Slow(0.05), "discard": Crash(after=later)},
-            {"write": Slow(0.03), "discard": Crash(after=later)}, {}, SMALL, "wait",
+            HEDGE, {"write": Stubborn(), "discard": Crash(after=later)}, {}, {}, SMALL, "wait",
         ),
         f"hedge: {when} the swap of a replacement": (
             HEDGE, {"write": [None, Slow(9)]}, {}, {"update": at(3, Crash(after=later))}, SMALL, "replace",
