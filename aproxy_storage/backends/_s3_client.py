@@ -47,7 +47,7 @@ class ConnectionOptions:
     verify: bool | str | None = None
     proxies: Mapping[str, str] | None = field(default=None, repr=False)
     pool_size: int = 64
-    pool_timeout: float | None = 30.0
+    pool_timeout: float | None = 20.0
     connect_timeout: float = 10.0
     idle: float | None = 60.0
     checksums: str | None = None

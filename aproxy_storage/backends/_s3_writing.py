@@ -15,7 +15,16 @@ from typing import Any
 
 from ..cleanup import Cleanup
 from ..content import Source
-from ..errors import AccessDenied, AlreadyExists, Conflict, ContentError, NotFound, StorageError, outcome_unknown
+from ..errors import (
+    AccessDenied,
+    AlreadyExists,
+    Conflict,
+    ContentError,
+    NotFound,
+    NotSupported,
+    StorageError,
+    outcome_unknown,
+)
 from ..feeds import seen
 from ..timeouts import IdleWatch
 from ._s3_client import Body, Connection
@@ -169,7 +178,7 @@ class _Pieces:
 
 
 async def copy_parts(
-    target: Target, size: int, source: dict[str, Any], etag: str, *, part_bytes: int, parts: int
+    target: Target, size: int, source: Mapping[str, Any], etag: str, *, part_bytes: int, parts: int
 ) -> Any:
     """Make the object of the bytes of another one, on the server, and only if that is still at `etag`."""
     # CopyObject would do for small ones, but a service that does not know its If-None-Match yet would overwrite.
@@ -315,6 +324,11 @@ async def _settle(target: Target, error: StorageError) -> Any:
     raise taken from error.__cause__
 
 
+async def is_taken(target: Target) -> bool:
+    """Return whether there is an object."""
+    return await _token_at(target) is not None
+
+
 async def _token_at(target: Target) -> str | None:
     """Return the token of the object there: empty for one without, None where none is."""
     try:
@@ -335,7 +349,12 @@ async def remove(target: Target, token: str) -> None:
     # If-Match, because it may have been replaced since we looked.
     pinned: dict[str, Any] = {"IfMatch": answer["ETag"]} if target.conditional and answer.get("ETag") else {}
     with contextlib.suppress(AlreadyExists, NotFound, Conflict):  # replaced or gone
-        await target.connection.call("delete_object", target.what, **target.at, **pinned)
+        try:
+            await target.connection.call("delete_object", target.what, **target.at, **pinned)
+        except NotSupported:
+            if not pinned:
+                raise
+            await target.connection.call("delete_object", target.what, **target.at)
 
 
 # -- helpers

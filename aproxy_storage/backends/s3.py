@@ -13,7 +13,9 @@ from typing import Any, Literal, Self
 from ..content import Source
 from ..errors import (
     AccessDenied,
+    AlreadyExists,
     ConfigurationError,
+    Conflict,
     NotFound,
     NotSupported,
     StorageError,
@@ -29,7 +31,7 @@ from ._s3_objects import TOKEN, described, info_of, metadata_of
 from ._s3_reading import Download, ParallelDownload, range_header
 from ._s3_settings import from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
-from ._s3_writing import Target, Upload, abort, copy_parts, decide, remove
+from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
 
 __all__ = ["CloudFrontKey", "ObjectParameters", "S3Backend"]
@@ -136,7 +138,7 @@ class S3Backend(Backend):
         multipart_bytes: int | None = None,
         parallel_reads: int = 1,
         pool_size: int = 64,
-        pool_timeout: float | None = 30.0,
+        pool_timeout: float | None = 20.0,
         connect_timeout: float = 10.0,
         checksums: Literal["when_required", "when_supported"] | None = None,
         sign_payload: bool = False,
@@ -302,17 +304,24 @@ class S3Backend(Backend):
         token = token or new_token()
         params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
         target = self._target(what, new_key, token, params)
-        size, etag = int(found["ContentLength"]), found["ETag"]
+        try:
+            answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
+        except AlreadyExists as error:
+            # The same answer says that the original is not the one any more that we have looked at.
+            if not await is_taken(target):
+                raise Conflict(f"could not {what}: the original was replaced meanwhile") from error.__cause__
+            raise
+        return replace(info_of(new_key, found), etag=answer.get("ETag"), token=token, modified_at=None, changed_at=None)
+
+    async def _copied(self, target: Target, source: Mapping[str, Any], size: int, etag: str) -> Any:
         if not size:  # of nothing no part can be made
-            answer = await decide(target, "put_object", body=Body())
-        elif size <= self._copy_part_bytes and self._conditional_copies:
+            return await decide(target, "put_object", body=Body())
+        if size <= self._copy_part_bytes and self._conditional_copies:
             answer = await decide(
                 target, "copy_object", CopySource=source, CopySourceIfMatch=etag, MetadataDirective="REPLACE"
             )
-            answer = answer.get("CopyObjectResult", answer)
-        else:
-            answer = await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
-        return replace(info_of(new_key, found), etag=answer.get("ETag"), token=token, modified_at=None, changed_at=None)
+            return answer.get("CopyObjectResult", answer)
+        return await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
 
     # -- reading
 

@@ -64,7 +64,7 @@ class TestS3Backend(ObjectsBehind, BackendTests):
 
 
 class TestS3BackendInParts(ObjectsBehind, WriteTests, CancellationTests, ReadTests, LifeTests):
-    """Content and copies by multipart uploads, and reads by ranges, although there is no need; listings are the same."""
+    """Content and copies by multipart uploads, reads by ranges, although there is no need; listings are the same."""
 
     options = {"multipart_bytes": 1 << 16, "conditional_copies": False, "parallel_reads": 2}  # noqa: RUF012
 

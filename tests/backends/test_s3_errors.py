@@ -249,6 +249,43 @@ async def test_conflicting_requests_are_told_apart() -> None:
             await backend.write("key", b"x")
 
 
+@pytest.mark.parametrize("conditional", [True, False])
+async def test_copy_of_what_was_replaced_meanwhile_is_a_conflict(conditional: bool) -> None:
+    def answer(asked: Asked) -> Answer:
+        if asked.method == "HEAD":
+            return Answer(404) if asked.path.endswith("new") else Answer(200, {"ETag": '"1"', "Content-Length": "9"})
+        if asked.method == "POST":
+            return Answer(200, {}, b"<R><UploadId>1</UploadId></R>")
+        if asked.method == "DELETE":
+            return Answer(204)
+        assert asked.headers["x-amz-copy-source-if-match"] == '"1"'
+        return error(412, "PreconditionFailed")
+
+    async with FakeS3(answer).backend(conditional_copies=conditional) as backend:
+        with pytest.raises(Conflict, match="replaced"):
+            await backend.copy("old", "new")
+
+
+async def test_service_without_conditional_deletes_is_asked_again() -> None:
+    deleted = []
+
+    def answer(asked: Asked) -> Answer:
+        if asked.method == "HEAD":
+            return Answer(200, {"ETag": '"1"', "x-amz-meta-aproxy-token": "ours00000000"})
+        if asked.method == "GET":
+            return Answer(200, {}, b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")
+        if "if-match" in asked.headers:
+            return error(501, "NotImplemented")
+        deleted.append(asked.path)
+        return Answer(204)
+
+    async with FakeS3(answer).backend() as backend:
+        await backend.discard("key", token="theirs000000")
+        assert not deleted
+        await backend.discard("key", token="ours00000000")
+    assert deleted == ["/bucket/key"]
+
+
 # -- reading
 
 
