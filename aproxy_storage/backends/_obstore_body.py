@@ -89,7 +89,8 @@ class _File:
                 view = view[self._file.write(view) :]
 
     def finish(self, chunks: list[bytes], size: int) -> Body:
-        return self.handle.use(lambda: self._finish(chunks, size), b"")
+        nothing: Body = b""
+        return self.handle.use(lambda: self._finish(chunks, size), nothing)
 
     def _finish(self, chunks: list[bytes], size: int) -> Body:
         self._write(chunks)
