@@ -181,7 +181,7 @@ async def test_copies_on_s3_and_gridfs_survive_each_server(
         "media",
         originals={"s3": await s3(own_s3), "gridfs": GridFSBackend(f"{own_mongo.url}/files", timeouts=QUICK)},
         meta=SQLiteMetaBackend(tmp_path / "meta.sqlite3"),
-        placement=Replicate(2, attempt_timeout=3, breaker=None),
+        placement=Replicate(2, attempt_timeout=15, breaker=None),  # a killed server says so at once
         timeouts=QUICK,
     )
     data = b"0123456789" * 300_000
