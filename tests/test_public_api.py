@@ -291,6 +291,7 @@ BY_POSITION = {
     "MetaBackend.get_many": ["paths"],
     "MetaBackend.list": ["prefix"],
     "MetaBackend.list_unfinished": [],
+    "MetaBackend.look_here": ["path"],
     "MetaBackend.owners": ["original_storage_name", "keys"],
     "MetaBackend.reserve": ["record"],
     "MetaBackend.setup": [],
