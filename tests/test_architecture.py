@@ -67,6 +67,7 @@ DRIVERS = {
     "backends.mogilefs": {"aiohttp", "httpx"},
     "backends.django": {"django", "asgiref"},
     "meta_backends.mongo": {"pymongo", "bson"},
+    "meta_backends._mongo_collection": {"pymongo"},
     "clients.mongo": {"pymongo", "bson"},
     "clients.postgres": {"asyncpg"},
     "meta_backends.orm": {"django", "asgiref"},

@@ -18,7 +18,7 @@ from ..errors import IntegrityError
 from ..paths import new_token, successor
 from ..records import ObjectInfo
 
-__all__ = ["CHUNK_INDEXES", "FILE_INDEXES", "chunk_size", "file_id", "info_of", "is_storable", "of_write"]
+__all__ = ["CHUNK_INDEXES", "FILE_INDEXES", "chunk_size", "file_id", "info_of", "of_write"]
 
 FILE_INDEXES = (
     IndexModel([("filename", ASCENDING), ("uploadDate", ASCENDING)], name="filename_1_uploadDate_1"),
@@ -42,15 +42,6 @@ def of_write(key: str, token: str) -> dict[str, Any]:
     """Return the condition that ``files_id`` is of some write of `key` with `token`."""
     start = f"{key}\\{token}\\"
     return {"$gte": start, "$lt": successor(start)}
-
-
-def is_storable(text: str) -> bool:
-    """Return whether `text` can be in a database at all: no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def chunk_size(document: Mapping[str, Any]) -> int:

@@ -7,14 +7,14 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, mongo_error
+from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, is_storable, mongo_error
 from ..content import Source
 from ..errors import ConfigurationError, MissingDependency, NotFound, StorageError
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
 from ..urls import URL
-from ._gridfs_files import CHUNK_INDEXES, FILE_INDEXES, file_id, info_of, is_storable, of_write
+from ._gridfs_files import CHUNK_INDEXES, FILE_INDEXES, file_id, info_of, of_write
 from ._gridfs_reader import GridReader, fetch
 from ._gridfs_upload import Upload
 from .base import Backend, Reader

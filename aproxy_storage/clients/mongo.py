@@ -45,6 +45,7 @@ __all__ = [
     "Databases",
     "collection_of",
     "ensure_indexes",
+    "is_storable",
     "mongo_error",
     "runs_in_threads",
 ]
@@ -186,6 +187,17 @@ def collection_of(database: Any, name: str, write_concern: WriteConcern) -> Any:
         write_concern=write_concern,
         read_preference=ReadPreference.PRIMARY,
     )
+
+
+def is_storable(text: str) -> bool:
+    """Return whether `text` can be in a database at all: no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def ensure_indexes(collection: Any, indexes: Sequence[IndexModel], what: str) -> None:

@@ -17,7 +17,7 @@ from ..paths import successor
 from ..records import STORED, MetaRecord, Place, Revision, State
 from ._rows import dump_extra
 
-__all__ = ["change", "expected", "is_storable", "matching", "places_of", "to_document", "to_record"]
+__all__ = ["change", "expected", "matching", "places_of", "to_document", "to_record"]
 
 _TIMES = frozenset({"lease", "created_at", "updated_at"})
 _TEXTS = ("proxy_storage_name", "original_storage_name", "original_storage_path", "token")
@@ -25,17 +25,6 @@ _OTHERS = ("size", "checksum", "content_type", "name")
 _KNOWN = frozenset({"path", "state", "version", "places", "extra", "unfinished", *_TIMES, *_TEXTS, *_OTHERS})
 
 Document = dict[str, Any]
-
-
-def is_storable(text: str) -> bool:
-    """Return whether `text` can be in a database at all: no lone surrogates."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_document(record: MetaRecord, lease: float | None, now: datetime) -> Document:

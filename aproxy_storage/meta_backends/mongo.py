@@ -5,28 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ..clients.mongo import (
     DUPLICATE_KEY,
     JOURNALLED,
     Databases,
-    collection_of,
-    ensure_indexes,
+    is_storable,
     mongo_error,
-    runs_in_threads,
 )
 from ..errors import AlreadyExists, ConfigurationError, Conflict, MissingDependency, NotFound, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL
-from ._mongo_clock import ServerClock
+from ._mongo_collection import Collection
 from ._mongo_documents import (
     Document,
     change,
     expected,
-    is_storable,
     matching,
     places_of,
     to_document,
@@ -37,7 +33,7 @@ from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
 try:
     import bson
     from bson.raw_bson import RawBSONDocument
-    from pymongo import ASCENDING, DeleteOne, IndexModel, ReturnDocument, WriteConcern
+    from pymongo import DeleteOne, ReturnDocument, WriteConcern
     from pymongo.errors import BulkWriteError, ConnectionFailure, DuplicateKeyError, OperationFailure
 except ImportError as error:
     raise MissingDependency.of("pymongo", "mongo") from error
@@ -51,18 +47,6 @@ P = ParamSpec("P")
 
 _CHUNK = 500  # items of one call that share a statement
 _AT_ONCE = 16  # statements of one update_many in flight
-
-_INDEXES = (
-    # Named and made as django-proxy-storage does.
-    IndexModel([("path", ASCENDING)], name="path_1", unique=True),
-    IndexModel([("original_storage_path", ASCENDING)], name="aproxy_original_storage_path"),
-    IndexModel([("places.key", ASCENDING)], name="aproxy_places_key", sparse=True),
-    IndexModel(
-        [("unfinished", ASCENDING), ("path", ASCENDING)],
-        name="aproxy_unfinished",
-        partialFilterExpression={"unfinished": True},
-    ),
-)
 
 
 class MongoMetaBackend(MetaBackend):
@@ -112,7 +96,7 @@ class MongoMetaBackend(MetaBackend):
         if not concern.acknowledged:
             raise ConfigurationError("a write that nobody acknowledges cannot be relied on; write_concern needs w >= 1")
         self._databases = Databases(
-            database, lambda found: _Collection(found, collection, concern), seconds=limits.operation
+            database, lambda found: Collection(found, collection, concern), seconds=limits.operation
         )
         self.collection = collection
         self.durable = bool(concern.document.get("j"))
@@ -131,7 +115,7 @@ class MongoMetaBackend(MetaBackend):
     # -- one statement, or a few that belong together
 
     async def _on(
-        self, work: Callable[Concatenate[_Collection, P], Awaitable[A]], *args: P.args, **options: P.kwargs
+        self, work: Callable[Concatenate[Collection, P], Awaitable[A]], *args: P.args, **options: P.kwargs
     ) -> A:
         with self._databases.use() as used, self._databases.limit() if used.in_threads else _NO_LIMIT:
             try:
@@ -156,7 +140,7 @@ class MongoMetaBackend(MetaBackend):
     async def _create(self, record: MetaRecord, lease: float | None) -> MetaRecord:
         return await self._on(self._insert, record, lease)
 
-    async def _insert(self, used: _Collection, record: MetaRecord, lease: float | None) -> MetaRecord:
+    async def _insert(self, used: Collection, record: MetaRecord, lease: float | None) -> MetaRecord:
         document = to_document(record, lease, await used.clock.now())
         try:
             await used.files.insert_one(document)
@@ -172,7 +156,7 @@ class MongoMetaBackend(MetaBackend):
         return await self._on(self._insert_or_spare, record, lease, spare)
 
     async def _insert_or_spare(
-        self, used: _Collection, record: MetaRecord, lease: float, spare: MetaRecord
+        self, used: Collection, record: MetaRecord, lease: float, spare: MetaRecord
     ) -> MetaRecord:
         # First the record, then the look: somebody who renames at the same instant sees ours, or we see his.
         reserved = await self._insert(used, record, lease)
@@ -190,14 +174,14 @@ class MongoMetaBackend(MetaBackend):
     async def _get(self, path: str) -> MetaRecord | None:
         if not is_storable(path):
             return None
-        document = await self._on(_Collection.one, {"path": path})
+        document = await self._on(Collection.one, {"path": path})
         return None if document is None else to_record(document)
 
     async def _exists(self, path: str, state: State | None, proxy_storage_name: str | None) -> bool:
         if not is_storable(path):
             return False
         wanted = {**matching(proxy_storage_name, state), "path": path}
-        return await self._on(_Collection.one, wanted, {"_id": True}) is not None
+        return await self._on(Collection.one, wanted, {"_id": True}) is not None
 
     async def _update(
         self, path: str, changes: Mapping[str, Any], expect: Revision | None, lease: float | Unchanged | None
@@ -206,7 +190,7 @@ class MongoMetaBackend(MetaBackend):
 
     async def _change(
         self,
-        used: _Collection,
+        used: Collection,
         path: str,
         changes: Mapping[str, Any],
         expect: Revision | None,
@@ -233,7 +217,7 @@ class MongoMetaBackend(MetaBackend):
     async def _delete(self, path: str, expect: Revision | None) -> bool:
         if not is_storable(path):
             return False
-        return await self._on(_Collection.delete, expected(path, expect))
+        return await self._on(Collection.delete, expected(path, expect))
 
     def _taken(self, path: str) -> AlreadyExists:
         return AlreadyExists(f"{self} holds a record of {path!r} already", path=path)
@@ -257,7 +241,7 @@ class MongoMetaBackend(MetaBackend):
         ]
 
     async def _insert_each(
-        self, used: _Collection, records: Sequence[MetaRecord], lease: float | None
+        self, used: Collection, records: Sequence[MetaRecord], lease: float | None
     ) -> list[MetaRecord | StorageError]:
         now = await used.clock.now()
         answers: list[MetaRecord | StorageError | None] = [None] * len(records)
@@ -300,7 +284,7 @@ class MongoMetaBackend(MetaBackend):
     async def get_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:
         found: dict[str, Document] = {}
         for chunk in _chunks([path for path in dict.fromkeys(paths) if is_storable(path)]):
-            documents = await self._call("get_many", None, self._on(_Collection.found, {"path": {"$in": chunk}}))
+            documents = await self._call("get_many", None, self._on(Collection.found, {"path": {"$in": chunk}}))
             found |= {document["path"]: document for document in documents}
         return [to_record(found[path]) if path in found else None for path in paths]
 
@@ -344,7 +328,7 @@ class MongoMetaBackend(MetaBackend):
         ]
 
     async def _delete_each(
-        self, used: _Collection, items: Sequence[tuple[str, Revision | None]]
+        self, used: Collection, items: Sequence[tuple[str, Revision | None]]
     ) -> list[StorageError | None]:
         paths = [path for path, _ in items if is_storable(path)]
         documents = await used.found({"path": {"$in": paths}}, {"path": True, "token": True, "version": True})
@@ -400,20 +384,20 @@ class MongoMetaBackend(MetaBackend):
         if not is_storable(prefix) or not is_storable(lower):
             return []
         wanted = matching(proxy_storage_name, state, prefix=prefix, lower=lower, inclusive=inclusive)
-        return [to_record(document) for document in await self._on(_Collection.page, wanted, limit)]
+        return [to_record(document) for document in await self._on(Collection.page, wanted, limit)]
 
     async def _list_unfinished(
         self, proxy_storage_name: str | None, older_than: float, after: str | None, limit: int, force: bool
     ) -> Sequence[MetaRecord]:
         wanted = {**matching(proxy_storage_name, None, lower=after or "", inclusive=after is None), "unfinished": True}
         seconds = None if force else older_than
-        return [to_record(document) for document in await self._on(_Collection.unfinished, wanted, limit, seconds)]
+        return [to_record(document) for document in await self._on(Collection.unfinished, wanted, limit, seconds)]
 
     async def _owners(self, original_storage_name: str | None, keys: Sequence[str]) -> Mapping[str, Sequence[str]]:
         owners: dict[str, list[str]] = {}
         for chunk in _chunks([key for key in keys if is_storable(key)]):
             asked = set(chunk)
-            for document in await self._on(_Collection.naming, chunk):
+            for document in await self._on(Collection.naming, chunk):
                 named = {
                     key
                     for original, key in _places(document)
@@ -426,66 +410,10 @@ class MongoMetaBackend(MetaBackend):
     async def _count(self, prefix: str, proxy_storage_name: str | None, state: State | None) -> int:
         if not is_storable(prefix):
             return 0
-        return await self._on(_Collection.count, matching(proxy_storage_name, state, prefix=prefix, lower=prefix))
+        return await self._on(Collection.count, matching(proxy_storage_name, state, prefix=prefix, lower=prefix))
 
 
-class _Collection:
-    """The collection as one event loop uses it."""
-
-    def __init__(self, database: Any, name: str, concern: WriteConcern) -> None:
-        self.files = collection_of(database, name, concern)
-        self.clock = ServerClock(database)
-        self.in_threads = runs_in_threads(database)
-        self.ready = False
-        self._preparing = asyncio.Lock()
-
-    async def one(self, wanted: Document, fields: Mapping[str, Any] | None = None) -> Document | None:
-        document: Document | None = await self.files.find_one(wanted, fields)
-        return document
-
-    async def count(self, wanted: Document) -> int:
-        return int(await self.files.count_documents(wanted))
-
-    async def delete(self, wanted: Document) -> bool:
-        return bool((await self.files.delete_one(wanted)).deleted_count)
-
-    async def found(self, wanted: Document, fields: Mapping[str, Any] | None = None) -> list[Document]:
-        documents: list[Document] = await self.files.find(wanted, fields).batch_size(_CHUNK).to_list(None)
-        return documents
-
-    async def naming(self, keys: Sequence[str]) -> list[Document]:
-        """Return the path and the places of the records that name one of `keys`, in whatever original.
-
-        Two look-ups, each served by its index: for an ``$or`` of both some servers read every document.
-        """
-        found = await self.found({"original_storage_path": {"$in": keys}}, _PLACES)
-        further = await self.found({"places.key": {"$in": keys}}, _PLACES)
-        return list({document["_id"]: document for document in (*found, *further)}.values())
-
-    async def page(self, wanted: Document, limit: int) -> list[Document]:
-        cursor = self.files.find(wanted).sort("path", ASCENDING).limit(limit).batch_size(limit)
-        documents: list[Document] = await cursor.to_list(None)
-        return documents
-
-    async def unfinished(self, wanted: Document, limit: int, older_than: float | None) -> list[Document]:
-        if older_than is not None:
-            over = await self.clock.read() - timedelta(seconds=older_than)
-            wanted["$or"] = [{"lease": None}, {"lease": {"$lte": over}}]
-        return await self.page(wanted, limit)
-
-    async def prepare(self, shown: str) -> None:
-        """Make the indexes that are missing."""
-        async with self._preparing:
-            if self.ready:
-                return
-            await ensure_indexes(self.files, _INDEXES, shown)
-            self.ready = True
-
-
-_PLACES = {"path": True, "original_storage_name": True, "original_storage_path": True, "places": True}
-
-
-async def _nothing(used: _Collection) -> None:
+async def _nothing(used: Collection) -> None:
     """Be a call that does nothing but prepare."""
 
 
