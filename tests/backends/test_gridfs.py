@@ -15,7 +15,7 @@ from gridfs.errors import NoFile
 from aproxy_storage.backends.gridfs import GridFSBackend
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
-from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, in_database
 
 pytestmark = FORGOTTEN_SOCKETS
 
@@ -25,7 +25,7 @@ class TestGridFS(BackendTests):
     def given(self, request: pytest.FixtureRequest, mongo_url: str, mongo_database: Any) -> Any:
         """What users pass: a URI, which PyMongo Async serves, or a function that gives a database of Motor."""
         if request.param == "pymongo":
-            return f"{mongo_url}/{mongo_database.name}"
+            return in_database(mongo_url, mongo_database.name)
         return Borrowed("motor", mongo_url, mongo_database.name)
 
     @pytest_asyncio.fixture

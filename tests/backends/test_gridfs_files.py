@@ -27,7 +27,7 @@ from aproxy_storage.backends.gridfs import GridFSBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from tests.backends.test_gridfs import everything_in
 from tests.services.cutting_proxy import CuttingProxy
-from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer, in_database
 
 pytestmark = FORGOTTEN_SOCKETS
 
@@ -112,7 +112,7 @@ async def test_other_programs_read_ours(backend: GridFSBackend, mongo_database: 
 
 @pytest.mark.asyncio
 async def test_buckets_and_chunk_sizes(mongo_url: str, mongo_database: Any) -> None:
-    url = f"{mongo_url}/{mongo_database.name}"
+    url = in_database(mongo_url, mongo_database.name)
     async with GridFSBackend(url, bucket="photos", chunk_bytes=10_000) as photos, GridFSBackend(url) as usual:
         await photos.write("a", DATA)
         with pytest.raises(NotFound):

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from aproxy_storage.meta_backends.mongo import MongoMetaBackend
 from aproxy_storage.testing.meta_backends import MetaBackendTests
-from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, in_database
 
 pytestmark = FORGOTTEN_SOCKETS
 
@@ -23,7 +23,7 @@ class TestMongo(MetaBackendTests):
     def given(self, request: pytest.FixtureRequest, mongo_url: str, mongo_database: Any) -> Any:
         """What users pass: a URI, which PyMongo Async serves, or a function that gives a database of Motor."""
         if request.param == "pymongo":
-            return f"{mongo_url}/{mongo_database.name}"
+            return in_database(mongo_url, mongo_database.name)
         return Borrowed("motor", mongo_url, mongo_database.name)
 
     @pytest_asyncio.fixture

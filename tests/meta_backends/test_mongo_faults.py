@@ -30,7 +30,7 @@ from aproxy_storage.testing.meta_backends import make_record
 from aproxy_storage.tools.reconcile import reconcile
 from tests.backends.test_gridfs import everything_in
 from tests.services.cutting_proxy import CuttingProxy
-from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer, in_database
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,10 +287,10 @@ async def race(url: str, *, processes: int, tasks: int, paths: int) -> None:
 
 @pytest.mark.asyncio
 async def test_processes_race_for_the_indexes_and_for_paths(mongo_url: str, mongo_database: Any) -> None:
-    await race(f"{mongo_url}/{mongo_database.name}", processes=3, tasks=30, paths=100)
+    await race(in_database(mongo_url, mongo_database.name), processes=3, tasks=30, paths=100)
 
 
 @pytest.mark.asyncio
 @pytest.mark.soak
 async def test_eight_processes_with_a_hundred_tasks_each(mongo_url: str, mongo_database: Any) -> None:
-    await race(f"{mongo_url}/{mongo_database.name}", processes=8, tasks=100, paths=1000)
+    await race(in_database(mongo_url, mongo_database.name), processes=8, tasks=100, paths=1000)

@@ -26,7 +26,7 @@ from aproxy_storage.meta_backends._mongo_clock import ServerClock
 from aproxy_storage.meta_backends.mongo import MongoMetaBackend
 from aproxy_storage.records import DELETING, PENDING, Place, Revision
 from aproxy_storage.testing.meta_backends import make_record
-from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer
+from tests.services.mongo import DRIVERS, FORGOTTEN_SOCKETS, Borrowed, MongoServer, in_database
 
 pytestmark = FORGOTTEN_SOCKETS
 
@@ -179,7 +179,7 @@ async def test_database_of_another_loop(driver: str, mongo_url: str, mongo_datab
 
 def test_clients_of_a_uri_are_closed_with_their_loop(mongo_url: str) -> None:
     """Nobody calls aclose; a client that is collected unclosed would warn, which is an error here."""
-    meta = MongoMetaBackend(f"{mongo_url}/aproxy_nobody")
+    meta = MongoMetaBackend(in_database(mongo_url, "aproxy_nobody"))
     for _ in range(3):
         assert asyncio.run(meta.count()) == 0
 
@@ -255,7 +255,7 @@ async def test_nobody_there() -> None:
 
 @pytest.mark.asyncio
 async def test_indexes_are_made_once(mongo_url: str, mongo_database: Any) -> None:
-    url = f"{mongo_url}/{mongo_database.name}"
+    url = in_database(mongo_url, mongo_database.name)
     async with MongoMetaBackend(url) as meta:
         await meta.create(make_record("a"))
     made = await mongo_database["aproxy_files"].index_information()
@@ -271,7 +271,7 @@ async def test_indexes_are_made_once(mongo_url: str, mongo_database: Any) -> Non
 
 @pytest.mark.asyncio
 async def test_every_look_up_is_served_by_an_index(mongo_url: str, mongo_database: Any) -> None:
-    async with MongoMetaBackend(f"{mongo_url}/{mongo_database.name}") as meta:
+    async with MongoMetaBackend(in_database(mongo_url, mongo_database.name)) as meta:
         await meta.create_many([make_record(f"{n:03}", places=(Place("s3", f"k{n}"),)) for n in range(300)], lease=9.0)
     files = mongo_database["aproxy_files"]
     for wanted in (
@@ -289,7 +289,7 @@ async def test_every_look_up_is_served_by_an_index(mongo_url: str, mongo_databas
 
 @pytest.mark.asyncio
 async def test_collections_that_cannot_be_used(mongo_url: str, mongo_database: Any) -> None:
-    url = f"{mongo_url}/{mongo_database.name}"
+    url = in_database(mongo_url, mongo_database.name)
     twice = mongo_database["twice"]
     await twice.insert_many([{"path": "a"}, {"path": "a"}])
     loose = mongo_database["loose"]
@@ -329,7 +329,7 @@ async def test_documents_of_django_proxy_storage(mongo_url: str, mongo_database:
     storage = ProxyStorage(
         "media",
         originals=FileSystemBackend(tmp_path),
-        meta=MongoMetaBackend(f"{mongo_url}/{mongo_database.name}", "files"),
+        meta=MongoMetaBackend(in_database(mongo_url, mongo_database.name), "files"),
     )
     async with storage:
         record = await storage.get(path)
@@ -357,7 +357,7 @@ async def test_documents_of_django_proxy_storage(mongo_url: str, mongo_database:
 
 @pytest.mark.asyncio
 async def test_finished_records_leave_the_small_index(mongo_url: str, mongo_database: Any) -> None:
-    async with MongoMetaBackend(f"{mongo_url}/{mongo_database.name}") as meta:
+    async with MongoMetaBackend(in_database(mongo_url, mongo_database.name)) as meta:
         files = mongo_database["aproxy_files"]
 
         async def unfinished() -> bool:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import pymongo
 import pytest
@@ -34,6 +35,7 @@ __all__ = [
     "Borrowed",
     "MongoServer",
     "forgotten_sockets",
+    "in_database",
     "mongo_client",
     "mongo_database",
     "mongo_url",
@@ -123,6 +125,11 @@ class MongoServer:
         self._watchdog.stdin.close()
         self._watchdog.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def in_database(url: str, name: str) -> str:
+    """Return the URL of a server, which may have a query, with the name of a database."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
 
 
 def _free_port() -> int:
