@@ -437,7 +437,7 @@ async def work(seconds=0.0):
 
 def late(seconds):
     time.sleep(seconds)
-    os.write(1, f"late {bridge.call(work)}\n".encode())  # in one piece: two may end at once
+    os.write(1, f"late {bridge.call(work)}\\n".encode())  # in one piece: two may end at once
 
 bridge.grace = 1.0
 bridge.on_close(close)
