@@ -1,6 +1,6 @@
 """Measure aproxy_storage beside hand-made floors and django-proxy-storage, in interleaved rounds; see README.md.
 
-    python benchmarks/run.py [--rounds N] [--only small|big|many|orm|bridge|postgres|s3|obstore] [--quick] [--directory DIR]
+    python benchmarks/run.py [--rounds N] [--only PART] [--quick] [--directory DIR]
 
 A whole run (neither --quick nor --only) writes results/DATE-pyX.Y.json and the table in README.md.
 """
@@ -422,10 +422,23 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+PARTS: dict[str, Callable[[Plan, Path, Report], Awaitable[None]]] = {
+    "small": small,
+    "big": big,
+    "many": many,
+    "orm": orm,
+    "bridge": bridge,
+    "postgres": postgres,
+    "mongo": mongo,
+    "s3": s3,
+    "obstore": obstore,
+}
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="measured rounds, after one to warm up (7)")
-    parser.add_argument("--only", choices=("small", "big", "many", "orm", "bridge", "postgres", "mongo", "s3", "obstore"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--quick", action="store_true", help="one tiny round, to see that it runs")
     parser.add_argument("--directory", help="where to measure (/dev/shm)")
     options = parser.parse_args()
@@ -438,17 +451,7 @@ async def main() -> None:
             "versions": versions(),
             "machine": machine(directory),
         }
-        for name, part in (
-            ("small", small),
-            ("big", big),
-            ("many", many),
-            ("orm", orm),
-            ("bridge", bridge),
-            ("postgres", postgres),
-            ("mongo", mongo),
-            ("s3", s3),
-            ("obstore", obstore),
-        ):
+        for name, part in PARTS.items():
             if options.only in (None, name):
                 await part(plan, directory, report)
     print(f"\n{table(report)}\n")
