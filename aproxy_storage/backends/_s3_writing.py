@@ -113,6 +113,7 @@ class Upload:
         part_bytes = self._part_bytes
         if self._source.size is not None:
             part_bytes = max(part_bytes, -(-self._source.size // MAX_PARTS))
+        size = 0
 
         async def send_parts(upload_id: str) -> list[dict[str, Any]]:
             nonlocal size
@@ -146,7 +147,6 @@ class Upload:
                     del body
             return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
 
-        size = 0
         answer = await in_parts(target, send_parts)
         return size, answer.get("ETag")
 

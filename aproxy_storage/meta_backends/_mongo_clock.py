@@ -12,8 +12,11 @@ __all__ = ["ServerClock"]
 
 _FRESH = 10.0  # seconds for which one answer is good: clocks drift apart by less than a millisecond in that time
 
-# What goes on while the machine sleeps, where there is such a clock: a lease must not begin in the past after it.
-_elapsed = (lambda: time.clock_gettime(time.CLOCK_BOOTTIME)) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic
+
+def _elapsed() -> float:
+    """Return seconds by a clock that goes on while the machine sleeps, where there is one: a lease must not begin in
+    the past after it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class ServerClock:
