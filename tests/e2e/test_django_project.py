@@ -27,6 +27,12 @@ ROOT = Path(__file__).parent.parent.parent
 PROJECT = ROOT / "examples" / "django_project"
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """Return that of the example: its data in `directory`, and its own settings, not those of other tests."""
+    inherited = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(directory / "var")}
+
+
 def png(size: int) -> bytes:
     """Return a picture of `size` by `size` pixels that a browser can show."""
 
@@ -66,7 +72,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     with log.open("wb") as output:
         server = subprocess.Popen(
             [sys.executable, str(PROJECT / "run.py"), request.param, "--port", str(port)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(tmp_path / "var")},
+            env=environment(tmp_path),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

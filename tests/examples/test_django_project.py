@@ -10,11 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
+def environment(directory: Path) -> dict[str, str]:
+    """Return that of the example: its data in `directory`, and its own settings, not those of other tests."""
+    inherited = {name: value for name, value in os.environ.items() if name != "DJANGO_SETTINGS_MODULE"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(directory / "var")}
+
+
 @pytest.mark.parametrize("command", [["check", "--fail-level", "WARNING"], ["makemigrations", "--check", "--dry-run"]])
 def test_it_is_in_order(command: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "django_project" / "manage.py"), *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(tmp_path / "var")},
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=120,
@@ -25,7 +31,7 @@ def test_it_is_in_order(command: list[str], tmp_path: Path) -> None:
 
 def test_it_prepares_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "django_project" / "run.py"), "nothing"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "EXAMPLE_VAR": str(tmp_path / "var")}
+    env = environment(tmp_path)
     for expected in ("user ann, password demo", ""):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=True)
         assert expected in done.stdout
