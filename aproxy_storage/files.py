@@ -167,7 +167,11 @@ class AsyncFile:
         except NotFound as error:
             raise self._vanished() from error
         except BackendUnavailable as error:
-            if not await self._go_on_elsewhere(error):
+            try:
+                goes_on = await self._go_on_elsewhere(error)
+            except NotFound as gone:
+                raise self._vanished() from gone
+            if not goes_on:
                 raise
             return await self._next_chunk()
         if not chunk or self._at + len(chunk) > self.size:

@@ -16,6 +16,7 @@ What the state of a place means for whoever removes:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -170,7 +171,7 @@ class Journal:
             if until is not None and time.monotonic() >= until:
                 return False
             token = None if place.state in _CERTAIN else record.token
-            if token is not None and await self._is_named_elsewhere(place, record.path):
+            if token is not None and await self._is_anothers(place, record):
                 continue
             try:
                 await self._original(place.original).discard(place.key, token=token, durable=self._durable)
@@ -206,10 +207,18 @@ class Journal:
             return
         await self.sweep(marked, certain=certain)
 
-    async def _is_named_elsewhere(self, place: Place, path: str) -> bool:
-        """Return whether a record of another path names `place`: ours may have been committed and then renamed."""
+    async def _is_anothers(self, place: Place, record: MetaRecord) -> bool:
+        """Return whether another file's record names `place`: one of another path, because ours may have been committed
+        and then renamed; or of ours, where that is a later or an earlier file."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
-        return any(owner != path for owner in owners)
+        if any(owner != record.path for owner in owners):
+            return True
+        if not owners:
+            return False
+        try:
+            return (await self.meta.get(record.path)).token != record.token
+        except NotFound:
+            return False
 
     # -- J7: what reconcile does with one record whose lease has run out
 
@@ -255,6 +264,14 @@ class Journal:
             return "failed"
         await self.change(record, {"places": kept}, lease=None)
         return "cleared"
+
+    async def doubt_removal(self, record: MetaRecord) -> None:
+        """Note that a removal of replaced bytes may still be under way, so that their key is not used again before
+        `settle` is over. From here on only what carries the token of `record` is removed there."""
+        others = [place for place in record.places if place.state != "surplus"]
+        places = (*others, *_as_settling(place for place in record.places if place.state == "surplus"))
+        with contextlib.suppress(Conflict):
+            await self.change(record, {"places": places}, lease=self.lease_for(places))
 
 
 def _as_settling(places: Iterable[Place]) -> tuple[Place, ...]:

@@ -46,6 +46,8 @@ async def mend(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool) -> l
         return work.done
     targets = placement.targets(list(storage.originals))
     todo = what_is_to_do(record, good, targets, placement.limits.copies)
+    if work.out_of_reach:
+        todo = replace(todo, drop=())  # what cannot be seen may be gone: no other copy is given up for it
     if dry_run:
         work.done += [Mended("copied", name) for name in todo.make]
         work.done += [Mended("dropped", place.original) for place in todo.drop]
@@ -68,6 +70,7 @@ class _Mender:
         self.storage = storage
         self.record = record
         self.done: list[Mended] = []
+        self.out_of_reach = False  # a copy could not be asked for its size
         self._lost: list[Place] = []  # nothing is there, or not the file
 
     async def look(self) -> list[Place]:
@@ -80,6 +83,7 @@ class _Mender:
                 self._lose(place, "missing", error)
                 continue
             except StorageError as error:
+                self.out_of_reach = True
                 self.done.append(Mended("failed", place.original, error))
             else:
                 if None not in (info.size, self.record.size) and info.size != self.record.size:

@@ -56,9 +56,17 @@ def in_read_order(storage: ReadingVerbs, places: Sequence[Place]) -> Sequence[Pl
 
 
 async def open_bytes(
-    storage: ReadingVerbs, record: MetaRecord, places: Sequence[Place], byte_range: ByteRange | None = None
+    storage: ReadingVerbs,
+    record: MetaRecord,
+    places: Sequence[Place],
+    byte_range: ByteRange | None = None,
+    *,
+    slots: bool = True,
 ) -> Opened:
     """Open the bytes of `record` at one of `places`.
+
+    `slots`: wait for one of the original's. Not for the source of a copy, whose target may be the same original: it
+    has one already, and would wait for itself.
 
     Raises:
         NotFound: they are at none of them. Where one could not be asked, the error of that, with the others in
@@ -66,11 +74,11 @@ async def open_bytes(
     """
     ordered = in_read_order(storage, places)
     if len(ordered) == 1:
-        return await _open_at(storage, ordered[0], byte_range)
+        return await _open_at(storage, ordered[0], byte_range, slots)
     after = storage.placement.limits.hedge_after
     errors: list[StorageError] = []
-    opened = await (_in_turn(storage, ordered, byte_range, errors) if after is None else
-                    _hedged(storage, ordered, byte_range, errors, after))  # fmt: skip
+    opened = await (_in_turn(storage, ordered, byte_range, slots, errors) if after is None else
+                    _hedged(storage, ordered, byte_range, slots, errors, after))  # fmt: skip
     if opened is not None:
         return opened
     out_of_reach = [error for error in errors if not isinstance(error, NotFound)]
@@ -79,11 +87,15 @@ async def open_bytes(
 
 
 async def _in_turn(
-    storage: ReadingVerbs, places: Sequence[Place], byte_range: ByteRange | None, errors: list[StorageError]
+    storage: ReadingVerbs,
+    places: Sequence[Place],
+    byte_range: ByteRange | None,
+    slots: bool,
+    errors: list[StorageError],
 ) -> Opened | None:
     for place in places:
         try:
-            return await _open_at(storage, place, byte_range)
+            return await _open_at(storage, place, byte_range, slots)
         except StorageError as error:
             _goes_on(storage, place, error)
             errors.append(error)
@@ -94,6 +106,7 @@ async def _hedged(
     storage: ReadingVerbs,
     places: Sequence[Place],
     byte_range: ByteRange | None,
+    slots: bool,
     errors: list[StorageError],
     after: float,
 ) -> Opened | None:
@@ -104,7 +117,7 @@ async def _hedged(
             if left:
                 place = left.popleft()
                 task = storage.cleanup.start(
-                    _open_at(storage, place, byte_range),
+                    _open_at(storage, place, byte_range, slots),
                     name=f"opening at {place.original!r}", context=contextvars.copy_context(), log=False,
                 )  # fmt: skip
                 running[task] = place
@@ -141,7 +154,7 @@ def _goes_on(storage: ReadingVerbs, place: Place, error: StorageError) -> None:
     )  # fmt: skip
 
 
-async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | None) -> Opened:
+async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | None, slots: bool) -> Opened:
     backend = storage.get_original(place.original)
     gate = storage.gate_of(place.original)
     reading = backend.read(place.key, byte_range=byte_range, chunk_bytes=storage.chunk_bytes)
@@ -154,25 +167,32 @@ async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | 
     failure: BaseException | None = None
     size: int | None = None
     seconds = gate.attempt_timeout
+    waiting = slots = slots and gate.has_slots
     try:
-        if seconds is None and not gate.has_slots:
+        if seconds is None and not slots:
             await reading.__aenter__()
         else:
             limit = Alarm(seconds)
             try:
                 with limit:
-                    await gate.slot(admission)
+                    if slots:
+                        await gate.slot(admission)
+                    waiting = False
                     await reading.__aenter__()
             except TimeoutError as error:
                 if isinstance(error, StorageError) or not limit.expired():
                     raise
+                if waiting:
+                    raise BackendUnavailable(
+                        f"no slot of the original {gate.name!r} was free within {seconds:g} seconds", backend=gate.name
+                    ) from error
                 raise DeadlineExceeded(
                     f"the original {gate.name!r} did not answer within {seconds:g} seconds", backend=gate.name
                 ) from error
         outcome, size = "ok", reading.info.size
     except StorageError as error:
         failure = error
-        outcome = outcome_of(error, None, gate.fallback_on)
+        outcome = "crowded" if waiting else outcome_of(error, None, gate.fallback_on)
         raise
     except BaseException as error:
         failure = error

@@ -59,10 +59,15 @@ class ReadingVerbs(abc.ABC):
         return self.gates[original or next(iter(self.gates))]
 
     async def open_bytes(
-        self, record: MetaRecord, places: Sequence[Place], byte_range: ByteRange | None = None
+        self,
+        record: MetaRecord,
+        places: Sequence[Place],
+        byte_range: ByteRange | None = None,
+        *,
+        slots: bool = True,
     ) -> Opened:
         """Open the bytes of `record` at one of `places`; see `openings.open_bytes`."""
-        return await open_bytes(self, record, places, byte_range)
+        return await open_bytes(self, record, places, byte_range, slots=slots)
 
     @overload
     def open(
@@ -140,9 +145,27 @@ class ReadingVerbs(abc.ABC):
     async def _elsewhere(
         self, record: MetaRecord, first: Place, failed: Sequence[Place], byte_range: ByteRange
     ) -> Opened | None:
-        """Open the rest of a file whose reading has broken off at another of its copies; None: there is none left."""
+        """Open the rest of a file whose reading has broken off at another of its copies; None: there is none left.
+
+        Raises:
+            NotFound: it was deleted or replaced meanwhile, and what lies there is another file's.
+        """
         places = [place for place in record.good_places() if place != first and place not in failed]
-        return await open_bytes(self, record, places, byte_range) if places else None
+        while places:
+            opened = await open_bytes(self, record, places, byte_range)
+            try:
+                whole = None in (record.size, opened.reading.info.size) or record.size == opened.reading.info.size
+                current = await self.get(record.path)
+                if current.token != record.token or opened.place not in current.good_places():
+                    raise NotFound(f"{record.path!r} was replaced", operation="read", path=record.path)
+            except BaseException:
+                await opened.aclose()
+                raise
+            if whole:
+                return opened
+            await opened.aclose()
+            places = [place for place in places if place != opened.place]
+        return None
 
     async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.

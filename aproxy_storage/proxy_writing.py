@@ -38,6 +38,8 @@ class WritingVerbs(ReadingVerbs):
     timeouts: Timeouts
     checksum: str | None
     max_path_bytes: int
+    lease: float
+    settle: float
     tidy_every: float | None
     journal: Journal
     _writing: Writing
@@ -147,7 +149,8 @@ class WritingVerbs(ReadingVerbs):
             error.located(operation="save", path=str(name) if name is not None else None, backend=repr(self))
             raise
         finally:
-            await source.aclose()
+            if source is not content:
+                await source.aclose()
             self._tidy_when_due()
 
     async def replace(
@@ -184,7 +187,8 @@ class WritingVerbs(ReadingVerbs):
                 record, candidates, write, pinned=expect_version is not None, forced=using is not None
             )
         finally:
-            await source.aclose()
+            if source is not content:
+                await source.aclose()
             self._tidy_when_due()
 
     async def write_to(
@@ -202,16 +206,20 @@ class WritingVerbs(ReadingVerbs):
 
         The options are those of `save`; `extra` is for a new file only.
         """
-        options: dict[str, Any] = {"using": using, "content_type": content_type, "size": size}
-        if not exclusive and await self.exists(path):
-            return await self.replace(path, content, **options)
+        source = self._source(content, size)  # one for both: a hook or the placement may look into it before `replace`
+        options: dict[str, Any] = {"using": using, "content_type": content_type}
         try:
-            return await self._save(path, content, exact=True, extra=extra, **options)
-        except AlreadyExists:
-            # Raised by the reservation, before any content was read.
-            if exclusive or not await self.exists(path):
-                raise
-            return await self.replace(path, content, **options)
+            if not exclusive and await self.exists(path):
+                return await self.replace(path, source, **options)
+            try:
+                return await self._save(path, source, exact=True, extra=extra, **options)
+            except AlreadyExists:
+                # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
+                if exclusive or not await self.exists(path):
+                    raise
+                return await self.replace(path, source, **options)
+        finally:
+            await source.aclose()
 
     async def copy(self, path: Path, name: str | os.PathLike[str], *, using: str | None = None) -> str:
         """Copy a file to `name`, or to the next free name; return the path. The copy has bytes of its own.
@@ -280,8 +288,14 @@ class WritingVerbs(ReadingVerbs):
         original, key = record.original_storage_name or next(iter(self.originals)), record.path[len(self.prefix) :]
         if record.original_storage_path == key or self.keys != "path":
             return record
-        if any(place.state != "good" for place in record.places):
-            if await self.journal.finish(record) != "cleared":
+        states = {place.state for place in record.places}
+        if states & {"doubtful", "settling"}:
+            return record  # somebody is about to replace it, or a removal may still be under way
+        if "surplus" in states:
+            done = await self.journal.finish(record)
+            if done == "failed":
+                await self.journal.doubt_removal(await self.get(record.path))
+            if done != "cleared":
                 return await self.get(record.path)
             record = await self.get(record.path)
         if (await self.meta.owners(original, [key])).get(key):
@@ -424,10 +438,19 @@ class WritingVerbs(ReadingVerbs):
         except StorageError as error:
             _log.warning("the removal of %r is left to reconcile: %s", marked.record.path, error)
         except BaseException:
-            # A discard that was cancelled may still be under way: the key is not free before `settle` is over.
-            work = self.journal.sweep(marked, certain=False)
+            work = self._sweep_again(marked)
             await self.cleanup.finish(work, within=self.timeouts.cleanup, name=f"removal of {marked.record.path!r}")
             raise
+
+    async def _sweep_again(self, marked: Marked) -> None:
+        """Go on with a removal that was cancelled: a discard may still be under way, so that the key is not free
+        before `settle` is over; or all was done, and path and key are another file's by now."""
+        seconds = max(self.settle, self.lease)
+        try:
+            marked = await self.journal.mark(marked.record, lease=seconds)
+        except Conflict:
+            return
+        await self.journal.sweep(marked, certain=False)
 
     async def _open_writer(self, path: Path, mode: str) -> AsyncWriter:
         text = path.path if isinstance(path, MetaRecord) else os.fspath(path)

@@ -133,7 +133,7 @@ class Transfer(Write):
         """Read the bytes; whatever fails here is the fault of where they are, not of where they go."""
         record = self._record
         try:
-            opened = await self._storage.open_bytes(record, self._places)
+            opened = await self._storage.open_bytes(record, self._places, slots=False)
             async with opened as reading:
                 size = reading.info.size
                 if None not in (size, record.size) and size != record.size:

@@ -220,20 +220,24 @@ class Writing:
                 return stored
             except AlreadyExists:
                 if exact:
-                    await self._finish(storage.journal.discard(job.begun, record), "removal of bytes without a record")
+                    await self._finish(self._discard_own(job, placed, record), "removal of bytes without a record")
                     raise
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
-                    await self._finish(storage.journal.discard(job.begun, record), "removal of bytes without a record")
+                    await self._finish(self._discard_own(job, placed, record), "removal of bytes without a record")
                 raise
-            # Whichever was taken, bytes of ours at the key would have no record; another's do not carry our token.
-            await storage.journal.discard(job.begun, record)
+            # Whichever was taken, bytes of ours at the key would have no record.
+            await self._discard_own(job, placed, record)
             path = self.next_name(record.path, candidates, max_length)
             token = new_token()
             key = self._key(path, token, candidates[0], storage.keys)
             record = replace(record, path=path, token=token, original_storage_path=key)
         raise AlreadyExists(f"no free name for {record.path!r} in {_MAX_NAMES} tries", path=record.path)
+
+    async def _discard_own(self, job: Job, placed: Placed | None, record: MetaRecord) -> None:
+        """Discard what a save without a record has written: not what lay at a key that it found taken."""
+        await self._storage.journal.discard([*(placed.good if placed is not None else ()), *job.unsure], record)
 
     # -- J6: new bytes for an existing file
 

@@ -135,7 +135,7 @@ async def _scan(
     async def look_up() -> None:
         # The listing came first, the records come after: what was saved in between is found in them.
         unknown = await _unknown(storage_name, name, batch, metas)
-        await _remove(name, backend, unknown, report, dry_run=dry_run, min_age=min_age)
+        await _remove(storage_name, name, backend, unknown, metas, report, dry_run=dry_run, min_age=min_age)
         batch.clear()
 
     async for info in backend.list():
@@ -165,7 +165,15 @@ async def _unknown(storage_name: str, name: str, keys: Iterable[str], metas: lis
 
 
 async def _remove(
-    name: str, backend: Backend, unknown: list[str], report: Report, *, dry_run: bool, min_age: float
+    storage_name: str,
+    name: str,
+    backend: Backend,
+    unknown: list[str],
+    metas: list[MetaBackend],
+    report: Report,
+    *,
+    dry_run: bool,
+    min_age: float,
 ) -> None:
     limit = datetime.now(UTC) - timedelta(seconds=min_age)
     for key in unknown:
@@ -179,6 +187,8 @@ async def _remove(
             else:
                 action = "removed"
                 if not dry_run:
+                    if not await _unknown(storage_name, name, [key], metas):
+                        continue  # adopted since it was listed
                     await backend.discard(key)
             report.add(Finding(action, key, name))
         except NotFound:
