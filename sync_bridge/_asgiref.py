@@ -88,8 +88,8 @@ class AsgirefEntry:
         before = [(name, getattr(local, name, _NOTHING)) for name in (_LOOP, _PID, _TASKS)]
         setattr(local, _LOOP, loop)
         setattr(local, _PID, os.getpid())
-        if before[2][1] is _NOTHING:
-            setattr(local, _TASKS, None)
+        # Not the list of the loop that this thread was started from: that loop would cancel our task, from its thread.
+        setattr(local, _TASKS, None)
         try:
             return AsyncToSync(arrived)()
         except (Exception, asyncio.CancelledError):

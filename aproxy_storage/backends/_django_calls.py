@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import os
@@ -23,11 +24,14 @@ __all__ = ["Opened", "delete", "listdir", "save", "stat", "url"]
 _log = logging.getLogger(__name__)
 
 
-def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool) -> None:
+def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool, exclusive: bool) -> None:
     """Have the storage save `content` as `name`, and nothing else; what fails is deleted again.
 
-    `durable`: a file of this machine is on the disk then; of a service its answer has to do.
+    `durable`: a file of this machine is on the disk then; of a service its answer has to do. `exclusive`: the storage
+    creates a file only where there is none, so that what is there after a failure is ours.
     """
+    if exclusive:
+        storage = _without_other_names(storage)
     if storage.exists(name):
         raise AlreadyExists(f"{name!r} is there already")
     if attempt.withdrawn:
@@ -49,6 +53,20 @@ def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool)
                 sync_file(path)
     if not attempt.publish():
         delete(storage, name)
+
+
+def _without_other_names(storage: Any) -> Any:
+    """Return a copy of the storage that refuses a taken name, also one that was taken a moment ago. Left to choose
+    another one, it could fail there, and the file to delete again would be somebody else's."""
+    strict = copy.copy(storage)
+
+    def refuse_taken(name: str, max_length: int | None = None) -> str:
+        if strict.exists(name):
+            raise AlreadyExists(f"{name!r} is there already")
+        return name
+
+    strict.get_available_name = refuse_taken
+    return strict
 
 
 def _remove(storage: Any, name: str) -> None:

@@ -56,7 +56,11 @@ def map_error(error: Exception, what: str) -> StorageError | None:
     if status in (413, 507):
         return OutOfSpace(f"{failed}: no room, or too large ({status})")
     if status == 429 or (status or 0) >= 500:
-        return BackendUnavailable(f"{failed}: the service is out of order, or asks to slow down ({status})")
+        # What stands before a service may give up while the service goes on.
+        unknown = status != 429
+        return BackendUnavailable(
+            f"{failed}: the service is out of order, or asks to slow down ({status})", outcome_unknown=unknown
+        )
     if status is not None:
         return BackendUnavailable(f"{failed}: the service refused the request ({status})", retryable=False)
     if "Timeout" in name:

@@ -348,7 +348,7 @@ async def remove(target: Target, token: str) -> None:
         return
     # If-Match, because it may have been replaced since we looked.
     pinned: dict[str, Any] = {"IfMatch": answer["ETag"]} if target.conditional and answer.get("ETag") else {}
-    with contextlib.suppress(AlreadyExists, NotFound, Conflict):  # replaced or gone
+    with contextlib.suppress(AlreadyExists, NotFound):  # replaced or gone; a Conflict says neither
         try:
             await target.connection.call("delete_object", target.what, **target.at, **pinned)
         except NotSupported:

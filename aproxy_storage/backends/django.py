@@ -16,6 +16,7 @@ from ..errors import (
     MissingDependency,
     NotFound,
     StorageError,
+    outcome_unknown,
 )
 from ..feeds import seen
 from ..paths import MAX_PATH_BYTES, check_path, shown
@@ -214,6 +215,7 @@ class DjangoStorageBackend(Backend):
             content,
             attempt,
             durable,
+            self.capabilities.conditional_create,
             timeout=None,
             what=f"write {key!r} in {self}",
             writes=True,
@@ -265,7 +267,8 @@ class DjangoStorageBackend(Backend):
             await asyncio.wait((saving,))
             if not withdrawn:
                 await self._discard(key, token=None)
-            certain = True
+            failure = None if saving.cancelled() else saving.exception()
+            certain = failure is None or not outcome_unknown(failure)
 
         try:
             await self.cleanup.finish(wait(), within=self.timeouts.cleanup, name=f"undo of a write of {key!r}")

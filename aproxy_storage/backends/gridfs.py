@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, is_storable, mongo_error
 from ..content import Source
-from ..errors import ConfigurationError, MissingDependency, NotFound, StorageError
+from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, NotFound, StorageError
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
@@ -172,9 +172,13 @@ class GridFSBackend(Backend):
                 )
                 if isinstance(error, Exception) and not isinstance(error, StorageError):
                     mapped = self._map_error(error, f"write {key!r} in {self}")
-                    mapped.outcome_unknown = not upload.gone
+                    # A statement without an answer may land after its undo.
+                    mapped.outcome_unknown = mapped.outcome_unknown or not upload.gone
                     raise mapped from error
-                error.outcome_unknown = not upload.gone  # type: ignore[attr-defined]
+                if isinstance(error, BackendUnavailable):
+                    error.outcome_unknown = error.outcome_unknown or not upload.gone
+                else:
+                    error.outcome_unknown = not upload.gone  # type: ignore[attr-defined]
                 raise
 
     async def _newest(self, key: str) -> dict[str, Any]:

@@ -38,6 +38,9 @@ __all__ = ["CloudFrontKey", "ObjectParameters", "S3Backend"]
 
 _log = logging.getLogger(__name__)
 
+#: Codes of credentials, or of a clock, that somebody will set right.
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed"}
+
 MIN_PART_BYTES = 5 << 20  # of a multipart upload, but its last: a rule of S3
 
 #: Further parameters of PutObject for all objects, or for each by its key.
@@ -416,6 +419,8 @@ class S3Backend(Backend):
         try:
             found = await unfinished_uploads(target.connection, target.what, self.bucket, target.key)
         except (AccessDenied, NotSupported) as error:
+            if code_of(error) in _EXPIRED:
+                raise  # with other credentials it can
             self._may_list_uploads = False
             _log.warning(
                 "%s cannot find unfinished uploads of processes that died: give it s3:ListBucketMultipartUploads, or "

@@ -59,11 +59,16 @@ class Collection:
     async def naming(self, keys: Sequence[str]) -> list[Document]:
         """Return the path and the places of the records that name one of `keys`, in whatever original.
 
-        Two look-ups, each served by its index: for an ``$or`` of both some servers read every document.
+        Look-ups each served by its index: for an ``$or`` of both some servers read every document. The first is made
+        again at the end, where a key was looked for and not found: it may have moved from one field to the other.
         """
         found = await self.found({"original_storage_path": {"$in": keys}}, _PLACES)
-        further = await self.found({"places.key": {"$in": keys}}, _PLACES)
-        return list({document["_id"]: document for document in (*found, *further)}.values())
+        found += await self.found({"places.key": {"$in": keys}}, _PLACES)
+        named = {document["original_storage_path"] for document in found}
+        named |= {place["key"] for document in found for place in document.get("places") or ()}
+        if missing := [key for key in keys if key not in named]:
+            found += await self.found({"original_storage_path": {"$in": missing}}, _PLACES)
+        return list({document["_id"]: document for document in found}.values())
 
     async def page(self, wanted: Document, limit: int) -> list[Document]:
         cursor = self.files.find(wanted).sort("path", ASCENDING).limit(limit).batch_size(limit)

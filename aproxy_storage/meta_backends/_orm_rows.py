@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from django.apps import apps
-from django.db import IntegrityError, router, transaction
+from django.db import DataError, IntegrityError, router, transaction
 
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..paths import successor
@@ -220,8 +220,8 @@ class Rows:
             for place in _in_order([place for place in range(len(items)) if place not in answers], items):
                 try:
                     answers[place] = function(connection, *items[place])
-                except (StorageError, IntegrityError) as error:
-                    if connection.needs_rollback:
+                except (StorageError, IntegrityError, DataError) as error:
+                    if connection.needs_rollback or _is_broken(connection):
                         raise
                     answers[place] = refused(error, _path(items[place]))
         return [answers[place] for place in range(len(items))]
@@ -330,6 +330,12 @@ def in_transaction(connection: Any) -> bool:
             f"autocommit is off for the database {connection.alias!r}: use transaction.atomic() instead"
         )
     return bool(connection.in_atomic_block)
+
+
+def _is_broken(connection: Any) -> bool:
+    """Return whether PostgreSQL has given the transaction up: its COMMIT would undo everything, and not say so."""
+    failed = 3  # INERROR, in both versions of psycopg
+    return connection.vendor == "postgresql" and bool(connection.connection.info.transaction_status == failed)
 
 
 def _fetch(connection: Any, text: str, values: Sequence[Any]) -> list[Any]:

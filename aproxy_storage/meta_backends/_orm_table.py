@@ -77,6 +77,10 @@ class Table:
         self._plain = [(name, field.column) for name, field in self.fields.items() if name not in apart]
         self.has_original_name = "original_storage_name" in self.fields
         self.has_extra = "extra" in self.fields
+        #: Rules of the model's own about columns that every record has: any row may be refused.
+        self.refuses = bool(meta.constraints or meta.unique_together) or any(
+            field.unique and not field.primary_key and name != "path" for name, field in self.fields.items()
+        )
         taken = {field.name for field in self.fields.values()}
         self.custom: list[Any] = [
             field for field in meta.concrete_fields if field.name not in taken and not field.primary_key
@@ -275,7 +279,9 @@ class Table:
 
     def can_fail(self, changes: Mapping[str, Any]) -> bool:
         """Return whether the database may refuse these values, so that a transaction needs a savepoint."""
-        return "path" in changes or not self._custom_by_key.keys().isdisjoint(changes.get("extra", ()))
+        if self.refuses or "path" in changes:
+            return True
+        return not self._custom_by_key.keys().isdisjoint(changes.get("extra", ()))
 
     def is_storable(self, text: str) -> bool:
         """Return whether a column could hold `text`: what cannot be there need not be asked for."""

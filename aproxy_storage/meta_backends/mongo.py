@@ -14,7 +14,15 @@ from ..clients.mongo import (
     is_storable,
     mongo_error,
 )
-from ..errors import AlreadyExists, ConfigurationError, Conflict, MissingDependency, NotFound, StorageError
+from ..errors import (
+    AlreadyExists,
+    BackendUnavailable,
+    ConfigurationError,
+    Conflict,
+    MissingDependency,
+    NotFound,
+    StorageError,
+)
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL
@@ -153,7 +161,11 @@ class MongoMetaBackend(MetaBackend):
         return to_record(document)
 
     async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
-        return await self._on(self._insert_or_spare, record, lease, spare)
+        try:
+            return await self._on(self._insert_or_spare, record, lease, spare)
+        except BackendUnavailable as error:
+            error.outcome_unknown = True  # the statement after the insert may be the one that failed
+            raise
 
     async def _insert_or_spare(
         self, used: Collection, record: MetaRecord, lease: float, spare: MetaRecord
@@ -359,6 +371,8 @@ class MongoMetaBackend(MetaBackend):
         try:
             return await self._call(f"{operation}_many", None, work)
         except StorageError as error:
+            # Of several statements the last may be the one that failed.
+            error.outcome_unknown = error.outcome_unknown or isinstance(error, BackendUnavailable)
             return [error.with_traceback(None)] * len(items)
 
     def _mapped(self, error: Exception, operation: str, path: str) -> StorageError:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import ConfigurationError, MissingDependency, StorageError
+from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL, boolean
@@ -144,7 +144,11 @@ class ORMMetaBackend(MetaBackend):
         return await self._run(self._rows.insert, record, lease)
 
     async def _reserve(self, record: MetaRecord, lease: float, spare: MetaRecord) -> MetaRecord | None:
-        return await self._run(self._rows.reserve, record, lease, spare)
+        try:
+            return await self._run(self._rows.reserve, record, lease, spare)
+        except BackendUnavailable as error:
+            error.outcome_unknown = True  # the statement after the insert may be the one that failed
+            raise
 
     async def _get(self, path: str) -> MetaRecord | None:
         return await self._read(self._rows.get, path)

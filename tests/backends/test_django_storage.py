@@ -16,6 +16,7 @@ from aproxy_storage import (
     AlreadyExists,
     BackendUnavailable,
     ConfigurationError,
+    ContentError,
     DeadlineExceeded,
     NotFound,
     NotSupported,
@@ -346,3 +347,27 @@ async def test_storages_are_named_by_alias_path_or_url(tmp_path: Path) -> None:
         assert "s3cr3t" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="no Django storage"):
         DjangoStorageBackend(object())
+
+
+class Overtaken(FileSystemStorage):
+    """Somebody else creates the file between the question and the save."""
+
+    def exists(self, name: str) -> bool:
+        if super().exists(name):
+            return True
+        Path(self.path(name)).write_bytes(b"the winner's")
+        return False
+
+
+@pytest.mark.asyncio
+async def test_a_failed_write_never_deletes_the_file_of_the_winner(tmp_path: Path) -> None:
+    async def failing() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield b"x" * 100_000
+        raise ConnectionResetError
+
+    backend = DjangoStorageBackend(Overtaken(tmp_path))
+    with pytest.raises((AlreadyExists, ContentError)):
+        await backend.write("cv.pdf", failing())
+    await backend.aclose()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"cv.pdf": b"the winner's"}

@@ -475,3 +475,26 @@ def test_the_process_ends_cleanly(end: str, code: int, late: int) -> None:
     assert "Warning" not in done.stderr
     assert "never awaited" not in done.stderr
     assert ("Traceback" in done.stderr) == (code == 1), done.stderr
+
+
+@BOTH_WAYS
+def test_a_cancelled_request_leaves_the_call_of_its_thread_alone(bridge: Bridge) -> None:
+    """asgiref cancels what a thread has called, in the loop that the thread was started from. Ours is another loop."""
+    ended = threading.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(1.0)
+        finally:
+            ended.set()
+
+    async def request() -> None:
+        view = asyncio.create_task(sync_to_async(bridge.call, thread_sensitive=False)(work))
+        await asyncio.sleep(0.2)
+        view.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await view
+
+    asyncio.run(request())
+    assert ended.wait(30.0)
+    assert bridge.call(which_loop) is not None
