@@ -209,11 +209,11 @@ class Journal:
 
     async def _is_anothers(self, place: Place, record: MetaRecord) -> bool:
         """Return whether another file's record names `place`: one of another path, because ours may have been committed
-        and then renamed; or of ours, where that is a later or an earlier file."""
+        and then renamed; or, where the original cannot tell by our token what is ours, a later file of our path."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
         if any(owner != record.path for owner in owners):
             return True
-        if not owners:
+        if not owners or self._original(place.original).capabilities.tokens:
             return False
         try:
             return (await self.meta.get(record.path)).token != record.token

@@ -29,6 +29,8 @@ import pytest
 import pytest_asyncio
 from pymongo import AsyncMongoClient
 
+from tests.services.stopping import stop
+
 __all__ = [
     "DRIVERS",
     "FORGOTTEN_SOCKETS",
@@ -110,7 +112,7 @@ class MongoServer:
     def pause(self) -> None:
         """Stop the server without ending it: connections stay open, and nobody answers."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        stop(self._process.pid)
 
     def resume(self) -> None:
         """Let it go on."""

@@ -33,6 +33,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from tests.services.stopping import stop
+
 __all__ = ["S3Server", "S3Service", "own_s3", "s3_client", "s3_server", "s3_service"]
 
 # On the end of its standard input, which is the end of whoever started it, the watchdog kills the server and removes
@@ -238,7 +240,7 @@ class S3Server:
 
     def pause(self) -> None:
         """Stop it without ending it: connections stay open, and nobody answers."""
-        os.kill(self.pid, signal.SIGSTOP)
+        stop(self.pid)
 
     def resume(self) -> None:
         """Let it go on."""
