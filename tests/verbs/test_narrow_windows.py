@@ -13,6 +13,7 @@ from aproxy_storage import (
     AlreadyExists,
     BackendUnavailable,
     Conflict,
+    MetaRecord,
     Original,
     ProxyStorage,
     Replicate,
@@ -51,6 +52,26 @@ async def test_a_save_in_a_transaction_leaves_the_file_of_that_name_alone(exact:
             assert path != "a.txt"
             assert await read(storage, path) == b"second"
     assert await read(storage, "a.txt") == b"first"
+    await storage.aclose()
+
+
+async def test_the_bytes_of_a_save_whose_name_was_reserved_meanwhile_go() -> None:
+    meta = TransactionalMeta()
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+    reserved = MetaRecord(
+        path="a.txt",
+        proxy_storage_name="media",
+        original_storage_name="default",
+        original_storage_path="a.txt",
+        state="pending",
+        token="another",
+        version=1,
+    )
+    await meta.create(reserved, lease=60.0)  # its bytes are not there yet
+    async with meta.atomic():
+        path = await storage.save("a.txt", b"x")
+    assert path != "a.txt"
+    assert [info.key async for info in storage.get_original().list()] == [path]
     await storage.aclose()
 
 
