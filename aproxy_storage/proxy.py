@@ -18,8 +18,8 @@ from .journal import Journal
 from .meta_backends.base import MetaBackend
 from .paths import MAX_PATH_BYTES, check_path
 from .placement import First, Placement
+from .proxy_arranging import ArrangingVerbs
 from .proxy_reading import Path
-from .proxy_writing import WritingVerbs
 from .timeouts import Timeouts
 from .writing import Writing
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 Originals = Backend | Original | Mapping[str, Backend | Original] | Iterable[tuple[str, Backend | Original]]
 
 
-class ProxyStorage(WritingVerbs):
+class ProxyStorage(ArrangingVerbs):
     """Files in one or several original backends, with one record per file in a meta-backend.
 
     Args:

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-from .adopting import adopt
 from .content import Source
 from .direct_uploads import DirectUpload, begin, finish
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
 from .files import AsyncWriter
 from .journal import Journal, Marked
-from .meta_backends.base import UNCHANGED
 from .paths import check_path
 from .placement import First, Request
 from .proxy_reading import Path, ReadingVerbs
@@ -220,137 +218,6 @@ class WritingVerbs(ReadingVerbs):
                 return await self.replace(path, source, **options)
         finally:
             await source.aclose()
-
-    async def copy(self, path: Path, name: str | os.PathLike[str], *, using: str | None = None) -> str:
-        """Copy a file to `name`, or to the next free name; return the path. The copy has bytes of its own.
-
-        Raises:
-            NotFound, IntegrityError: of the file that is copied. And as `save`.
-        """
-        new_path = self._new_path(os.fspath(name), exact=False)
-        record = await self._record(path)
-        write = self._writing.transfer_of(record)
-        try:
-            candidates = await self._copy_candidates(record, write.source, using)
-            for candidate in candidates:
-                self.get_original(candidate).check_key(new_path.removeprefix(self.prefix))
-            fields = {"name": os.fspath(name), "extra": record.extra}
-            stored = await self._writing.store(new_path, candidates, write, fields, forced=using is not None)
-            return stored.path
-        finally:
-            await write.aclose()
-
-    async def _copy_candidates(self, record: MetaRecord, source: Source, using: str | None) -> Sequence[str]:
-        """Return where a copy may go: `using`, else where the file is, and where else the placement tries."""
-        own = using or record.original_storage_name or next(iter(self.originals))
-        self.get_original(own)
-        if using is not None or not self.placement.tries_several:
-            return [own]
-        request = Request(record.path, source, record.content_type, record.extra)
-        candidates = await self.placement.candidates(request, list(self.originals))
-        if self.placement.limits.copies > 1 or own not in candidates:
-            return candidates
-        return [own, *(candidate for candidate in candidates if candidate != own)]
-
-    async def move(self, path: Path, using: str) -> MetaRecord:
-        """Move the bytes of a file into the original `using`; the path stays. Return the new record.
-
-        Where `using` has a copy already, that becomes the one that the record names first, and no byte moves.
-
-        Raises:
-            NotFound, IntegrityError, Conflict (deleted or replaced meanwhile); the file is where it was then.
-            BackendUnavailable, DeadlineExceeded: where it is, or where it should go, is out of reach.
-        """
-        self.get_original(using)
-        record = await self._record(path)
-        if record.original_storage_name == using:
-            return record
-        if (place := next((place for place in record.good_places() if place.original == using), None)) is not None:
-            return await self._writing.make_primary(record, place)
-        write = self._writing.transfer_of(record)
-        try:
-            return await self._writing.swap(record, [using], write, pinned=True, forced=True, same_bytes=True)
-        finally:
-            await write.aclose()
-
-    async def restore_key(self, path: Path) -> MetaRecord:
-        """Let the key of a file be its path again, which it is not after `replace` and `rename`; return its record.
-
-        For directories that are published as they are, where the key is the URL. Replaced bytes are discarded now,
-        whatever `keep_replaced` says, because one of them may have the key; then the file is copied there, on the
-        server where that can be, and changes over in one step. Where the key is somebody else's, or something cannot
-        be reached, the file stays as it is.
-
-        Raises:
-            NotFound; Conflict: replaced, renamed or deleted meanwhile. And as `move`.
-        """
-        record = await self._record(path)
-        original, key = record.original_storage_name or next(iter(self.originals)), record.path[len(self.prefix) :]
-        if record.original_storage_path == key or self.keys != "path":
-            return record
-        states = {place.state for place in record.places}
-        if states & {"doubtful", "settling"}:
-            return record  # somebody is about to replace it, or a removal may still be under way
-        if "surplus" in states:
-            done = await self.journal.finish(record)
-            if done == "failed":
-                await self.journal.doubt_removal(await self.get(record.path))
-            if done != "cleared":
-                return await self.get(record.path)
-            record = await self.get(record.path)
-        if (await self.meta.owners(original, [key])).get(key):
-            return record  # a file that was renamed keeps its key, and its deletion would take ours with it
-        write = self._writing.transfer_of(record)
-        try:
-            moved = await self._writing.swap(
-                record, [original], write, pinned=True, forced=True, same_bytes=True, key=key
-            )
-        except AlreadyExists:
-            return await self.get(record.path)
-        finally:
-            await write.aclose()
-        await self.journal.finish(moved)
-        return await self.get(record.path)
-
-    async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:
-        """Give a file another path; no byte moves. Return the new record.
-
-        Raises:
-            NotFound; AlreadyExists: `new_path` is taken; Conflict: changed by somebody else meanwhile.
-        """
-        target = self._new_path(os.fspath(new_path), exact=True)
-        record = await self._record(path)
-        if target == record.path:
-            return record
-        return await self.journal.publish(
-            record,
-            {"path": target, "original_storage_path": record.original_storage_path},
-            lease=UNCHANGED,
-        )
-
-    async def adopt(
-        self,
-        original_storage_path: str,
-        *,
-        name: str | os.PathLike[str] | None = None,
-        using: str | None = None,
-        content_type: str | None = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Take in a file that is in an original already; return its path. Its bytes are not touched.
-
-        From then on it is a file like any other: `delete` removes its bytes. No checksum is recorded.
-
-        Raises:
-            NotFound: there is nothing at that key. AlreadyExists: a record names these bytes already.
-        """
-        given = os.fspath(name) if name is not None else original_storage_path
-        path = self._new_path(given, exact=True)
-        original = using or next(iter(self.originals))
-        adopted = await adopt(
-            self, original, original_storage_path, path, given, content_type=content_type, extra=extra or {}
-        )
-        return adopted.path
 
     async def begin_upload(
         self,

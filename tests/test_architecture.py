@@ -38,6 +38,7 @@ CORE = {
     "health",
     "proxy_reading",
     "proxy_writing",
+    "proxy_arranging",
     "proxy",
 }
 ROOT_MODULE = ""  # aproxy_storage itself
