@@ -13,7 +13,7 @@ from ..errors import AlreadyExists
 
 __all__ = ["Upload"]
 
-_BATCH_BYTES = 2 << 20  # of chunks in one statement
+_BATCH_BYTES = 1 << 20  # of chunks in one statement
 _IN_FLIGHT = 2  # statements; each holds its chunks once as they are, and once encoded
 
 Start = Callable[[Callable[[], Awaitable[Any]]], "asyncio.Task[Any]"]

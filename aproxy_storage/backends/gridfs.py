@@ -45,9 +45,9 @@ class GridFSBackend(Backend):
     journalled, as everything is here. An error or a cancellation removes the chunks that were written; what a killed
     process leaves, `discard` with the token of that write finds.
 
-    Memory: a write holds about 12 MiB (two statements of 2 MiB on their way, each as chunks and encoded, the next one,
-    and the chunks of the source), a read about 8 MiB (two statements of 2 MiB, each as received and decoded), a
-    listing one page of 500 documents.
+    Memory: a write holds about 10 MiB (two statements of 1 MiB on their way, each as chunks, encoded and half sent, the
+    next one, and the chunks of the source), a read about 8 MiB (two statements of 2 MiB, each as received and decoded),
+    a listing one page of 500 documents.
 
     Args:
         database: as for `MongoMetaBackend`: a URI that names a database, a database of PyMongo Async or of Motor, or a
