@@ -133,7 +133,7 @@ async def test_uploads_cancelled_at_random_leave_nothing(s3_service: S3Service, 
 async def test_killed_amid_uploads_and_downloads(own_s3: S3Server) -> None:
     limits = Timeouts(operation=3.0, idle=5.0, cleanup=0.5)
     backend = backend_of(own_s3.service.fresh(), timeouts=limits)
-    storage = ProxyStorage("s", originals=backend, meta=MemoryMetaBackend(), settle=0.0, lease=0.2)
+    storage = ProxyStorage("s", originals=backend, meta=MemoryMetaBackend(), settle=0.0)
     kept = {f"kept{number}": pattern(5000, seed=number) for number in range(20)}
     for name, data in kept.items():
         await storage.save(name, data)

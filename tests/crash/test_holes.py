@@ -134,7 +134,7 @@ async def test_a_reconcile_that_was_stopped_for_longer_than_its_lease_removes_no
     def storage(meta: type[SQLiteMetaBackend]) -> ProxyStorage:
         return ProxyStorage(
             "arena", originals={"a": FileSystemBackend(arena.root / "a")}, meta=meta(arena.database),
-            lease=0.05, settle=0.05, keep_replaced=0.01,
+            lease=0.5, settle=0.5, keep_replaced=0.01,
         )  # fmt: skip
 
     async with storage(SlowRecords) as slow, storage(SQLiteMetaBackend) as other:
@@ -145,7 +145,7 @@ async def test_a_reconcile_that_was_stopped_for_longer_than_its_lease_removes_no
         records.stop = True
         stopped = asyncio.ensure_future(reconcile(slow, dry_run=False))
         await records.reached.wait()
-        await asyncio.sleep(0.1)  # longer than lease and settle
+        await asyncio.sleep(0.6)  # longer than lease and settle
         assert (await reconcile(other, dry_run=False)).counts == {"cleared": 1}
         await other.delete("x.txt")
         assert await other.save("x.txt", b"newest") == "x.txt"

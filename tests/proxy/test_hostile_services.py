@@ -135,7 +135,7 @@ async def test_a_full_disk_under_the_records(tmp_path: Path) -> None:
     with mounted(disk, "1m"):
         (tmp_path / "files").mkdir()
         meta = SQLiteMetaBackend(disk / "meta.sqlite3")
-        async with asyncio.timeout(SAFETY), storage_in(tmp_path, meta=meta, lease=0.2, settle=0.0) as storage:
+        async with asyncio.timeout(SAFETY), storage_in(tmp_path, meta=meta, lease=1.0, settle=0.0) as storage:
             path = await storage.save("first.txt", b"first")
             ballast = disk / "ballast"
             with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
