@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, Self
 
 from .attempts import Attempt
@@ -146,6 +147,20 @@ class ProxyStorage(ArrangingVerbs):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
+
+    @cached_property
+    def works_here(self) -> bool:
+        """Whether a thread that may block can do all the work of a verb, see `blocking`: there is one original, nothing
+        goes on beside a verb, and no code of others may need a loop."""
+        parts: list[Backend | MetaBackend] = [self.meta, *self.originals.values()]
+        return (
+            type(self) is ProxyStorage
+            and type(self.placement) is First
+            and len(self.originals) == 1
+            and self.tidy_every is None
+            and not any(gate.has_slots for gate in self.gates.values())
+            and all(vars(type(part)).get("works_here", False) for part in parts)
+        )
 
     # -- many files
 

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from .blocking import blocking_loop
 from .errors import BackendUnavailable, DeadlineExceeded
 from .loops import PerLoop
 
@@ -186,9 +187,13 @@ class Workers(concurrent.futures.Executor):
         After `timeout` seconds, queueing included, the future fails with DeadlineExceeded; a job that has not begun
         by then, or whose future was cancelled before it began, is never run. One that has begun runs to its end.
 
+        In a thread that may block (see `blocking`) it is called there, now, without any limit.
+
         Raises:
             BackendUnavailable: too many jobs wait already.
         """
+        if (here := blocking_loop()) is not None:
+            return here.perform(function, *args)
         answers = self._answers.get()
         future: asyncio.Future[T] = answers.loop.create_future()
         job = Job(lambda: function(*args), future, answers)

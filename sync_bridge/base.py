@@ -83,6 +83,7 @@ class ConfiguredStorage(Storage):
         *,
         storage: Any = None,
         read_through: bool = False,
+        direct: bool = True,
         **options: Any,
     ) -> None:
         given = {
@@ -97,8 +98,11 @@ class ConfiguredStorage(Storage):
             self._given["allow_overwrite"] = True
         if read_through:
             self._given["read_through"] = True
+        if not direct:
+            self._given["direct"] = False
         self.allow_overwrite = allow_overwrite
         self.read_through = read_through
+        self.direct = direct
         if location is not None and "name" not in options:
             options = {"name": name_of_location(location), **options}
         self.options = Options(storage if storage is not None else self.storage, options)
@@ -131,7 +135,7 @@ class ConfiguredStorage(Storage):
         storage = given.get("storage")
         if not self.options.is_local and not isinstance(storage, str):
             kept: dict[str, Any] = {
-                key: given[key] for key in ("base_url", "allow_overwrite", "read_through") if key in given
+                key: given[key] for key in ("base_url", "allow_overwrite", "read_through", "direct") if key in given
             }
             if storage is not None and not isinstance(storage, ProxyStorage):
                 return path, (), {"storage": f"{storage.__module__}.{storage.__qualname__}", **kept}

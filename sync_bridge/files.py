@@ -34,7 +34,9 @@ __all__ = [
     "ReadingFile",
     "WritingFile",
     "in_callers_thread",
+    "is_small",
     "open_for_reading",
+    "read_whole",
 ]
 
 FIRST_BYTES = 256 << 10  # brought by the call that opens
@@ -125,6 +127,13 @@ async def open_for_reading(opening: Any) -> tuple[AsyncFile, bytes, bool]:
     if whole:
         await handle.aclose()
     return handle, first, whole
+
+
+async def read_whole(opening: Any) -> tuple[AsyncFile, bytes, bool] | None:
+    """As `open_for_reading`, of a file that has no more than the first bytes; None if it has."""
+    async with opening as handle:
+        first = await handle.read(FIRST_BYTES)
+        return (handle, first, True) if len(first) >= handle.size else None
 
 
 class _Blocks(io.RawIOBase):
@@ -365,6 +374,16 @@ def in_callers_thread(content: Any) -> Any:
         content_type=getattr(content, "content_type", None),
         again=_seekable(content),
     )
+
+
+def is_small(content: Any) -> bool:
+    """Return whether `content`, as `in_callers_thread` returns it, is in memory and no longer than the first bytes."""
+    inner = getattr(content, "__dict__", {}).get("file", content)
+    if type(inner) is io.BytesIO:
+        return inner.getbuffer().nbytes <= FIRST_BYTES
+    if type(inner) is io.StringIO:
+        inner = inner.getvalue()
+    return isinstance(inner, bytes | str) and len(inner) <= FIRST_BYTES
 
 
 def _seekable(content: Any) -> bool:

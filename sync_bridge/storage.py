@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from django.core.exceptions import SuspiciousFileOperation
 from django.core.files.storage import Storage
@@ -14,16 +14,29 @@ from django.core.files.utils import validate_file_name
 
 from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.blocking import run_blocking
 from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
 from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below
 from .bridge import refuse_on_event_loop
-from .files import BridgeFile, ReadingFile, WritingFile, in_callers_thread, open_for_reading
+from .files import (
+    FIRST_BYTES,
+    BridgeFile,
+    ReadingFile,
+    WritingFile,
+    in_callers_thread,
+    is_small,
+    open_for_reading,
+    read_whole,
+)
 from .records import SyncMetaBackend
 from .twins import AsyncTwins, as_set
 
 __all__ = ["BridgeStorage", "SuspiciousPath"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class BridgeStorage(AsyncTwins):
@@ -41,6 +54,10 @@ class BridgeStorage(AsyncTwins):
         storage: instead of all others but `base_url` and `allow_overwrite`: a ProxyStorage, a class or callable that
             makes one, the dotted path to any of these, or the name of one that ``PROXY_STORAGE`` or the registry knows.
         read_through: a file that is in the original and has no record gets one when it is first asked for.
+        direct: where nothing of it needs an event loop (one directory; records in SQLite or a model), files of up to
+            256 KiB are saved, opened and deleted in the calling thread, as Django's own storages do it, which takes
+            half the time. False: always on the loop of the bridge, whose time limits release the caller from a
+            system call that hangs, as it may on a network file system.
         options: a description: ``original="s3://…"`` or ``originals={"fs": "file:///…", "s3": "s3://…"}``,
             ``meta="postgresql://…"`` (or a model, or ``"app.Model"``; the model of this app by default); or
             ``config="aproxy.toml"``; ``name=`` for the records; and whatever ProxyStorage takes.
@@ -108,7 +125,7 @@ class BridgeStorage(AsyncTwins):
     def _save(self, name: str, content: Any) -> str:
         asks, prepared = saving.get() or Saving(), in_callers_thread(content)
         try:
-            return self.bridge.call(self._store, name, prepared, asks)
+            return self._await(is_small(prepared), self._store, name, prepared, asks)
         except InvalidPath as error:
             raise suspicious(error) from error
         except ContentError:
@@ -126,7 +143,8 @@ class BridgeStorage(AsyncTwins):
         Raises:
             AlreadyExists: with `exclusive`. And as `save`.
         """
-        return self.bridge.call(self._overwrite, name, in_callers_thread(content), exclusive=exclusive)
+        prepared = in_callers_thread(content)
+        return self._await(is_small(prepared), self._overwrite, name, prepared, exclusive=exclusive)
 
     def open(self, name: str | os.PathLike[str], mode: str = "rb") -> BridgeFile:
         """Open a file, in any mode of the builtin ``open``.
@@ -146,15 +164,34 @@ class BridgeStorage(AsyncTwins):
         if kind not in ("r", "w", "x", "a") or ("b" in mode and "t" in mode):
             raise ValueError(f"invalid mode: {mode!r}")
         if kind == "r" and "+" not in mode:
-            return ReadingFile(self, self.bridge.call(self._open_first, self._known(name)), name, mode)
+            return ReadingFile(self, self._opened(self._known(name)), name, mode)
         validate_file_name(name, allow_relative_path=True)
         return WritingFile(self, name, mode)
+
+    def _opened(self, found: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
+        if isinstance(found, MetaRecord) and found.size is not None and found.size <= FIRST_BYTES and self._works_here:
+            opened = run_blocking(read_whole(self.proxy.open(found)))
+            if opened is not None:
+                return opened
+        return self.bridge.call(self._open_first, found)
 
     async def _open_first(self, name: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
         found = await self._touched(name) if isinstance(name, str) else name
         return await open_for_reading(self.proxy.open(found))
 
-    # -- records of a meta-backend that is synchronous by nature, without the loop
+    # -- what is synchronous by nature, without the loop
+
+    @property
+    def _works_here(self) -> bool:
+        return self.direct and self.proxy.works_here and asyncio._get_running_loop() is None
+
+    def _await(
+        self, small: bool, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Await ``function(*args, **kwargs)``: in this thread if it is `small` and can be, else on the loop."""
+        if small and self._works_here:
+            return run_blocking(function(*args, **kwargs))
+        return self.bridge.call(function, *args, **kwargs)
 
     @property
     def _look(self) -> Callable[[str], MetaRecord | None] | None:
@@ -198,7 +235,7 @@ class BridgeStorage(AsyncTwins):
             return
         refuse_on_event_loop(f"{self!r}.delete()", "adelete()")
         if (record := self._mine(look(text))) is not None:
-            self.bridge.call(self.proxy.delete, record, missing_ok=True)
+            self._await(True, self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is a file of that name: one question to the meta-backend."""
@@ -312,7 +349,7 @@ class BridgeStorage(AsyncTwins):
 
     def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
-        return self.bridge.call(self.proxy.update, name, extra=extra)
+        return self._await(True, self.proxy.update, name, extra=extra)
 
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.

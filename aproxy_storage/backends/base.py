@@ -77,6 +77,9 @@ class Backend(abc.ABC):
     capabilities: Capabilities
     #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
     keeps_deadlines: ClassVar[bool] = False
+    #: True where all that waits is done by `Workers`, so that a thread that may block can do it (see `blocking`). Each
+    #: class says it for itself: a subclass may await what needs a loop.
+    works_here: ClassVar[bool] = False
 
     def __init__(self, *, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()

@@ -83,6 +83,7 @@ class FileSystemBackend(Backend):
         max_segment_bytes=255,
     )
     keeps_deadlines = True
+    works_here = True
 
     def __init__(
         self,

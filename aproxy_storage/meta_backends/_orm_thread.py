@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from asgiref.sync import AsyncToSync, SyncToAsync, sync_to_async
 from django.db import InterfaceError, OperationalError, connections
 
+from ..blocking import blocking_loop
 from ..errors import DeadlineExceeded
 from ._orm_errors import NotConnected
 
@@ -58,7 +59,8 @@ async def in_djangos_thread(
 
     `alias` is called there too, and names the database. After `limit` seconds, those in the queue included, the
     caller is released; what runs then runs on, what still waits never begins. `repeatable`: a read, done once more
-    if the connection turns out to have been lost.
+    if the connection turns out to have been lost. A thread that may block (see `blocking`) is Django's own: there it
+    is called at once, and nobody can be released.
 
     Raises:
         NotConnected: the database could not be reached.
@@ -66,6 +68,9 @@ async def in_djangos_thread(
     """
     _watch_forks()
     job = _Job(alias, function, args, repeatable)
+    if (here := blocking_loop()) is not None:
+        value: T = here.apart(_perform, job)
+        return value
     clock = asyncio.timeout(limit)
     try:
         async with clock:

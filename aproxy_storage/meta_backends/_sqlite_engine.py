@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from ..blocking import blocking_loop
 from ..errors import ConfigurationError
 from ._sqlite_errors import code_of
 from ._sqlite_threads import Readers, Writer
@@ -200,10 +201,14 @@ class Engine:
 
     def write(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
         """Call ``function(transaction, *args)`` in the writer; return the future of its answer after the COMMIT."""
+        if (here := blocking_loop()) is not None:
+            return self.writer.call_here(here, function, args, timeout)
         return self.writer.call(self.writer.run, function, args, timeout=timeout)
 
     def look_up(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:
         """Call ``function(cursor, *args)``, a matter of microseconds, in a reader; return the future of its answer."""
+        if (here := blocking_loop()) is not None:
+            return here.perform(self.look_here, function, args)
         return self.lookups.call(self.lookups.run, function, args, timeout=timeout)
 
     def scan(self, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None) -> asyncio.Future[T]:

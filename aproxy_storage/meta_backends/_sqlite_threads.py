@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..blocking import BlockingLoop
 from ..errors import BackendUnavailable, StorageError
 from ..threads import Job, Workers
 from ._sqlite_errors import code_of, copy_of, sqlite_error
@@ -23,6 +24,7 @@ __all__ = ["Readers", "Transaction", "Writer"]
 T = TypeVar("T")
 
 _SHARE = 256  # jobs in one transaction at most
+_TURN = 0.01  # seconds that a thread which writes itself waits for its turn: a hundred times what a transaction takes
 
 
 class Transaction:
@@ -104,6 +106,15 @@ class _Gathering(Workers):
             self._rouse()
 
 
+class _JobHere(Job):
+    """A job of the calling thread, where a signal handler may raise in the middle of it."""
+
+    def run(self) -> None:
+        super().run()
+        if self.error is not None and not isinstance(self.error, Exception):
+            raise self.error
+
+
 class Writer(_Gathering):
     """One thread, where the writes that wait together share a transaction."""
 
@@ -114,6 +125,29 @@ class Writer(_Gathering):
 
     def run(self, function: Callable[..., T], args: tuple[Any, ...]) -> T:
         return function(self._transaction, *args)
+
+    def call_here(
+        self, loop: BlockingLoop, function: Callable[..., T], args: tuple[Any, ...], timeout: float | None
+    ) -> asyncio.Future[T]:
+        """Have it done in a transaction of its own by the calling thread, which may block; where others are at it, by
+        the writer thread, so that those who wait share a transaction, and one sync of the disk."""
+        future: asyncio.Future[T] = loop.create_future()
+        job = _JobHere(partial(self.run, function, args), future, None)
+        try:
+            held = self._engine.writing()
+        except StorageError as error:
+            _fail(deque((job,)), error)
+            return future
+        if not held.lock.acquire(timeout=0.0 if self._engine.synchronous == "FULL" else _TURN):
+            return self.call(self.run, function, args, timeout=timeout)
+        try:
+            self._run_transaction(held, deque((job,)))
+        except BaseException:  # an interrupt of this thread: the transaction must not stay open
+            held.close()
+            raise
+        finally:
+            held.lock.release()
+        return future
 
     def rescue(self) -> None:
         """Do nothing: there is no other thread that could take what waits behind a slow transaction."""

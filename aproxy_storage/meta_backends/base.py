@@ -69,6 +69,8 @@ class MetaBackend(abc.ABC):
 
     #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
     keeps_deadlines: ClassVar[bool] = False
+    #: As that of `Backend`.
+    works_here: ClassVar[bool] = False
     #: True where an answered write survives the loss of power.
     durable: bool = False
 

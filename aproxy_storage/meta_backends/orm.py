@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import urlsplit
 
+from ..blocking import blocking_loop, run_blocking
 from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
@@ -67,6 +68,7 @@ class ORMMetaBackend(MetaBackend):
     """
 
     keeps_deadlines: ClassVar[bool] = True
+    works_here: ClassVar[bool] = True
 
     #: How a callback of `after_commit` is awaited in the thread that commits. `sync_bridge` puts its own way here.
     run_callback: ClassVar[Callable[[Callable[[], Awaitable[None]]], Any]] = staticmethod(
@@ -262,15 +264,16 @@ class ORMMetaBackend(MetaBackend):
     # -- life
 
     async def after_commit(self, callback: Callable[[], Awaitable[None]]) -> None:
-        if not await self._call("after_commit", None, self._run(self._register, callback)):
+        run: Callable[[Any], Any] = _run_here if blocking_loop() is not None else type(self).run_callback
+        if not await self._call("after_commit", None, self._run(self._register, callback, run)):
             await callback()
 
-    def _register(self, connection: Any, callback: Callable[[], Awaitable[None]]) -> bool:
+    def _register(self, connection: Any, callback: Callable[[], Awaitable[None]], run: Callable[[Any], Any]) -> bool:
         """Return whether there is a transaction whose commit will await `callback`."""
         if not in_transaction(connection):
             return False
         # Robust: it is committed; what goes wrong now is logged, and must not reach the caller or stop others.
-        transaction.on_commit(lambda: type(self).run_callback(callback), using=connection.alias, robust=True)
+        transaction.on_commit(lambda: run(callback), using=connection.alias, robust=True)
         return True
 
     async def setup(self) -> None:
@@ -284,6 +287,15 @@ class ORMMetaBackend(MetaBackend):
     async def _aclose(self) -> None:
         """Close the connection of this context, unless a transaction is open. Django opens another when needed."""
         await self._call("aclose", None, self._run(_close))
+
+
+def _run_here(callback: Callable[[], Awaitable[None]]) -> None:
+    """Await `callback` in the thread that commits: it is the one that has asked for it, and may block."""
+
+    async def awaited() -> None:
+        await callback()
+
+    run_blocking(awaited())
 
 
 def _close(connection: Any) -> None:

@@ -65,6 +65,7 @@ class SQLiteMetaBackend(MetaBackend):
     """
 
     keeps_deadlines: ClassVar[bool] = True
+    works_here: ClassVar[bool] = True
 
     def __init__(
         self,
