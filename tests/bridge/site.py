@@ -32,6 +32,7 @@ STORAGES = {
             "name": "threads",
             "original": f"file://{DIRECTORY}/threads",
             "meta": f"sqlite:///{DIRECTORY}/records.sqlite3",
+            "direct": False,
         },
     },
     "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
@@ -47,7 +48,10 @@ LOGGING = {
 
 
 def round_trip(alias: str, number: str) -> dict[str, Any]:
-    """Save, look, read and delete over the bridge; say in which process, and over how many bridge threads."""
+    """Save, look, read and delete; say in which process, and how many bridge threads it has by now.
+
+    What "threads" is asked for goes over the bridge, all of it; "default" does these small things without.
+    """
     from django.core.files.base import ContentFile
     from django.core.files.storage import storages
     from django.db import transaction
@@ -62,7 +66,7 @@ def round_trip(alias: str, number: str) -> dict[str, Any]:
     storage.delete(path)
     assert not storage.exists(path)
     threads = [thread.name for thread in threading.enumerate()]
-    return {"pid": os.getpid(), "threads": threads.count("aproxy_storage-bridge")}
+    return {"pid": os.getpid(), "alias": alias, "threads": threads.count("aproxy_storage-bridge")}
 
 
 def sync_view(request: Any, alias: str) -> Any:
