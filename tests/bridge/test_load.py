@@ -25,7 +25,7 @@ from tests.bridge.test_bridge import in_child
 CONNECTIONS = 4
 
 
-@pytest.fixture(params=["sqlite", "postgres"])
+@pytest.fixture(params=["sqlite", "sqlite over the bridge", "postgres"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BridgeStorage]:
     meta: Any
     if request.param == "postgres":
@@ -33,9 +33,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BridgeSt
         meta = PostgresMetaBackend(url, table=f"bridge_{os.getpid()}", max_connections=CONNECTIONS)
     else:
         meta = SQLiteMetaBackend(tmp_path / "records.sqlite3")
-    yield (
-        storage := BridgeStorage(storage=ProxyStorage("load", originals=FileSystemBackend(tmp_path / "f"), meta=meta))
-    )
+    proxy = ProxyStorage("load", originals=FileSystemBackend(tmp_path / "f"), meta=meta)
+    yield (storage := BridgeStorage(storage=proxy, direct=request.param == "sqlite"))
     if request.param == "postgres":
         bridge.call(drop, url, f"bridge_{os.getpid()}")
     bridge.call(storage.proxy.aclose)
@@ -151,7 +150,8 @@ from sync_bridge import BridgeStorage
 from sync_bridge.bridge import bridge
 
 directory = Path(sys.argv[1])
-storage = BridgeStorage(name="x", original=f"file://{directory}/files", meta=f"sqlite:///{directory}/records.sqlite3")
+storage = BridgeStorage(name="x", original=f"file://{directory}/files", meta=f"sqlite:///{directory}/records.sqlite3",
+                        direct=sys.argv[2] == "directly")
 storage.save("first.txt", ContentFile(b"1"))
 
 def saving():
@@ -173,8 +173,9 @@ time.sleep(0.3)
 @pytest.mark.parametrize(
     ("end", "code"), [("", 0), ("raise SystemExit(3)", 3), ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT)]
 )
-def test_the_process_ends_in_the_middle_of_calls(end: str, code: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM + end, str(tmp_path)]
+@pytest.mark.parametrize("how", ["directly", "over the bridge"])
+def test_the_process_ends_in_the_middle_of_calls(how: str, end: str, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM + end, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert "late.txt" in done.stdout

@@ -30,19 +30,22 @@ from sync_bridge import BridgeStorage, SyncCallOnEventLoop
 from sync_bridge.bridge import bridge
 
 
-@pytest.fixture(params=["sqlite", "orm", "memory"])
+@pytest.fixture(params=["sqlite", "sqlite over the bridge", "orm", "orm over the bridge", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BridgeStorage]:
-    if request.param == "orm":
+    direct = not request.param.endswith("over the bridge")
+    if request.param.startswith("orm"):
         request.getfixturevalue("default")
+        storages["default"].direct = direct
         yield storages["default"]
+        storages["default"].direct = True
         return
-    sqlite = request.param == "sqlite"
+    sqlite = request.param != "memory"
     proxy = ProxyStorage(
         f"test-{request.param}",
         originals=FileSystemBackend(tmp_path / "files", base_url="/media/") if sqlite else MemoryBackend(),
         meta=SQLiteMetaBackend(tmp_path / "records.sqlite3") if sqlite else MemoryMetaBackend(),
     )
-    yield BridgeStorage(storage=proxy, base_url="/media/")
+    yield BridgeStorage(storage=proxy, base_url="/media/", direct=direct)
     bridge.call(proxy.aclose)
 
 
