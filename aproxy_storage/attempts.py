@@ -45,6 +45,9 @@ _log = logging.getLogger(__name__)
 #: What says nothing about an original: the content, or somebody else, was first.
 _CALLERS = (ContentError, Conflict)
 
+_SMALL = (
+    256 << 10
+)  # bytes of content in memory that are one phase: a watch over several would cost a small save a tenth
 _UNDO = 0.5  # seconds that an attempt waits at most for its original to take back what it has begun
 
 
@@ -154,19 +157,24 @@ class Attempts:
 
     def healthy_first(self, originals: Sequence[str]) -> Sequence[str]:
         """Return `originals` in their order, those at the end that would be skipped now."""
-        if len(originals) == 1:
-            return originals
         gate_of = self._storage.gate_of
-        return sorted(originals, key=lambda name: not gate_of(name).allows("write"))
+        for name in originals:
+            if not gate_of(name).allows("write"):
+                return sorted(originals, key=lambda name: not gate_of(name).allows("write"))
+        return originals
 
     def check_any(self, originals: Sequence[str], *, forced: bool) -> None:
         """Raise BackendUnavailable if every one of `originals` would be skipped now."""
         gate_of = self._storage.gate_of
-        if not forced and not any(gate_of(name).allows("write") for name in originals):
-            raise BackendUnavailable(
-                f"the circuits of all originals are open ({', '.join(originals)}): nothing was tried; "
-                "try again soon, or now with using="
-            )
+        if forced:
+            return
+        for name in originals:
+            if gate_of(name).allows("write"):
+                return
+        raise BackendUnavailable(
+            f"the circuits of all originals are open ({', '.join(originals)}): nothing was tried; "
+            "try again soon, or now with using="
+        )
 
     async def place(self, job: Job, places: Sequence[Place]) -> Placed:
         """Write the content of `job` at one of `places`.
@@ -344,9 +352,13 @@ class Attempts:
         if seconds is None:
             return await self._put(job, one, gate, admission, source, movable, None)
         hurry = patience.set(_UNDO)
-        watch: IdleWatch | None = None
+        watch: IdleWatch | Alarm | None = None
+        content = source or job.write.source
         try:
-            async with (source or job.write.source).watched(seconds) as watch:
+            if content.data is not None and len(content.data) <= _SMALL:  # all of it is one phase
+                with Alarm(seconds) as watch:
+                    return await self._put(job, one, gate, admission, source, movable, watch)
+            async with content.watched(seconds) as watch:
                 return await self._put(job, one, gate, admission, source, movable, watch)
         except TimeoutError as error:
             if isinstance(error, StorageError) or watch is None or not watch.expired():
@@ -367,7 +379,7 @@ class Attempts:
         admission: Admission,
         source: Source | None,
         movable: bool,
-        watch: IdleWatch | None,
+        watch: IdleWatch | Alarm | None,
     ) -> Written:
         if gate.has_slots:
             one.waiting = True
@@ -391,7 +403,9 @@ class Attempts:
         return await put(backend, one.place.key, job.token, source=source, movable=movable)
 
     @staticmethod
-    async def _rename(job: Job, one: Try, change: Callable[[Place], Awaitable[Place]], watch: IdleWatch | None) -> None:
+    async def _rename(
+        job: Job, one: Try, change: Callable[[Place], Awaitable[Place]], watch: IdleWatch | Alarm | None
+    ) -> None:
         """Change the place in the record. The time is the meta-backend's, and so are errors: no other original mends
         them."""
         if watch is not None:

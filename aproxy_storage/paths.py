@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections import deque
 
@@ -20,6 +21,10 @@ _TOKEN_LENGTH = 12  # 62**12: 71 bits
 _FORBIDDEN = frozenset([*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), "\\", "\u2028", "\u2029"])
 
 
+# What most paths look like; those that do not are looked at more closely.
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_. -]*(?:/[A-Za-z0-9_-][A-Za-z0-9_. -]*)*")
+
+
 def check_path(
     path: str | os.PathLike[str], *, max_bytes: int = MAX_PATH_BYTES, max_segment_bytes: int | None = None
 ) -> str:
@@ -35,6 +40,8 @@ def check_path(
     text = os.fspath(path)
     if not isinstance(text, str):
         raise InvalidPath(f"a path is text, not {type(path).__name__}")
+    if len(text) <= min(max_bytes, max_segment_bytes or max_bytes) and _PLAIN.fullmatch(text):
+        return text
     if not text:
         raise InvalidPath("a path cannot be empty", path=text)
     if len(text) > max_bytes:  # before encoding: a megabyte of name costs nothing

@@ -22,7 +22,7 @@ __all__ = ["place_copies"]
 _log = logging.getLogger(__name__)
 
 _AHEAD = 4  # chunks that one original may lag behind before the others wait for it
-_SMALL = 256 << 10  # bytes; content of up to so many is given to each original as it is
+_SMALL = 256 << 10  # bytes; content of up to so many is hashed before it is written, not beside
 _STOP = 0.5  # seconds to wait for those that are dropped, so that nothing goes on after the return
 
 
@@ -69,10 +69,12 @@ class _Copies:
         job, write = self._job, self._job.write
         data = write.source.data
         try:
-            if data is not None and len(data) <= _SMALL:
-                await write.source.measure()
+            if data is not None:
+                if len(data) <= _SMALL:
+                    await write.source.measure()
                 for place in places:
                     self._start(place, Source.of(data, checksum=None))
+                await write.source.measure()  # of large content, beside the writes
             else:
                 job.careful = job.rekey is not None  # its part of the stream cannot be read twice
                 tee = _Tee(write, len(places), self._attempts.chunk_bytes)

@@ -98,11 +98,13 @@ class Content(Write):
         self, backend: Backend, key: str, token: str, *, source: Source | None = None, movable: bool = True
     ) -> Written:
         kind = await self.content_type()
-        if source is None:
-            source = self.source
-            if self._temporary is not None:
-                source.temporary_path = self._temporary if movable else None
-                source.path = None if movable else Path(self._temporary)
+        if source is not None:  # one of several side by side: who has started them asks for `written`
+            await backend.write(key, source, content_type=kind, token=token, durable=self._durable)
+            return Written(source.seen_size, None, kind)
+        source = self.source
+        if self._temporary is not None:
+            source.temporary_path = self._temporary if movable else None
+            source.path = None if movable else Path(self._temporary)
         await backend.write(key, source, content_type=kind, token=token, durable=self._durable)
         return Written(self.source.seen_size, self.source.checksum, kind)
 

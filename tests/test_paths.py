@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from aproxy_storage.errors import InvalidPath
@@ -162,14 +162,16 @@ def test_paths_from_before_there_were_rules_have_token_keys(path: str, key: str)
 
 
 @given(paths)
+@example("..0")
 def test_token_key_is_legal_and_says_whose_it_is(path: str) -> None:
     assume(len(path.encode()) < 900)
     key = token_key(path, TOKEN)
     assert _is_legal(key)
     assert f"_{TOKEN}" in key
     assert key.rpartition("/")[0] == path.rpartition("/")[0]
-    if not path.endswith("."):  # pathlib sees no suffix in that, and one in what is put behind it
-        assert pathlib.PurePosixPath(key).suffix == pathlib.PurePosixPath(path).suffix
+    before, after = (pathlib.PurePosixPath(each).name.lstrip(".") for each in (path, key))  # as pathlib does from 3.14 on
+    if not path.endswith("."):  # it sees no suffix in that, and one in what is put behind it
+        assert pathlib.PurePosixPath(after).suffix == pathlib.PurePosixPath(before).suffix
     assert token_key(path, TOKEN) == key
 
 

@@ -195,7 +195,7 @@ class Draft:
         if self._handle is None:
             self._tree.below(self._names, self._made, lambda at, _root, _directories: self._open_at(at))
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append `data`."""
         self.begin()
         write_all(self.handle.fd, data)

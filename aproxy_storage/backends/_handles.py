@@ -84,7 +84,7 @@ def close_all(descriptors: Sequence[int]) -> None:
         os.close(fd)
 
 
-def write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write all of `data`."""
     written = os.write(fd, data)
     if written < len(data):

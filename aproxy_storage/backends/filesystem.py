@@ -209,6 +209,8 @@ class FileSystemBackend(Backend):
         data = source.data
         if data is not None and len(data) <= _SMALL:
             return await self._step(draft, draft.create, data)
+        if data is not None:
+            return await self._pour(source, data, draft)
         if source.temporary_path is not None:
             size = await self._step(draft, draft.take, source.temporary_path)
             if size is not None:
@@ -258,6 +260,22 @@ class FileSystemBackend(Backend):
         if source is not None and done != size:
             raise source.changed_error(f"{source.key!r} has changed while it was copied")
         return done, None if state is None else f"{algorithm}:{state.hexdigest()}"
+
+    async def _pour(self, source: Source, data: bytes, draft: Draft) -> os.stat_result:
+        """Write what is in memory, in slices of it, each being hashed at the same time."""
+        state = None if source.algorithm is None else hashlib.new(source.algorithm)
+        whole = memoryview(data)
+        for start in range(0, len(data), _SLICE):
+            part = whole[start : start + _SLICE]
+            progress()
+            hashing = None if state is None else self._bulk.call(state.update, part, timeout=self.timeouts.idle)
+            if hashing is not None:
+                hashing.add_done_callback(_seen)
+            await self._bulk_step(draft, draft.write, part)
+            if hashing is not None:
+                await hashing
+        source.measured(len(data), None if state is None else f"{source.algorithm}:{state.hexdigest()}")
+        return await self._step(draft, draft.finish, b"")
 
     async def _stream(self, source: Source, draft: Draft) -> os.stat_result:
         """Write what the source yields: while one hop writes, the source is asked for more."""
