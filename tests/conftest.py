@@ -12,7 +12,6 @@ from tests.services.postgres import own_postgres, postgres_behind, postgres_tabl
 from tests.services.s3 import own_s3, s3_client, s3_server, s3_service  # noqa: F401
 from tests.telling import Told, tell  # noqa: F401
 
-
 # The same examples in each run, so that a red one is about the change; a soak looks for new ones.
 settings.register_profile("same", derandomize=True)
 if not os.environ.get("APROXY_SOAK"):

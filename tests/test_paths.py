@@ -169,7 +169,8 @@ def test_token_key_is_legal_and_says_whose_it_is(path: str) -> None:
     assert _is_legal(key)
     assert f"_{TOKEN}" in key
     assert key.rpartition("/")[0] == path.rpartition("/")[0]
-    before, after = (pathlib.PurePosixPath(each).name.lstrip(".") for each in (path, key))  # as pathlib does from 3.14 on
+    # Leading dots begin no suffix, as pathlib has it from 3.14 on.
+    before, after = (pathlib.PurePosixPath(each).name.lstrip(".") for each in (path, key))
     if not path.endswith("."):  # it sees no suffix in that, and one in what is put behind it
         assert pathlib.PurePosixPath(after).suffix == pathlib.PurePosixPath(before).suffix
     assert token_key(path, TOKEN) == key
