@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
 
+from ._s3_endpoints import remember_endpoints
 from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
@@ -171,6 +172,7 @@ class Connection:
         )
         # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
         client.meta.events.unregister("before-call.s3", add_expect_header)
+        remember_endpoints(client, _loader_of(self._session))
         return client
 
     async def aclose(self) -> None:
@@ -313,6 +315,11 @@ def _new_session(profile: str | None) -> Any:
     else:
         session.register_component("data_loader", _loader)
     return session
+
+
+def _loader_of(session: Any) -> Any:
+    """Return what gives botocore's descriptions of services; `session` is aiobotocore's, or aioboto3's."""
+    return getattr(session, "_session", session).get_component("data_loader")
 
 
 async def pause(number: int, *, throttled: bool = False) -> None:
