@@ -204,7 +204,13 @@ def run_blocking(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` in this thread, which must not run a loop, and return its result.
 
     Only for what needs no socket: see ``works_here`` of backends and meta-backends.
+
+    Raises:
+        RuntimeError: this thread runs a loop.
     """
+    if asyncio._get_running_loop() is not None:
+        work.close()
+        raise RuntimeError("this thread runs an event loop, which must not block: await the call there")
     owner = _mine.owner
     if owner.loop.is_running():  # a call from within `apart`
         owner = _Owner()

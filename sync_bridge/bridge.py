@@ -318,14 +318,20 @@ def _name_of(function: Callable[..., object]) -> str:
 _THREADS_NEEDED = "the bridge needs threads: start uWSGI with --enable-threads, gunicorn with sync or gthread workers"
 
 
-def _check_threads() -> None:
-    """Raise BridgeError where a thread would not be one, or would not run."""
+def who_patched_threads() -> str | None:
+    """Return the name of the library that has put something else in the place of threads. Several of its greenlets
+    share what Python keeps for a thread, the running event loop above all."""
     patched = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
     if patched is not None and patched("threading"):
-        raise BridgeError(f"gevent has patched threading, so that an event loop would stop it; {_THREADS_NEEDED}")
+        return "gevent"
     patched = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", None)
-    if patched is not None and patched("thread"):
-        raise BridgeError(f"eventlet has patched threads, so that an event loop would stop it; {_THREADS_NEEDED}")
+    return "eventlet" if patched is not None and patched("thread") else None
+
+
+def _check_threads() -> None:
+    """Raise BridgeError where a thread would not be one, or would not run."""
+    if (patcher := who_patched_threads()) is not None:
+        raise BridgeError(f"{patcher} has patched threading, so that an event loop would stop it; {_THREADS_NEEDED}")
     options = getattr(sys.modules.get("uwsgi"), "opt", None)
     if options is not None and not {"enable-threads", "threads"} & {_text(key) for key in options}:
         raise BridgeError(f"uWSGI runs without threads; {_THREADS_NEEDED}")

@@ -19,7 +19,7 @@ from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
 from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below
-from .bridge import refuse_on_event_loop
+from .bridge import refuse_on_event_loop, who_patched_threads
 from .files import (
     FIRST_BYTES,
     BridgeFile,
@@ -183,7 +183,12 @@ class BridgeStorage(AsyncTwins):
 
     @property
     def _works_here(self) -> bool:
-        return self.direct and self.proxy.works_here and asyncio._get_running_loop() is None
+        return (
+            self.direct
+            and self.proxy.works_here
+            and asyncio._get_running_loop() is None
+            and who_patched_threads() is None
+        )
 
     def _await(
         self, small: bool, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs

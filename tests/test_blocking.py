@@ -160,6 +160,15 @@ def test_a_thread_takes_its_loop_along() -> None:
     assert [loop() for loop in loops] == [None] * 3
 
 
+def test_a_thread_with_a_loop_is_refused() -> None:
+    async def outer() -> asyncio.AbstractEventLoop:
+        with pytest.raises(RuntimeError, match="await the call"):
+            run_blocking(asyncio.sleep(0))
+        return asyncio.get_running_loop()
+
+    assert type(asyncio.run(outer())) is not BlockingLoop
+
+
 # -- workers and records
 
 

@@ -1,4 +1,4 @@
-"""Endpoints of S3 that are remembered: the same as botocore's, found once, and only as far as no rule asks for the key."""
+"""Endpoints of S3 that are remembered: those of botocore, found once, and only as far as no rule asks for the key."""
 
 from __future__ import annotations
 

@@ -154,8 +154,9 @@ def test_gunicorn(prepared: Path, tmp_path: Path, options: tuple[str, ...]) -> N
 
 def test_gunicorn_with_gevent_is_refused(prepared: Path, tmp_path: Path) -> None:
     with running(prepared, tmp_path, *GUNICORN, "--worker-class=gevent", f"{SITE}:wsgi", fails=True) as server:
-        with pytest.raises(urllib.error.HTTPError):
-            server.get("/sync/threads")
+        for alias in ("default", "threads"):
+            with pytest.raises(urllib.error.HTTPError):
+                server.get(f"/sync/{alias}")
     assert "gevent has patched threading" in server.text
 
 
