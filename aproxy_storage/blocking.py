@@ -23,7 +23,9 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
-__all__ = ["BlockingLoop", "blocking_loop", "run_blocking"]
+from .errors import StorageError
+
+__all__ = ["BlockingLoop", "blocking_loop", "came_from_outside", "run_blocking"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,19 +33,62 @@ Ts = TypeVarTuple("Ts")
 
 _log = logging.getLogger(__name__)
 
+_NOTHING = object()
+#: What work raises of itself. Soft time limits and the like are of other kinds.
+_WITHIN = (StorageError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
+           RuntimeError, MemoryError, ImportError)  # fmt: skip
 _GRACE = 5.0  # seconds that an interrupted coroutine has for its cleanup, and tasks that a call has left behind
+
+
+class _Handle(asyncio.Handle):
+    """A callback that knows whether it has begun: an interrupt may come right before it, and must not lose it."""
+
+    __slots__ = ("begun",)
+
+    begun: bool
+
+    def __init__(self, *args: Any) -> None:
+        self.begun = False
+        super().__init__(*args)
+
+    def _run(self: Any) -> None:
+        self.begun = True  # from here on nothing is called but the callback
+        try:
+            self._context.run(self._callback, *self._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._loop.call_exception_handler({"message": f"an error in {self._callback!r}", "exception": error})
+
+
+class _Timer(asyncio.TimerHandle):
+    """The same at a time."""
+
+    __slots__ = ("begun",)
+
+    begun: bool
+
+    def __init__(self, *args: Any) -> None:
+        self.begun = False
+        super().__init__(*args)
+
+    _run = _Handle._run  # not by a call, which could be interrupted
 
 
 class BlockingLoop(asyncio.AbstractEventLoop):
     """A loop without a selector, so without sockets, which belongs to one thread and runs one coroutine at a time.
 
     Tasks, futures, timers and answers of other threads work as in any loop. `perform` is what makes it worth while.
+
+    In the main thread a signal handler may raise between any two instructions: on Ctrl-C, or when a soft time limit of
+    a task is over. So no callback is taken out of the queue before it has begun, and whatever was set is reset in a
+    ``finally`` whose only call is the one that resets it.
     """
 
     def __init__(self) -> None:
-        self._ready: deque[asyncio.Handle] = deque()
-        self._timers: list[asyncio.TimerHandle] = []
-        self._from_threads: queue.SimpleQueue[asyncio.Handle] = queue.SimpleQueue()
+        self._ready: deque[_Handle | _Timer] = deque()  # other threads put in too
+        self._timers: list[_Timer] = []
+        self._woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._tasks: set[asyncio.Task[Any]] = set()  # that a call has started beside itself
         self._running = False
         self._closed = False
@@ -54,54 +99,67 @@ class BlockingLoop(asyncio.AbstractEventLoop):
         """Call ``function(*args)`` now; return its outcome as a future that is done."""
         future: asyncio.Future[T] = self.create_future()
         try:
-            future.set_result(function(*args))
+            value = function(*args)
         except StopIteration as error:  # a future refuses it
             wrong = RuntimeError("the function raised StopIteration")
             wrong.__cause__ = error
             future.set_exception(wrong)
         except Exception as error:
             future.set_exception(error)
-        return future
+        else:
+            future.set_result(value)
+        try:
+            return future
+        finally:
+            del future, function, args  # no cycle: error -> traceback -> this frame -> future -> error
 
     def apart(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``function(*args)``, called as in a thread without a loop: Django's ORM refuses to work in one's."""
-        asyncio._set_running_loop(None)
         try:
+            asyncio._set_running_loop(None)
             return function(*args, **kwargs)
         finally:
             asyncio._set_running_loop(self)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end; return its result, or raise its error.
+        """Run `work` to its end; return its result, or raise its error. Context variables it sets stay set.
 
-        What a signal handler raises meanwhile, KeyboardInterrupt above all, comes up in `work` where that is at it,
-        else cancels it; its cleanup runs before that goes on.
+        What a signal handler raises meanwhile comes up in `work` where that is at it, else cancels it; its cleanup runs
+        before that goes on.
         """
-        task = asyncio.Task(work, loop=self)
-        self._running = True
-        asyncio._set_running_loop(self)
+        task: asyncio.Task[T] | None = None
+        context = contextvars.copy_context()
         try:
-            try:
-                while not task.done():
-                    self._turn(None)
-            except BaseException:
-                self._end({task})
-                raise
+            self._running = True
+            asyncio._set_running_loop(self)
+            task = asyncio.Task(work, loop=self, context=context)
+            while not task.done():
+                self._turn(None)
             if self._tasks:
                 self._end(self._tasks, cancel=False)
+        except BaseException:
+            if task is None:  # or made, and not yet known here
+                work.close()
+                self._ready.clear()
+            else:
+                self._end({task, *self._tasks})
+            raise
         finally:
-            asyncio._set_running_loop(None)
             self._running = False
-            if self._timers:
-                self._timers = [timer for timer in self._timers if not timer.cancelled()]
-                heapq.heapify(self._timers)
+            asyncio._set_running_loop(None)
+        if self._timers:
+            self._timers = [timer for timer in self._timers if not timer.cancelled()]
+            heapq.heapify(self._timers)
+        for variable, value in context.items():
+            if variable.get(_NOTHING) is not value:
+                variable.set(value)
         return task.result()
 
     def _end(self, tasks: set[asyncio.Task[Any]], *, cancel: bool = True) -> None:
         """Run until `tasks` have ended; cancelled now, or when the grace is over."""
         for _ in range(2):
             if cancel:
-                for task in tasks:
+                for task in list(tasks):
                     task.cancel()
             until = self.time() + _GRACE
             while (left := [task for task in tasks if not task.done()]) and self.time() < until:
@@ -115,27 +173,31 @@ class BlockingLoop(asyncio.AbstractEventLoop):
 
     def _turn(self, until: float | None) -> None:
         """Run what is ready; where nothing is, wait for a timer or another thread, until `until` at the latest."""
-        ready, timers, others = self._ready, self._timers, self._from_threads
-        if not ready and others.empty():
+        ready, timers = self._ready, self._timers
+        if not ready:
             ends = [when for when in (until, timers[0].when() if timers else None) if when is not None]
             with contextlib.suppress(queue.Empty):
-                ready.append(others.get(timeout=max(0.0, min(ends) - self.time()) if ends else None))
-        while not others.empty():  # this thread is the only one that takes
-            ready.append(others.get())
+                self._woken.get(timeout=max(0.0, min(ends) - self.time()) if ends else None)
         now = self.time() if timers else 0.0
         while timers and timers[0].when() <= now:
-            ready.append(heapq.heappop(timers))
+            ready.append(timers[0])
+            heapq.heappop(timers)
         for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle.cancelled():
-                handle._run()
+            handle = ready[0]
+            try:
+                if not (handle.begun or handle.cancelled()):
+                    handle._run()
+                handle.begun = True
+            finally:
+                if handle.begun:
+                    ready.popleft()
 
     # -- what tasks, futures and timers ask of a loop
 
     def call_soon(
         self, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -144,8 +206,9 @@ class BlockingLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.Handle:
         if self._closed:
             raise RuntimeError("Event loop is closed")
-        handle = asyncio.Handle(callback, args, self, context)
-        self._from_threads.put(handle)
+        handle = _Handle(callback, args, self, context)
+        self._ready.append(handle)
+        self._woken.put(None)
         return handle
 
     def call_later(
@@ -156,7 +219,7 @@ class BlockingLoop(asyncio.AbstractEventLoop):
     def call_at(
         self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: contextvars.Context | None = None
     ) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        timer = _Timer(when, callback, args, self, context)
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -198,6 +261,12 @@ def blocking_loop() -> BlockingLoop | None:
     """Return the running loop if it is one whose thread may block."""
     loop = asyncio._get_running_loop()
     return loop if type(loop) is BlockingLoop else None
+
+
+def came_from_outside(error: BaseException, *drivers: type[BaseException]) -> bool:
+    """Return whether `error` seems to be a signal handler's, raised in a thread that blocks: there it comes up in the
+    middle of anything, and must reach the caller as it is. `drivers`: the errors of the drivers that may be at work."""
+    return blocking_loop() is not None and not isinstance(error, (*_WITHIN, *drivers))
 
 
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:

@@ -380,9 +380,11 @@ def is_small(content: Any) -> bool:
     """Return whether `content`, as `in_callers_thread` returns it, is in memory and no longer than the first bytes."""
     inner = getattr(content, "__dict__", {}).get("file", content)
     if type(inner) is io.BytesIO:
-        return inner.getbuffer().nbytes <= FIRST_BYTES
+        # Not by its buffer: content that shares its bytes with somebody would be copied for that.
+        return not inner.closed and len(inner.getvalue()) <= FIRST_BYTES
     if type(inner) is io.StringIO:
-        inner = inner.getvalue()
+        size = getattr(content, "size", None)
+        return isinstance(size, int) and size <= FIRST_BYTES
     return isinstance(inner, bytes | str) and len(inner) <= FIRST_BYTES
 
 

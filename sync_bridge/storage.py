@@ -125,7 +125,7 @@ class BridgeStorage(AsyncTwins):
     def _save(self, name: str, content: Any) -> str:
         asks, prepared = saving.get() or Saving(), in_callers_thread(content)
         try:
-            return self._await(is_small(prepared), self._store, name, prepared, asks)
+            return self._await(self._works_here and is_small(prepared), self._store, name, prepared, asks)
         except InvalidPath as error:
             raise suspicious(error) from error
         except ContentError:
@@ -144,7 +144,9 @@ class BridgeStorage(AsyncTwins):
             AlreadyExists: with `exclusive`. And as `save`.
         """
         prepared = in_callers_thread(content)
-        return self._await(is_small(prepared), self._overwrite, name, prepared, exclusive=exclusive)
+        return self._await(
+            self._works_here and is_small(prepared), self._overwrite, name, prepared, exclusive=exclusive
+        )
 
     def open(self, name: str | os.PathLike[str], mode: str = "rb") -> BridgeFile:
         """Open a file, in any mode of the builtin ``open``.
@@ -190,11 +192,9 @@ class BridgeStorage(AsyncTwins):
             and who_patched_threads() is None
         )
 
-    def _await(
-        self, small: bool, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Await ``function(*args, **kwargs)``: in this thread if it is `small` and can be, else on the loop."""
-        if small and self._works_here:
+    def _await(self, here: bool, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Await ``function(*args, **kwargs)``, in this thread or on the loop of the bridge."""
+        if here:
             return run_blocking(function(*args, **kwargs))
         return self.bridge.call(function, *args, **kwargs)
 
@@ -240,7 +240,7 @@ class BridgeStorage(AsyncTwins):
             return
         refuse_on_event_loop(f"{self!r}.delete()", "adelete()")
         if (record := self._mine(look(text))) is not None:
-            self._await(True, self.proxy.delete, record, missing_ok=True)
+            self._await(self._works_here, self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is a file of that name: one question to the meta-backend."""
@@ -354,7 +354,7 @@ class BridgeStorage(AsyncTwins):
 
     def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
-        return self._await(True, self.proxy.update, name, extra=extra)
+        return self._await(self._works_here, self.proxy.update, name, extra=extra)
 
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.

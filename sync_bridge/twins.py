@@ -172,7 +172,7 @@ class AsyncTwins(ConfiguredStorage):
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
         proxy = self.proxy
         path = name if name.startswith(proxy.prefix) else proxy.prefix + name
-        if self._is_on_disk(path) and not await self.aexists(path):
+        if self._is_on_disk(path) and not await AsyncTwins.aexists(self, path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
         asks = saving or Saving()
         record = await proxy.write_to(

@@ -102,6 +102,10 @@ class Draft:
                 self._when_idle = callback
             return self._busy
 
+    def leave(self) -> None:
+        """Take note that no step is under way: the thread that did them is back, perhaps from an interrupt."""
+        self._busy = False
+
     # -- for the worker
 
     def run(self, step: Callable[..., T], *args: Any) -> T:

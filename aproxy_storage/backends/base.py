@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
+from ..blocking import came_from_outside
 from ..cleanup import Cleanup
 from ..content import Source
 from ..errors import (
@@ -314,6 +315,8 @@ class Backend(abc.ABC):
             error.located(operation=operation, path=key, backend=str(self))
             raise
         except Exception as error:
+            if came_from_outside(error):
+                raise
             raise self._located(error, operation, key) from error
 
     def _located(self, error: Exception, operation: str, key: str) -> StorageError:

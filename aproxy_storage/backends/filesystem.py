@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
+from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
 from ..errors import InvalidPath, NotSupported, StorageError
 from ..paths import new_token
@@ -168,7 +169,7 @@ class FileSystemBackend(Backend):
             unknown = not draft.certain
             if isinstance(error, StorageError | asyncio.CancelledError):
                 error.outcome_unknown = unknown  # type: ignore[union-attr]
-            elif unknown and isinstance(error, Exception):
+            elif unknown and isinstance(error, Exception) and not came_from_outside(error):
                 mapped = self._located(error, operation, key)
                 mapped.outcome_unknown = True
                 raise mapped from error
@@ -177,6 +178,8 @@ class FileSystemBackend(Backend):
 
     async def _give_up(self, draft: Draft) -> None:
         draft.withdraw()
+        if blocking_loop() is not None:
+            draft.leave()
         if not draft.left:
             return
         within = min(_GRACE, self.timeouts.cleanup) if draft.certain else self.timeouts.cleanup

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.exceptions import AppRegistryNotReady, ImproperlyConfigured
-from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, OperationalError
+from django.core.exceptions import (
+    AppRegistryNotReady,
+    FieldError,
+    ImproperlyConfigured,
+    ObjectDoesNotExist,
+    ValidationError,
+)
+from django.db import DatabaseError, DataError, Error, IntegrityError, InterfaceError, OperationalError
 from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionDoesNotExist
 
@@ -21,11 +27,24 @@ from ..errors import (
 )
 from ..errors import IntegrityError as Damaged
 
-__all__ = ["NotConnected", "orm_error"]
+__all__ = ["DJANGO_ERRORS", "NotConnected", "orm_error"]
 
 
 class NotConnected(Exception):
     """There is no connection: nothing has been sent. The reason is its ``__cause__``."""
+
+
+#: Whatever Django raises of itself.
+DJANGO_ERRORS = (
+    Error,
+    ConnectionDoesNotExist,
+    AppRegistryNotReady,
+    ImproperlyConfigured,
+    FieldError,
+    ObjectDoesNotExist,
+    ValidationError,
+    NotConnected,
+)
 
 
 def orm_error(error: Exception, what: str, alias: str) -> StorageError | None:

@@ -6,12 +6,13 @@ import asyncio
 import os
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..blocking import BlockingLoop
+from ..blocking import BlockingLoop, came_from_outside
 from ..errors import BackendUnavailable, StorageError
 from ..threads import Job, Workers
 from ._sqlite_errors import code_of, copy_of, sqlite_error
@@ -111,7 +112,7 @@ class _JobHere(Job):
 
     def run(self) -> None:
         super().run()
-        if self.error is not None and not isinstance(self.error, Exception):
+        if self.error is not None and came_from_outside(self.error, sqlite3.Error):
             raise self.error
 
 
@@ -138,15 +139,17 @@ class Writer(_Gathering):
         except StorageError as error:
             _fail(deque((job,)), error)
             return future
-        if not held.lock.acquire(timeout=0.0 if self._engine.synchronous == "FULL" else _TURN):
-            return self.call(self.run, function, args, timeout=timeout)
-        try:
-            self._run_transaction(held, deque((job,)))
-        except BaseException:  # an interrupt of this thread: the transaction must not stay open
-            held.close()
-            raise
-        finally:
-            held.lock.release()
+        until = time.monotonic() + (0.0 if self._engine.synchronous == "FULL" else _TURN)
+        while held.lock.locked():
+            if time.monotonic() >= until:
+                return self.call(self.run, function, args, timeout=timeout)
+            time.sleep(_TURN / 50)
+        with held.lock:  # not by `acquire`: an interrupt between that and what releases it would keep it for ever
+            try:
+                self._run_transaction(held, deque((job,)))
+            except BaseException:  # an interrupt of this thread: the transaction must not stay open
+                held.close()
+                raise
         return future
 
     def rescue(self) -> None:
@@ -167,6 +170,8 @@ class Writer(_Gathering):
             cursor = self._engine.open_writing(held)
             cursor.execute("BEGIN IMMEDIATE")
         except Exception as error:
+            if came_from_outside(error, sqlite3.Error):
+                raise
             held.close()
             _fail(batch, sqlite_error(error, self._engine.path))
             return
@@ -188,6 +193,8 @@ class Writer(_Gathering):
             try:
                 cursor.execute("COMMIT")
             except Exception as error:
+                if came_from_outside(error, sqlite3.Error):
+                    raise
                 failure = sqlite_error(error, self._engine.path)
                 # A log that could not be written is not committed; one that could not be synced may be found again.
                 failure.outcome_unknown = code_of(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, overload
 
+from ..blocking import came_from_outside
 from ..cleanup import Cleanup
 from ..errors import (
     BackendUnavailable,
@@ -71,6 +72,8 @@ class MetaBackend(abc.ABC):
     keeps_deadlines: ClassVar[bool] = False
     #: As that of `Backend`.
     works_here: ClassVar[bool] = False
+    #: Where it works here: the roots of what its driver raises.
+    driver_errors: ClassVar[tuple[type[BaseException], ...]] = ()
     #: True where an answered write survives the loss of power.
     durable: bool = False
 
@@ -438,6 +441,8 @@ class MetaBackend(abc.ABC):
             error.located(operation=operation, path=path, backend=str(self))
             raise
         except Exception as error:
+            if came_from_outside(error, *self.driver_errors):
+                raise
             what = f"{operation} {path!r} in {self}" if path else f"{operation} in {self}"
             raise self._map_error(error, what).located(operation=operation, path=path, backend=str(self)) from error
 

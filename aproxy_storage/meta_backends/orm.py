@@ -17,7 +17,7 @@ try:
     from asgiref.sync import async_to_sync
     from django.db import transaction
 
-    from ._orm_errors import NotConnected, orm_error
+    from ._orm_errors import DJANGO_ERRORS, NotConnected, orm_error
     from ._orm_rows import PARAMETERS, Batch, Rows, in_transaction
     from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
@@ -69,6 +69,7 @@ class ORMMetaBackend(MetaBackend):
 
     keeps_deadlines: ClassVar[bool] = True
     works_here: ClassVar[bool] = True
+    driver_errors: ClassVar[tuple[type[BaseException], ...]] = DJANGO_ERRORS
 
     #: How a callback of `after_commit` is awaited in the thread that commits. `sync_bridge` puts its own way here.
     run_callback: ClassVar[Callable[[Callable[[], Awaitable[None]]], Any]] = staticmethod(

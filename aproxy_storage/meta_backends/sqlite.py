@@ -66,6 +66,7 @@ class SQLiteMetaBackend(MetaBackend):
 
     keeps_deadlines: ClassVar[bool] = True
     works_here: ClassVar[bool] = True
+    driver_errors: ClassVar[tuple[type[BaseException], ...]] = (sqlite3.Error,)
 
     def __init__(
         self,
