@@ -49,13 +49,15 @@ async def signed(client: Any) -> list[str]:
 async def test_urls_are_the_same_and_worked_out_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = await signed(client)
     provider = client._ruleset_resolver._provider
-    worked_out: list[dict[str, Any]] = []
-    evaluate = provider.ruleset.evaluate
-    monkeypatch.setattr(provider.ruleset, "evaluate", lambda given: worked_out.append(given) or evaluate(given))
+    asked: list[dict[str, Any]] = []
+    resolve = provider.resolve_endpoint
+    monkeypatch.setattr(provider, "resolve_endpoint", lambda **given: asked.append(given) or resolve(**given))
     remember_endpoints(client, loader())
     assert await signed(client) == before
-    assert len(worked_out) == 1
-    assert client._ruleset_resolver._provider.ruleset is provider.ruleset  # all else is passed on
+    assert len(asked) == len(KEYS)
+    assert all(given == asked[0] for given in asked), "so that botocore's own cache has the answer"
+    provider.something_else = object()
+    assert client._ruleset_resolver._provider.something_else is provider.something_else  # all else is passed on
 
 
 @pytest.mark.parametrize("rules", [[{"ref": "Key"}], [{"url": "https://{Key#first}.s3"}]])
