@@ -63,8 +63,7 @@ def round_trip(alias: str, number: str) -> dict[str, Any]:
     with storage.open(path) as file:
         assert file.read() == data
     assert storage.exists(path)
-    storage.delete(path)
-    assert not storage.exists(path)
+    storage.delete(path)  # and by now the name may be another request's
     threads = [thread.name for thread in threading.enumerate()]
     return {"pid": os.getpid(), "alias": alias, "threads": threads.count("aproxy_storage-bridge")}
 

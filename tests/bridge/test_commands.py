@@ -119,7 +119,7 @@ def test_uploads_go_on_beside_it(before: FileSystemStorage) -> None:
         from django.db import connections
 
         try:
-            while not stop.is_set():
+            while not stop.wait(0.02):  # without a pause SQLite would let nobody else write
                 made.append(Message(text="new"))
                 made[-1].attach.save("new.txt", ContentFile(b"new"))
         finally:
