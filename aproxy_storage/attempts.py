@@ -45,9 +45,8 @@ _log = logging.getLogger(__name__)
 #: What says nothing about an original: the content, or somebody else, was first.
 _CALLERS = (ContentError, Conflict)
 
-_SMALL = (
-    256 << 10
-)  # bytes of content in memory that are one phase: a watch over several would cost a small save a tenth
+# Content in memory of up to so many bytes is one phase: a watch over several would cost a small save a tenth.
+_SMALL = 256 << 10
 _UNDO = 0.5  # seconds that an attempt waits at most for its original to take back what it has begun
 
 

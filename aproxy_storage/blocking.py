@@ -40,16 +40,10 @@ _WITHIN = (StorageError, OSError, ValueError, TypeError, LookupError, Arithmetic
 _GRACE = 5.0  # seconds that an interrupted coroutine has for its cleanup, and tasks that a call has left behind
 
 
-class _Handle(asyncio.Handle):
-    """A callback that knows whether it has begun: an interrupt may come right before it, and must not lose it."""
+class _Callback:
+    """What a handle is here besides: it knows whether it has begun. An interrupt right before that must not lose it."""
 
-    __slots__ = ("begun",)
-
-    begun: bool
-
-    def __init__(self, *args: Any) -> None:
-        self.begun = False
-        super().__init__(*args)
+    begun = False
 
     def _run(self: Any) -> None:
         self.begun = True  # from here on nothing is called but the callback
@@ -61,18 +55,12 @@ class _Handle(asyncio.Handle):
             self._loop.call_exception_handler({"message": f"an error in {self._callback!r}", "exception": error})
 
 
-class _Timer(asyncio.TimerHandle):
-    """The same at a time."""
+class _Handle(_Callback, asyncio.Handle):
+    pass
 
-    __slots__ = ("begun",)
 
-    begun: bool
-
-    def __init__(self, *args: Any) -> None:
-        self.begun = False
-        super().__init__(*args)
-
-    _run = _Handle._run  # not by a call, which could be interrupted
+class _Timer(_Callback, asyncio.TimerHandle):
+    pass
 
 
 class BlockingLoop(asyncio.AbstractEventLoop):
@@ -147,6 +135,8 @@ class BlockingLoop(asyncio.AbstractEventLoop):
         finally:
             self._running = False
             asyncio._set_running_loop(None)
+        while not self._woken.empty():  # by what had been taken up before there was a need to wait
+            self._woken.get()
         if self._timers:
             self._timers = [timer for timer in self._timers if not timer.cancelled()]
             heapq.heapify(self._timers)
