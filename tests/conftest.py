@@ -1,6 +1,7 @@
 """Servers and fixtures that all suites share. A server starts when a test first asks for it, and dies with the run."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -19,4 +20,8 @@ if not os.environ.get("APROXY_SOAK"):
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell ignores the signal for what it starts in the background, and so would we and what we start: some tests
+    # send it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.pluginmanager.register(Told())
