@@ -84,13 +84,15 @@ class Content(Write):
         self.source = source
         self._name = name
         self._type = content_type
+        self._guessed = content_type is not None
         self._durable = durable
         self._temporary = source.temporary_path
 
     async def content_type(self) -> str | None:
-        if self._type is None:
+        if not self._guessed:
             source = self.source
             head = source.data[:4096] if source.data is not None else await source.peek()
+            self._guessed = True
             self._type = guess_content_type(self._name, head) or source.content_type
         return self._type
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import random
 import sys
 import zipfile
 
@@ -108,6 +109,29 @@ def test_nameless_binary_content_is_left_to_puremagic(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "puremagic", None)
     assert guess_content_type(None, flash) is None
     assert guess_content_type(None, b"\0\1\2\3") is None
+
+
+def test_whatever_puremagic_knows_it_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    puremagic = pytest.importorskip("puremagic")
+    dice = random.Random(7)
+    heads = [dice.randbytes(4096) for _ in range(100)]
+    heads += [dice.randbytes(header.offset) + header.byte_match for header in puremagic.magic_header_array]
+    heads += [
+        dice.randbytes(600 + footer.offset) + footer.byte_match + bytes(-footer.offset - len(footer.byte_match))
+        for footer in puremagic.magic_footer_array
+    ]
+    got = [guess_content_type(None, head) for head in heads]
+    monkeypatch.setattr("aproxy_storage.sniffing._fits", lambda head, places: True)
+    assert got == [guess_content_type(None, head) for head in heads]
+    assert len(set(got)) > 100
+
+
+def test_puremagic_is_left_alone_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    puremagic = pytest.importorskip("puremagic")
+    asked: list[bytes] = []
+    monkeypatch.setattr(puremagic, "magic_string", lambda head: asked.append(head) or [])
+    assert guess_content_type(None, b"\0\1\2\3") is None
+    assert not asked
 
 
 @given(st.none() | st.text(max_size=40), st.binary(max_size=100))
