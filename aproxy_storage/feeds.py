@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
 from .errors import ContentError
+from .futures import seen
 from .threads import Workers
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "ThreadFeed",
     "failed",
     "readers",
-    "seen",
     "silent",
     "to_bytes",
 ]
@@ -293,12 +293,6 @@ class ThreadFeed:
 
     def under_way(self) -> asyncio.Future[Any] | None:
         return self._pending
-
-
-def seen(future: asyncio.Future[Any]) -> None:
-    """Keep asyncio from complaining about the error of a future that nobody asks any more."""
-    if not future.cancelled():
-        future.exception()
 
 
 class AsyncFeed:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from .digest import INLINE_BYTES
 from .errors import BackendUnavailable, Conflict, DeadlineExceeded, IntegrityError, NotFound, NotSupported, StorageError
 from .records import ByteRange, MetaRecord, Place
+from .timeouts import Alarm
 
 if TYPE_CHECKING:
     from .backends.base import Backend, Reading
@@ -189,7 +190,7 @@ class AsyncFile:
         if self._patience is None or self._elsewhere is None:
             return await anext(reading, b"")
         try:
-            async with asyncio.timeout(self._patience):
+            with Alarm(self._patience):
                 return await anext(reading, b"")
         except TimeoutError as error:
             if isinstance(error, StorageError):

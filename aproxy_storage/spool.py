@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from .errors import ContentError
-from .feeds import SETTLE, Feed, Handle, readers, seen
+from .feeds import SETTLE, Feed, Handle, readers
+from .futures import seen
 
 __all__ = ["Spool", "SpoolFeed"]
 

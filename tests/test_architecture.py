@@ -16,7 +16,7 @@ NAMES = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removes
 # From the bottom up: a module imports from the rows above its own, and from its own row.
 PURE = [
     {"errors", "records", "paths"},
-    {"timeouts", "loops", "cleanup", "blocking", "threads", "sniffing", "urls"},
+    {"timeouts", "loops", "futures", "cleanup", "blocking", "threads", "sniffing", "urls"},
     {"digest", "feeds", "kinds", "spool", "content"},
     {"placement", "breaker", "fallback", "replicate"},
 ]

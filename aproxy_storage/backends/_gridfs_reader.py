@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from ..errors import Conflict, IntegrityError
+from ..futures import over
 from ..records import ObjectInfo
 from ._gridfs_files import chunk_size
 from .base import Reader
@@ -50,7 +51,7 @@ class GridReader(Reader):
             ahead = self._ahead
             if ahead is None:
                 raise StopAsyncIteration
-            await asyncio.wait((ahead,))
+            await over(ahead)
             self._ahead = None
             chunks = ahead.result()
             self._fetch_ahead()

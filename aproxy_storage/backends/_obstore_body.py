@@ -12,7 +12,8 @@ from typing import IO
 
 from ..content import Source
 from ..errors import BackendUnavailable, OutOfSpace
-from ..feeds import Handle, seen
+from ..feeds import Handle
+from ..futures import seen
 from ..threads import Workers
 
 __all__ = ["Body", "collect"]

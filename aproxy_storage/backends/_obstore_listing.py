@@ -19,10 +19,10 @@ __all__ = ["list_flat", "list_one_level", "listed", "walk"]
 _PAGE = 1000
 
 
-def listed(key: str, found: Any) -> ObjectInfo:
-    """Return what the entry of a listing, or of an answer, says of the object."""
+def listed(key: str, found: Any, **more: Any) -> ObjectInfo:
+    """Return what the entry of a listing, or of an answer with `more`, says of the object."""
     moment: datetime | None = found["last_modified"]
-    return ObjectInfo(key, size=found["size"], modified_at=moment, changed_at=moment, etag=found["e_tag"])
+    return ObjectInfo(key, size=found["size"], modified_at=moment, changed_at=moment, etag=found["e_tag"], **more)
 
 
 async def list_flat(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import BackendUnavailable, ConfigurationError, DeadlineExceeded, MissingDependency, StorageError
-from ..timeouts import IdleWatch
+from ..timeouts import Alarm, IdleWatch
 
 try:
     from aiobotocore.config import AioConfig
@@ -276,7 +276,7 @@ class Connection:
         """
         if self._slots.locked():
             try:
-                async with asyncio.timeout(self._options.pool_timeout):
+                with Alarm(self._options.pool_timeout):
                     await self._slots.acquire()
             except TimeoutError as error:
                 raise BackendUnavailable(

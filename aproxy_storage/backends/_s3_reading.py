@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cleanup import Cleanup
 from ..errors import BackendUnavailable, Conflict, NotFound, StorageError
-from ..feeds import seen
+from ..futures import over, seen
 from ..records import ByteRange
 from ._s3_client import Connection, Slot, pause
 from ._s3_errors import BROKEN, code_of
@@ -190,7 +190,7 @@ class ParallelDownload:
                 yield chunk
             while self._tasks:
                 task = self._tasks[0]
-                await asyncio.wait({task})
+                await over(task)
                 part = io.BytesIO(task.result())
                 self._tasks.popleft()
                 del task

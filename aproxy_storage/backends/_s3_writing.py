@@ -25,7 +25,7 @@ from ..errors import (
     StorageError,
     outcome_unknown,
 )
-from ..feeds import seen
+from ..futures import over, seen
 from ..timeouts import IdleWatch
 from ._s3_client import Body, Connection
 from ._s3_errors import code_of
@@ -292,7 +292,7 @@ async def decide(
     async def undo(task: asyncio.Task[Any]) -> bool:
         if body is not None and body.withdraw():
             task.cancel()  # not all of it is on its way, and what is not will not be
-            await asyncio.wait({task})
+            await over(task)
             return True
         try:
             answer = await _result(task)
@@ -371,7 +371,7 @@ async def _owned(
     task = target.cleanup.start(work, name=name, context=contextvars.copy_context(), log=False)
     task.add_done_callback(seen)
     try:
-        await asyncio.wait({task})
+        await over(task)
     except asyncio.CancelledError as error:
         certain = False
 
@@ -405,7 +405,7 @@ def _as_unknown_as(first: BaseException) -> Iterator[None]:
 
 async def _result(task: asyncio.Task[Any]) -> Any:
     """Wait for `task`; return its result, or raise its error."""
-    await asyncio.wait({task})
+    await over(task)
     return task.result()
 
 

@@ -9,7 +9,6 @@ errors and say where they happened, once, here.
 from __future__ import annotations
 
 import abc
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from types import TracebackType
@@ -28,7 +27,7 @@ from ..errors import (
 )
 from ..paths import check_path
 from ..records import ByteRange, Capabilities, ObjectInfo, UploadForm
-from ..timeouts import Timeouts
+from ..timeouts import Alarm, Timeouts
 
 __all__ = ["DEFAULT_CHUNK_BYTES", "Backend", "Reader", "Reading"]
 
@@ -309,7 +308,7 @@ class Backend(abc.ABC):
         try:
             if seconds is None or self.keeps_deadlines:
                 return await work
-            async with asyncio.timeout(seconds):
+            with Alarm(seconds):
                 return await work
         except StorageError as error:
             error.located(operation=operation, path=key, backend=str(self))
@@ -376,9 +375,9 @@ class Reading:
             raise StopAsyncIteration
         backend = self._backend
         try:
-            if backend.keeps_deadlines:
+            if backend.keeps_deadlines or self._reader.data is not None:
                 return await anext(self._reader)
-            async with asyncio.timeout(backend.timeouts.idle):
+            with Alarm(backend.timeouts.idle):
                 return await anext(self._reader)
         except StopAsyncIteration:
             raise

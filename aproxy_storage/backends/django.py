@@ -18,7 +18,7 @@ from ..errors import (
     StorageError,
     outcome_unknown,
 )
-from ..feeds import seen
+from ..futures import over, seen
 from ..paths import MAX_PATH_BYTES, check_path, shown
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
@@ -223,7 +223,7 @@ class DjangoStorageBackend(Backend):
         saving.add_done_callback(seen)
         try:
             if feed is None:
-                await asyncio.wait((saving,))
+                await over(saving)
             else:
                 await self._feed(feed, saving)
         except BaseException as error:
@@ -256,7 +256,7 @@ class DjangoStorageBackend(Backend):
             saving.remove_done_callback(stop)
         if stopped:
             feeding.uncancel()
-        await asyncio.wait((saving,))
+        await over(saving)
 
     async def _take_back(self, key: str, saving: asyncio.Future[None], withdrawn: bool, error: BaseException) -> None:
         """Wait a little until the storage's thread has ended and removed what it made."""
@@ -264,7 +264,7 @@ class DjangoStorageBackend(Backend):
 
         async def wait() -> None:
             nonlocal certain
-            await asyncio.wait((saving,))
+            await over(saving)
             if not withdrawn:
                 await self._discard(key, token=None)
             failure = None if saving.cancelled() else saving.exception()

@@ -14,11 +14,11 @@ from urllib.parse import quote
 
 from ..content import Source
 from ..errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, NotSupported, StorageError
-from ..feeds import seen
+from ..futures import over, seen
 from ..paths import MAX_PATH_BYTES, check_path, new_token, shown
 from ..records import ByteRange, ObjectInfo
 from ..threads import Workers
-from ..timeouts import Timeouts
+from ..timeouts import Alarm, Timeouts
 from ..urls import URL, boolean, optional
 from ._obstore_body import Body, collect
 from ._obstore_errors import NativeError, map_error
@@ -229,11 +229,13 @@ class ObstoreBackend(Backend):
         if self._kind is MEMORY and not isinstance(body, bytes):
             body = bytes(body)  # it keeps what it is given, and with a mapping the file would be kept open
         size = len(body)
-        async with source.watched(None) as watch:
-            if size > _QUICK:
+        if size <= _QUICK:
+            etag = await self._put(store, key, body, options, token)
+        else:
+            async with source.watched(None) as watch:
                 watch.pause()
-            async with asyncio.timeout(self._limit(size) if size > _QUICK else None):
-                etag = await self._put(store, key, body, options, token)
+                with Alarm(self._limit(size)):
+                    etag = await self._put(store, key, body, options, token)
         if durable and self._kind is LOCAL:
             await self._workers.call(
                 sync_file, os.path.join(store.prefix, self.prefix + key), timeout=self.timeouts.idle
@@ -267,7 +269,7 @@ class ObstoreBackend(Backend):
         # A future already, whatever obstore's types say: the request is under way.
         future = cast(asyncio.Future[Any], obstore.put_async(store, self.prefix + key, body, **options))
         try:
-            await asyncio.wait((future,))
+            await over(future)
         except asyncio.CancelledError as error:
             future.add_done_callback(seen)
             certain = False
@@ -311,7 +313,7 @@ class ObstoreBackend(Backend):
         await asyncio.wait((future,), timeout=self.timeouts.operation if quick or self._kind is LOCAL else _PATIENCE)
         if not future.done():
             future.cancel()
-            await asyncio.wait((future,))
+            await over(future)
         answered = not future.cancelled()
         error = future.exception() if answered else None
         if isinstance(error, Exception):
@@ -354,9 +356,7 @@ class ObstoreBackend(Backend):
         token = attributes.pop(self._kind.token, None)
         content_type = attributes.pop("Content-Type", None)
         metadata = {name: _decoded(text) for name, text in attributes.items() if name not in _HEADERS}
-        return replace(
-            listed(key, answer.meta), token=token, content_type=content_type, metadata=MappingProxyType(metadata)
-        )
+        return listed(key, answer.meta, token=token, content_type=content_type, metadata=MappingProxyType(metadata))
 
     async def _stat(self, key: str) -> ObjectInfo:
         self._path(key, "look up")

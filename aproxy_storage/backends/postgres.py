@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from ..clients.postgres import Database, map_error, storable
 from ..content import Source
 from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError
+from ..futures import over
 from ..loops import PerLoop
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
@@ -229,7 +230,7 @@ class PostgresBackend(Backend):
         """
         task = self.cleanup.start(self._in_time(work), name="end of a write", log=False)
         try:
-            await asyncio.wait({task})
+            await over(task)
         except asyncio.CancelledError as error:
             undoing = self.cleanup.start(self._undo(draft.key, task), name="undo of a write")
             await asyncio.wait({undoing}, timeout=_PATIENCE)
@@ -243,7 +244,7 @@ class PostgresBackend(Backend):
 
     async def _undo(self, key: str, task: asyncio.Task[Any]) -> bool:
         """Remove the object that `task` makes, if it does; return whether it is certain that nothing is there."""
-        await asyncio.wait({task})
+        await over(task)
         if task.cancelled():
             return False
         if (error := task.exception()) is not None:

@@ -7,7 +7,6 @@ To write one, subclass `MetaBackend`, implement the underscored hooks, and hold 
 from __future__ import annotations
 
 import abc
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, overload
 
@@ -25,7 +24,7 @@ from ..errors import (
 )
 from ..paths import successor
 from ..records import CommonPrefix, MetaRecord, Revision, State
-from ..timeouts import Timeouts
+from ..timeouts import Alarm, Timeouts
 
 __all__ = ["CHANGEABLE", "UNCHANGED", "MetaBackend", "Unchanged", "check_changes"]
 
@@ -435,7 +434,7 @@ class MetaBackend(abc.ABC):
         try:
             if self.keeps_deadlines or self.timeouts.operation is None:
                 return await work
-            async with asyncio.timeout(self.timeouts.operation):
+            with Alarm(self.timeouts.operation):
                 return await work
         except StorageError as error:
             error.located(operation=operation, path=path, backend=str(self))
