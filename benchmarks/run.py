@@ -422,6 +422,16 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def roomy(directory: str | None) -> Path | None:
+    """Return where a server may keep some GiB for the time of a run: `directory`, or None for that of temporary files.
+
+    A disk that is busy with what the contender before has written is not what is measured.
+    """
+    if directory is None or shutil.disk_usage(directory).free < 12 * 1024 * MIB:
+        return None
+    return Path(directory)
+
+
 PARTS: dict[str, Callable[[Plan, Path, Report], Awaitable[None]]] = {
     "small": small,
     "big": big,

@@ -124,7 +124,9 @@ class S3Server:
     read_only: S3Service
     public: S3Service
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None, *, volume_mib: int = 64) -> None:
+        self._parent = parent  # of its directory; None: that of temporary files
+        self._volume_mib = volume_mib  # whenever one is full, some requests wait for a second
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self.directory = Path()
@@ -146,7 +148,7 @@ class S3Server:
                 return
 
     def _prepare(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="aproxy-s3-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="aproxy-s3-", dir=self._parent))
         self._ports = _free_ports(2 * len(_PORTS))
         self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", _WATCHDOG, str(self.directory), *map(str, self._ports)],
@@ -186,7 +188,7 @@ class S3Server:
             _weed(), "-logtostderr=true", "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", *ports,
             f"-s3.config={self.directory / 's3.json'}", "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
             "-s3.autoCreateBucket=false", "-admin.ui=false", "-webdav=false", "-master.telemetry=false",
-            "-master.volumeSizeLimitMB=64", "-volume.max=100", "-volume.preStopSeconds=0",
+            f"-master.volumeSizeLimitMB={self._volume_mib}", "-volume.max=100", "-volume.preStopSeconds=0",
         ]  # fmt: skip
         with (self.directory / "log").open("ab") as log:
             self._process = process = subprocess.Popen(
