@@ -1,7 +1,7 @@
 # Every target makes .venv first (see .ci/make-venv: uv or pip, Python 3.11-3.13); PYTHON=… chooses the interpreter.
 
 .DEFAULT_GOAL := help
-.PHONY: demo docs test test-e2e test-matrix lint bench soak clean help
+.PHONY: demo docs test coverage test-e2e test-matrix lint bench soak clean help
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -30,8 +30,11 @@ docs: $(STAMP) ## build the documentation into build/docs, warnings being errors
 	$(PY) -m sphinx -W --keep-going -q -b html -c docs . build/docs
 	@echo build/docs/index.html
 
-test: $(STAMP) ## run the tests with coverage; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
-	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --cov --cov-report=term --durations=15 $(PYTEST_ARGS)
+test: $(STAMP) ## run the tests; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --durations=15 $(PYTEST_ARGS)
+
+coverage: $(STAMP) ## run them with coverage, which takes a third longer
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"
 
 test-e2e: $(STAMP) ## try the example site in Chromium (apt-get install chromium, or APROXY_CHROMIUM=…)
 	@$(PY) -c 'import playwright' 2>/dev/null || ./.ci/make-venv e2e
