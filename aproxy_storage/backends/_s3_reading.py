@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
@@ -134,12 +133,12 @@ class Download:
             raise Conflict(f"could not {self._what}: the object was replaced while it was read")
         self.answer = first
 
-    async def rest(self) -> bytes:
-        """Return all that is left."""
-        pieces = []
-        while piece := await self.read(1 << 20):
+    async def rest(self, limit: int) -> deque[bytes]:
+        """Return all that is left, in pieces as they have come, of at most `limit` bytes."""
+        pieces: deque[bytes] = deque()
+        while piece := await self.read(limit):
             pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces
 
     async def chunks(self, chunk_bytes: int) -> AsyncIterator[bytes]:
         """Yield what is left, in chunks of at most `chunk_bytes`."""
@@ -180,44 +179,43 @@ class ParallelDownload:
         self._part_bytes = part_bytes
         self._parts = parts
         self._cleanup = cleanup
-        self._tasks: deque[asyncio.Task[bytes]] = deque()
+        self._tasks: deque[asyncio.Task[deque[bytes]]] = deque()
 
     async def chunks(self, chunk_bytes: int) -> AsyncIterator[bytes]:
         """Yield the bytes in order, in chunks of at most `chunk_bytes`."""
         try:
-            self._fill()
+            self._fill(chunk_bytes)
             while chunk := await self._first.read(chunk_bytes):
                 yield chunk
             while self._tasks:
-                task = self._tasks[0]
-                await over(task)
-                part = io.BytesIO(task.result())
-                self._tasks.popleft()
-                del task
-                while chunk := part.read(chunk_bytes):
-                    yield chunk
-                self._fill()
+                await over(self._tasks[0])
+                pieces = self._tasks.popleft().result()
+                while pieces:
+                    yield pieces.popleft()  # which leaves room, piece by piece
+                self._fill(chunk_bytes)
         finally:
             self._first.close()
             for task in self._tasks:
                 task.cancel()
 
-    def _fill(self) -> None:
+    def _fill(self, chunk_bytes: int) -> None:
         # One range less than `parts`, because that one is with the consumer.
         while self._next < self._stop and len(self._tasks) < self._parts - 1:
             end = min(self._next + self._part_bytes, self._stop)
-            task = self._cleanup.start(self._fetch(ByteRange(self._next, end)), name="read of a range", log=False)
+            task = self._cleanup.start(
+                self._fetch(ByteRange(self._next, end), chunk_bytes), name="read of a range", log=False
+            )
             task.add_done_callback(seen)  # of those that nobody asks for any more
             self._tasks.append(task)
             self._next = end
 
-    async def _fetch(self, byte_range: ByteRange) -> bytes:
+    async def _fetch(self, byte_range: ByteRange, chunk_bytes: int) -> deque[bytes]:
         part = Download(self._first._connection, self._first._what, self._first._target)
         try:
             await part.open(byte_range, etag=self._etag)
             if part.answer.get("ETag") != self._etag or part.stop != byte_range.end:
                 raise Conflict(f"could not {part._what}: the object was replaced while it was read")
-            return await part.rest()
+            return await part.rest(chunk_bytes)
         except StorageError as error:
             raise (_changed(error, part._what) or error) from error.__cause__
         finally:

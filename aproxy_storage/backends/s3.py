@@ -354,7 +354,7 @@ class S3Backend(Backend):
                 )
                 return Reader(info, parallel.chunks(chunk_bytes))
             if download.stop - download.start <= chunk_bytes:
-                return Reader(info, data=await download.rest())
+                return Reader(info, data=b"".join(await download.rest(chunk_bytes)))
         except BaseException:
             download.close()
             raise
