@@ -29,6 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from benchmarks.run import MIB, OURS, QUICK, Plan, Report, at_once, roomy, rotated, table  # noqa: E402
 
 BARE = "bare obstore"
+EXCLUSIVE = "bare obstore, exclusive"
 STORAGES = "django-storages, 16 threads"
 TASKS = 16
 SIZES = {"4 KiB": (4096, 300), "1 MiB": (MIB, 60)}
@@ -85,6 +86,15 @@ class Bare:
         await obstore.delete_async(self.store, key)
 
 
+class Exclusive(Bare):
+    """It with the request that ours sends: the server looks for an object that is there already."""
+
+    async def up(self, key: str, content: Any, checksum: str | None = None) -> None:
+        import obstore
+
+        await obstore.put_async(self.store, key, content, mode="create", use_multipart=False)
+
+
 class DjangoStorages:
     def __init__(self, service: Any) -> None:
         from storages.backends.s3 import S3Storage
@@ -139,7 +149,7 @@ async def timed(work: Awaitable[Any]) -> tuple[float, float]:
 
 async def objects(plan: Plan, service: Any, report: Report) -> None:
     """16 tasks with many small objects."""
-    stores: dict[str, Any] = {OURS: Ours(service), BARE: Bare(service)}
+    stores: dict[str, Any] = {OURS: Ours(service), BARE: Bare(service), EXCLUSIVE: Exclusive(service)}
     try:
         stores[STORAGES] = DjangoStorages(service)
     except ImportError as error:
@@ -175,6 +185,8 @@ async def objects(plan: Plan, service: Any, report: Report) -> None:
                 name: statistics.median(seconds) * 1e6 for name, seconds in spent[verb].items()
             }
             report.compare(what, samples[verb], BARE, goal=BARE_GOAL)
+            if verb == "up":
+                report.compare(what, samples[verb], EXCLUSIVE)
             report.compare(what, samples[verb], STORAGES, goal=STORAGES_GOAL if label == "4 KiB" else None)
 
 

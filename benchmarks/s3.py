@@ -236,7 +236,7 @@ def proxy(report: Report, label: str, verb: str, seconds: dict[str, list[float]]
         )  # fmt: skip
         return
     added = [
-        bare / max(proxied - alone, 1e-9)
+        bare / max(proxied - alone, bare / 100)
         for bare, proxied, alone in zip(cpu[BARE], cpu["proxy"], cpu[OURS], strict=True)
     ]
     what = f"CPU that the proxy adds, {label} {verb}"
