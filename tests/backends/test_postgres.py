@@ -11,10 +11,10 @@ import pytest_asyncio
 
 from aproxy_storage.backends import postgres
 from aproxy_storage.backends.postgres import PostgresBackend
-from aproxy_storage.errors import ConfigurationError, IntegrityError, NotFound
+from aproxy_storage.errors import ConfigurationError, IntegrityError, NotFound, outcome_unknown
+from aproxy_storage.futures import over
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
-from aproxy_storage.testing.interruptions import interruptions
 
 _FOREIGN_CHUNK = 100_000  # another length than ours
 
@@ -129,24 +129,24 @@ async def test_slow_uploads_leave_connections_to_others(
 
 
 @pytest.mark.asyncio
-async def test_a_cancelled_write_knows_that_nothing_is_there(
-    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("content", [b"small", BIG], ids=["small", "big"])
+async def test_a_write_cancelled_at_its_end_knows_that_nothing_is_there(
+    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     monkeypatch.setattr(postgres, "_PATIENCE", 60.0)  # that of a busy machine
-    told: list[object] = []
-    for content in (b"small", BIG):
-        async for interruption in interruptions(lambda content=content: backend.write("key", content)):
-            if not interruption.whole and interruption.way != "twice":
-                assert interruption.error is not None
-                if getattr(interruption.error, "outcome_unknown", None) is False:
-                    with pytest.raises(NotFound):
-                        await backend.stat("key")
-                    break
-                told.append((interruption.way, interruption.at, repr(interruption.error)))
-            await backend.aclose()
-            await backend.discard("key")
-        else:
-            pytest.fail(f"it never knew: {told}")
+
+    async def cancelled_meanwhile(deciding: asyncio.Task[object]) -> None:
+        monkeypatch.setattr(postgres, "over", over)
+        write.cancel()
+        await over(deciding)
+
+    monkeypatch.setattr(postgres, "over", cancelled_meanwhile)
+    write = asyncio.ensure_future(backend.write("key", content))
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await write
+    assert outcome_unknown(caught.value) is False
+    with pytest.raises(NotFound):
+        await backend.stat("key")
 
 
 @pytest.mark.asyncio
