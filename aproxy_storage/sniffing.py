@@ -17,6 +17,7 @@ signatures fits; whether one does is looked up by their places.
 
 from __future__ import annotations
 
+import importlib
 import mimetypes
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -163,7 +164,8 @@ def _by_puremagic(head: bytes) -> str | None:
         import puremagic
     except ImportError:
         return None
-    if not _fits(head, _places_of(puremagic)):
+    places = _places_of_signatures()
+    if places is not None and not _fits(head, places):
         return None
     found: list[Any]
     try:
@@ -190,10 +192,15 @@ def _fits(head: bytes, places: _Places) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _places_of(puremagic: Any) -> _Places:
+def _places_of_signatures() -> _Places | None:
+    """Return what puremagic looks for, and where; None if it does not keep its tables where 1.x and 2.x have them."""
     places: dict[int, dict[bytes, list[tuple[slice, bytes]]]] = {}
-    for each in (*puremagic.magic_header_array, *puremagic.magic_footer_array):
-        offset, signature = each.offset, each.byte_match
-        whole = slice(offset, offset + len(signature) or None)
-        places.setdefault(offset, {}).setdefault(signature[:2], []).append((whole, signature))
+    try:
+        tables = importlib.import_module("puremagic.main")
+        for each in (*tables.magic_header_array, *tables.magic_footer_array):
+            offset, signature = each.offset, each.byte_match
+            whole = slice(offset, offset + len(signature) or None)
+            places.setdefault(offset, {}).setdefault(signature[:2], []).append((whole, signature))
+    except (ImportError, AttributeError):
+        return None
     return [(slice(offset, offset + 2 or None), signatures) for offset, signatures in places.items()]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aproxy_storage.sniffing import guess_content_type
+from aproxy_storage.sniffing import _places_of_signatures, guess_content_type
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
@@ -112,7 +112,7 @@ def test_nameless_binary_content_is_left_to_puremagic(monkeypatch: pytest.Monkey
 
 
 def test_whatever_puremagic_knows_it_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
-    puremagic = pytest.importorskip("puremagic")
+    puremagic = pytest.importorskip("puremagic.main")
     dice = random.Random(7)
     heads = [dice.randbytes(4096) for _ in range(100)]
     heads += [dice.randbytes(header.offset) + header.byte_match for header in puremagic.magic_header_array]
@@ -124,6 +124,15 @@ def test_whatever_puremagic_knows_it_is_asked_about(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("aproxy_storage.sniffing._fits", lambda head, places: True)
     assert got == [guess_content_type(None, head) for head in heads]
     assert len(set(got)) > 100
+
+
+def test_puremagic_with_other_tables_is_asked_about_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = pytest.importorskip("puremagic.main")
+    monkeypatch.setattr(tables, "magic_footer_array", [object()])
+    assert _places_of_signatures.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setattr("aproxy_storage.sniffing._places_of_signatures", lambda: None)
+    assert guess_content_type(None, b"FLV\x01\0\0") == "video/x-flv"
 
 
 def test_puremagic_is_left_alone_where_nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
