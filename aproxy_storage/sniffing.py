@@ -199,6 +199,8 @@ def _places_of_signatures() -> _Places | None:
         tables = importlib.import_module("puremagic.main")
         for each in (*tables.magic_header_array, *tables.magic_footer_array):
             offset, signature = each.offset, each.byte_match
+            if len(signature) < 2:  # none has one byte, and two are looked up
+                return None
             whole = slice(offset, offset + len(signature) or None)
             places.setdefault(offset, {}).setdefault(signature[:2], []).append((whole, signature))
     except (ImportError, AttributeError):

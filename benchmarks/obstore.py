@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 
 # Not the directory of this file, where `import obstore` would find this file.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import MIB, OURS, QUICK, Plan, Report, at_once, roomy, rotated, table  # noqa: E402
+from benchmarks.run import MIB, OURS, QUICK, SLICES, Plan, Report, at_once, roomy, rotated, slices, table
 
 BARE = "bare obstore"
 EXCLUSIVE = "bare obstore, exclusive"
 STORAGES = "django-storages, 16 threads"
 TASKS = 16
 SIZES = {"4 KiB": (4096, 300), "1 MiB": (MIB, 60)}
-SLICES = 4  # of a round: the shorter the turns, the less a passing slowness of the machine falls to one contender
 LARGE = 256 * MIB
 BARE_GOAL, STORAGES_GOAL = 0.9, 8.0
 
@@ -156,11 +156,12 @@ async def objects(plan: Plan, service: Any, report: Report) -> None:
         report.missing[STORAGES] = str(error)
     for label, (size, count) in SIZES.items():
         count = 4 if plan is QUICK else count
-        shares = {name: count // 4 if name == STORAGES else count for name in stores}  # which takes ten times as long
+        # One of them takes ten times as long.
+        shares = {name: count // 4 if name == STORAGES else count for name in stores}
         content = random.Random(5).randbytes(size)
         samples: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in ("up", "down")}
         spent: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in ("up", "down")}
-        for number in range(-1, plan.rounds if plan is QUICK else plan.rounds * SLICES):
+        for number in slices(plan):
             keys = {
                 name: [f"{place}/{size}/{number}/{each}" for each in range(shares[name])]
                 for place, name in enumerate(stores)

@@ -422,6 +422,15 @@ async def workplace(chosen: str | None, plan: Plan) -> AsyncIterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+#: Of a round, for many small objects: the shorter the turns, the less a passing slowness falls to one contender.
+SLICES = 4
+
+
+def slices(plan: Plan) -> range:
+    """The numbers of all slices; one to warm up is the first, of number -1."""
+    return range(1) if plan is QUICK else range(-1, plan.rounds * SLICES)
+
+
 def roomy(directory: str | None) -> Path | None:
     """Return where a server may keep some GiB for the time of a run: `directory`, or None for that of temporary files.
 

@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.run import MIB, OURS, QUICK, Plan, Report, Row, at_once, roomy, rotated, table, timed
+from benchmarks.run import MIB, OURS, QUICK, SLICES, Plan, Report, Row, at_once, roomy, rotated, slices, table, timed
 
 BARE = "aioboto3, same Config"
 DEFAULT = "aioboto3, default Config"
@@ -34,7 +34,6 @@ TRANSFER = "aioboto3's transfer methods"
 STORAGES = "django-storages, 16 threads"
 TASKS = 16
 SIZES = {"4 KiB": (4096, 300), "1 MiB": (MIB, 60)}
-SLICES = 4  # of a round: the shorter the turns, the less a passing slowness of the machine falls to one contender
 VERBS = ("up", "down")
 LARGE = 256 * MIB
 
@@ -163,9 +162,8 @@ async def objects(plan: Plan, service: Any, directory: Path, report: Report) -> 
         for label, (size, count) in SIZES.items():
             count = 4 if plan is QUICK else count
             content = random.Random(5).randbytes(size)
-            shares = {
-                name: count // 4 if name == STORAGES else count for name in stores
-            }  # which takes ten times as long
+            # One of them takes ten times as long.
+            shares = {name: count // 4 if name == STORAGES else count for name in stores}
             seconds: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in VERBS}
             cpu: dict[str, dict[str, list[float]]] = {verb: {name: [] for name in stores} for verb in VERBS}
             for round_number in slices(plan):
@@ -199,10 +197,6 @@ async def objects(plan: Plan, service: Any, directory: Path, report: Report) -> 
 def rounds(plan: Plan) -> range:
     """A round to warm up is the first, of number -1."""
     return range(0 if plan is QUICK else -1, plan.rounds)
-
-
-def slices(plan: Plan) -> range:
-    return range(0 if plan is QUICK else -1, plan.rounds if plan is QUICK else plan.rounds * SLICES)
 
 
 async def batch(store: Any, verb: str, keys: list[str], content: bytes) -> tuple[float, float]:
