@@ -179,7 +179,7 @@ def _by_puremagic(head: bytes) -> str | None:
     return None
 
 
-#: For each place where signatures begin: its first two bytes, and the whole slices to compare with signatures.
+#: For each place where signatures begin: their first two bytes (or the only one), and the slices to compare as a whole.
 _Places = list[tuple[slice, dict[bytes, list[tuple[slice, bytes]]]]]
 
 
@@ -194,15 +194,14 @@ def _fits(head: bytes, places: _Places) -> bool:
 @lru_cache(maxsize=1)
 def _places_of_signatures() -> _Places | None:
     """Return what puremagic looks for, and where; None if it does not keep its tables where 1.x and 2.x have them."""
-    places: dict[int, dict[bytes, list[tuple[slice, bytes]]]] = {}
+    places: dict[tuple[int, int | None], dict[bytes, list[tuple[slice, bytes]]]] = {}
     try:
         tables = importlib.import_module("puremagic.main")
         for each in (*tables.magic_header_array, *tables.magic_footer_array):
             offset, signature = each.offset, each.byte_match
-            if len(signature) < 2:  # none has one byte, and two are looked up
-                return None
             whole = slice(offset, offset + len(signature) or None)
-            places.setdefault(offset, {}).setdefault(signature[:2], []).append((whole, signature))
+            beginning = (offset, offset + len(signature[:2]) or None)  # a few are of a single byte
+            places.setdefault(beginning, {}).setdefault(signature[:2], []).append((whole, signature))
     except (ImportError, AttributeError):
         return None
-    return [(slice(offset, offset + 2 or None), signatures) for offset, signatures in places.items()]
+    return [(slice(*beginning), signatures) for beginning, signatures in places.items()]
