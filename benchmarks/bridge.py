@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,34 @@ async def nothing() -> None:
     pass
 
 
-def calls(plan: Plan, report: Report) -> None:
-    from asgiref.sync import async_to_sync
+MAIN = "main thread"
 
+
+def calls(plan: Plan, report: Report) -> None:
+    """Call from a thread, as the workers of servers do, which runs the loop itself; and from the main thread."""
     from sync_bridge import Bridge
 
     bridge = Bridge()
     bridge.call(nothing)
+    samples: dict[str, dict[str, list[float]]] = {"": {}, MAIN: {}}
+    for number in range(-1, plan.rounds):
+        with ThreadPoolExecutor(1) as pool:
+            rounds = {"": pool.submit(call_round, plan, bridge, number + 1).result()}
+        rounds[MAIN] = call_round(plan, bridge, number + 1)
+        for where, seconds in rounds.items():
+            for name, value in seconds.items() if number >= 0 else ():
+                samples[where].setdefault(name, []).append(value)
+    bridge.close()
+    for where, of_calls in samples.items():
+        what = ", ".join(filter(None, ("bridged no-op", where)))
+        report.operations_per_second[what] = {name: 1 / statistics.median(s) for name, s in of_calls.items()}
+        report.compare(what, of_calls, "run_coroutine_threadsafe", goal=1 / 1.5)
+        report.compare(what, of_calls, "async_to_sync", goal=None if where else 7.0)
+
+
+def call_round(plan: Plan, bridge: Any, by: int) -> dict[str, float]:
+    from asgiref.sync import async_to_sync
+
     loop = bridge.call(running_loop)
     count = 20 if plan is QUICK else 1000
     contenders: dict[str, tuple[Callable[[], Any], int]] = {
@@ -64,17 +86,7 @@ def calls(plan: Plan, report: Report) -> None:
         "run_coroutine_threadsafe": (lambda: asyncio.run_coroutine_threadsafe(nothing(), loop).result(), count),
         "async_to_sync": (lambda: async_to_sync(nothing)(), count // 10),
     }
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(-1, plan.rounds):
-        for name in rotated(contenders, number + 1):
-            function, times = contenders[name]
-            seconds = timed(function, times) / times
-            if number >= 0:
-                samples[name].append(seconds)
-    bridge.close()
-    report.operations_per_second["bridged no-op"] = {name: 1 / statistics.median(s) for name, s in samples.items()}
-    report.compare("bridged no-op", samples, "run_coroutine_threadsafe", goal=1 / 1.5)
-    report.compare("bridged no-op", samples, "async_to_sync", goal=7.0)
+    return {name: timed(*contenders[name]) / contenders[name][1] for name in rotated(contenders, by)}
 
 
 async def running_loop() -> asyncio.AbstractEventLoop:

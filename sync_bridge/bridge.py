@@ -1,11 +1,10 @@
 """The one door from synchronous code into an event loop.
 
-One daemon thread with one long-lived loop per process, started by the first call. A plain ``async_to_sync`` makes a
-new loop for every call, so that no pool or client survives the call that made it. It does not where the calling
-thread was started by ``sync_to_async``: then it goes to the loop that this came from. For the time of one call the
-bridge makes it believe just that, of its own loop. All the rest stays asgiref's: context variables go in and come
-back, and thread-sensitive `sync_to_async` code, Django's ORM above all, runs in the *calling* thread, with its
-connection and in its transaction, because the caller serves it while it waits.
+One long-lived loop per process, started by the first call, with a daemon thread that keeps it. A plain
+``async_to_sync`` makes a new loop for every call, so that no pool or client survives the call that made it. The rest is
+as with asgiref: context variables go in and come back, and thread-sensitive `sync_to_async` code, Django's ORM above
+all, runs in the *calling* thread, with its connection and in its transaction, because the caller serves it while it
+waits. `_loop` says who runs the loop when, `_asgiref` how a call goes in.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ import weakref
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from ._asgiref import Entry, choose_entry
+from ._asgiref import choose_entry
+from ._loop import Running
 
 __all__ = ["Bridge", "BridgeClosed", "BridgeError", "SyncCallOnEventLoop", "bridge", "refuse_on_event_loop"]
 
@@ -58,73 +58,6 @@ def refuse_on_event_loop(what: str, instead: str = "the method of the same name 
         )
 
 
-class _Running:
-    """One loop in its thread, and the calls under way in it. A fork forgets it as a whole."""
-
-    def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.entry: Entry
-        self.closing = False
-        self._calls = 0
-        self._changed = threading.Condition(threading.Lock())
-        self._ready = threading.Event()
-        # In an empty context: neither the thread nor what is born of it may keep the first caller's variables.
-        self.thread = threading.Thread(target=contextvars.Context().run, args=(self._run,), name=name, daemon=True)
-        self.thread.start()
-        if not self._ready.wait(_START):
-            raise BridgeError(f"the thread {name!r} did not start within {_START:g} seconds; {_THREADS_NEEDED}")
-
-    def _run(self) -> None:
-        loop = self.loop
-        asyncio.set_event_loop(loop)
-        loop.call_soon(self._ready.set)
-        try:
-            loop.run_forever()
-        finally:
-            try:
-                self._cancel_all()
-                loop.run_until_complete(loop.shutdown_asyncgens())
-            except Exception:
-                _log.exception("the loop of the bridge did not end cleanly")
-            finally:
-                asyncio.set_event_loop(None)
-                loop.close()
-
-    def _cancel_all(self) -> None:
-        tasks = asyncio.all_tasks(self.loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self.loop.run_until_complete(asyncio.wait(tasks, timeout=5.0))
-
-    def enter(self) -> bool:
-        """Count a call in; False once the loop is closing."""
-        with self._changed:
-            if self.closing:
-                return False
-            self._calls += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self._calls -= 1
-            if not self._calls:
-                self._changed.notify_all()
-
-    def close_to_calls(self, grace: float) -> None:
-        """Let no further call in; wait for those under way at most `grace` seconds."""
-        with self._changed:
-            self.closing = True
-            self._changed.wait_for(lambda: not self._calls, grace)
-
-    def stop(self, grace: float) -> bool:
-        """End the loop and its thread, cancelling what still runs; return whether they have ended."""
-        with contextlib.suppress(RuntimeError):  # ended already
-            self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(grace)
-        return not self.thread.is_alive()
-
-
 class Bridge:
     """Runs coroutine functions on a loop of its own, for callers that cannot await.
 
@@ -142,7 +75,7 @@ class Bridge:
         self._closers: dict[Callable[[], Awaitable[object]], None] = {}
         self._closed = False
         self._of_parents: list[object] = []
-        self._current: _Running | None = None
+        self._current: Running | None = None
         self._lock = threading.Lock()
         _bridges.add(self)
 
@@ -170,7 +103,8 @@ class Bridge:
             return await function(*args, **kwargs)
 
         try:
-            return running.entry.call(running.loop, on_bridge, self.grace)
+            result: T = running.entry.call(running, on_bridge, self.grace)
+            return result
         except asyncio.CancelledError:
             if running.closing:
                 raise BridgeClosed(f"{self.name} was closed during the call of {_name_of(function)}") from None
@@ -248,7 +182,7 @@ class Bridge:
         if running.thread.is_alive():
             try:
                 # As a call of this thread: thread-sensitive code of a closer runs here, executors are gone by now.
-                running.entry.call(running.loop, self._run_closers, self.grace)
+                running.entry.call(running, self._run_closers, self.grace)
             except Exception:
                 _log.exception("%s: closing failed", self.name)
             if not running.stop(self.grace + 1.0):
@@ -263,7 +197,7 @@ class Bridge:
             except Exception as error:
                 _log.warning("%s: %s failed: %r", self.name, _name_of(closer), error)
 
-    def _enter(self) -> _Running:
+    def _enter(self) -> Running:
         running = self._current
         if running is None:
             running = self._start()
@@ -271,15 +205,19 @@ class Bridge:
             raise BridgeClosed(f"{self.name} is closed: the process is ending")
         return running
 
-    def _start(self) -> _Running:
+    def _start(self) -> Running:
         with self._lock:
             if self._closed:
                 raise BridgeClosed(f"{self.name} is closed: the process is ending")
             if self._current is None:
                 _check_threads()
-                running = _Running(self.name)
+                running = Running(self.name)
+                if not running.ready.wait(_START):
+                    raise BridgeError(
+                        f"the thread {self.name!r} did not start within {_START:g} seconds; {_THREADS_NEEDED}"
+                    )
                 try:
-                    running.entry = choose_entry(running.loop, self.grace)
+                    running.entry = choose_entry(running, self.grace)
                 except BaseException as error:
                     running.stop(self.grace)
                     if isinstance(error, Exception):

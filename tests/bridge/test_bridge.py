@@ -19,20 +19,20 @@ from asgiref.local import Local
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 
 from sync_bridge import _asgiref
-from sync_bridge._asgiref import AsgirefEntry, BesideEntry
+from sync_bridge._asgiref import AsgirefEntry, OwnEntry
 from sync_bridge.bridge import Bridge, BridgeClosed, BridgeError, SyncCallOnEventLoop
 
-BOTH_WAYS = pytest.mark.parametrize("bridge", ["asgiref", "beside"], indirect=True)
+BOTH_WAYS = pytest.mark.parametrize("bridge", ["own", "asgiref"], indirect=True)
 
 
 @pytest.fixture
 def bridge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bridge]:
-    beside = getattr(request, "param", "asgiref") == "beside"
-    if beside:
-        monkeypatch.setattr(_asgiref, "AsgirefEntry", BesideEntry)
+    through_asgiref = getattr(request, "param", "own") == "asgiref"
+    if through_asgiref:
+        monkeypatch.setattr(_asgiref, "OwnEntry", AsgirefEntry)
     one = Bridge("test-bridge", grace=2.0)
     one.call(asyncio.sleep, 0)
-    assert isinstance(entry_of(one), BesideEntry if beside else AsgirefEntry)
+    assert isinstance(entry_of(one), AsgirefEntry if through_asgiref else OwnEntry)
     yield one
     one.close()
 
@@ -110,7 +110,9 @@ def test_errors_are_those_of_the_coroutine(bridge: Bridge) -> None:
     with pytest.raises(asyncio.CancelledError):
         bridge.call(cancel_itself)
     assert bridge._current is not None
-    assert bridge._current._calls == 0
+    assert bridge._current._under_way == 0
+    assert not bridge._current.calls
+    assert not bridge._current.callers
 
 
 def test_asgiref_is_as_it_was_afterwards(bridge: Bridge) -> None:
@@ -305,8 +307,8 @@ def test_a_bridge_that_was_never_used_starts_no_thread() -> None:
 def test_an_asgiref_that_has_changed_is_noticed_and_gone_around(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The attributes are set as before, and asgiref looks elsewhere.
-    monkeypatch.setattr(_asgiref, "_LOOP", "event_loop_of_asgiref_5")
+    # The attribute is set as before, and asgiref looks elsewhere.
+    monkeypatch.setattr(_asgiref, "_CURRENT", "executor_of_asgiref_5")
     bridge = Bridge()
 
     async def ask() -> tuple[object, int]:
@@ -314,7 +316,7 @@ def test_an_asgiref_that_has_changed_is_noticed_and_gone_around(
 
     with contextlib.closing(bridge):
         assert bridge.call(ask) == (bridge.call(which_loop), threading.get_ident())
-        assert isinstance(entry_of(bridge), BesideEntry)
+        assert isinstance(entry_of(bridge), AsgirefEntry)
     assert "not as the bridge knows it" in caplog.text
 
 

@@ -109,6 +109,12 @@ def test_sixteen_threads_share_one_pool(storage: BridgeStorage, count: int, requ
         assert bridge.call(server_processes, url) - before <= CONNECTIONS
 
 
+def test_a_thread_that_is_alone_uses_the_same_pool(storage: BridgeStorage) -> None:
+    """It runs the loop of the bridge itself, in turns with the keeper."""
+    storm(storage, 1, 100)
+    storm(storage, 2, 50)
+
+
 def test_twenty_forks_amid_running_calls_share_nothing(storage: BridgeStorage) -> None:
     path = storage.save("kept.txt", ContentFile(b"kept"))
     stop, errors = threading.Event(), []

@@ -1,0 +1,535 @@
+"""Whose turn it is to run the loop of the bridge: the keeper's, or that of a thread that is alone with its call."""
+
+import asyncio
+import contextlib
+import contextvars
+import ctypes
+import gc
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pytest
+from asgiref.local import Local
+from asgiref.sync import async_to_sync, sync_to_async
+
+from sync_bridge import _loop
+from sync_bridge.bridge import Bridge, BridgeClosed, SyncCallOnEventLoop
+from tests.bridge.test_bridge import in_child, wait_until
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def bridge() -> Iterator[Bridge]:
+    one = Bridge("test-turns", grace=2.0)
+    yield one
+    one.close()
+
+
+def in_a_thread(function: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(60)
+
+
+async def whose_thread() -> int:
+    await asyncio.sleep(0)
+    return threading.get_ident()
+
+
+def take_the_loop(bridge: Bridge) -> None:
+    """Call until this thread has run the loop itself; the keeper lets go of it after a call that came alone."""
+    wait_until(lambda: bridge.call(whose_thread) == threading.get_ident())
+
+
+def turns(bridge: Bridge) -> int:
+    assert bridge._current is not None
+    return bridge._current._turns
+
+
+# -- one caller
+
+
+def test_a_thread_that_is_alone_runs_the_loop_itself(bridge: Bridge) -> None:
+    def calls() -> None:
+        take_the_loop(bridge)
+        before = turns(bridge)
+        for _ in range(100):
+            assert bridge.call(whose_thread) in {threading.get_ident(), keeper(bridge)}
+        assert turns(bridge) > before
+
+    in_a_thread(calls)
+
+
+def keeper(bridge: Bridge) -> int | None:
+    assert bridge._current is not None
+    return bridge._current.thread.ident
+
+
+def test_the_main_thread_never_does_because_signal_handlers_may_raise_there(bridge: Bridge) -> None:
+    in_a_thread(lambda: take_the_loop(bridge))
+    assert {bridge.call(whose_thread) for _ in range(50)} == {keeper(bridge)}
+
+
+def test_thread_sensitive_code_has_the_callers_thread_and_no_running_loop_in_it(bridge: Bridge) -> None:
+    def look() -> tuple[int, object]:
+        return threading.get_ident(), asyncio._get_running_loop()
+
+    async def work() -> Any:
+        both = await asyncio.gather(*(sync_to_async(look)() for _ in range(3)))
+        return [await whose_thread(), *both, await sync_to_async(look)()]
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        me = threading.get_ident()
+        for _ in range(20):
+            thread, *looks = bridge.call(work)
+            assert thread in {me, keeper(bridge)}
+            assert looks == [(me, None)] * 4
+
+    in_a_thread(calls)
+
+
+def test_calls_nest_and_a_plain_async_to_sync_inside_comes_to_the_same_loop(bridge: Bridge) -> None:
+    async def loop() -> asyncio.AbstractEventLoop:
+        await asyncio.sleep(0)
+        return asyncio.get_running_loop()
+
+    def inside(depth: int) -> set[object]:
+        return {async_to_sync(loop)(), bridge.call(loop), *(bridge.call(down, depth - 1) if depth else ())}
+
+    async def down(depth: int) -> set[object]:
+        return {await loop(), *await sync_to_async(inside)(depth)}
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        for _ in range(10):
+            assert bridge.call(down, 3) == {bridge.call(loop)}
+        assert async_to_sync(loop)() is not bridge.call(loop)  # out here it is as it was
+
+    in_a_thread(calls)
+
+
+def test_on_the_loop_a_call_is_refused_whoever_runs_it(bridge: Bridge) -> None:
+    async def inside() -> None:
+        with pytest.raises(SyncCallOnEventLoop):
+            bridge.call(whose_thread)
+
+    in_a_thread(lambda: (take_the_loop(bridge), [bridge.call(inside) for _ in range(10)]))
+
+
+def test_what_a_call_left_behind_may_not_use_its_thread(bridge: Bridge) -> None:
+    outcome: list[object] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0.05)
+        try:
+            await sync_to_async(threading.get_ident)()
+        except RuntimeError as error:
+            outcome.append(str(error))
+
+    async def leave_behind() -> asyncio.Task[None]:
+        return asyncio.create_task(later())
+
+    in_a_thread(lambda: (take_the_loop(bridge), bridge.call(leave_behind)))
+    wait_until(lambda: bool(outcome))
+    assert "has ended" in str(outcome[0])
+
+
+# -- several
+
+
+def test_variables_stay_with_a_call_whose_loop_changes_threads(bridge: Bridge) -> None:
+    """asgiref's Local, Django's language and time zone among them, is bound to the thread that it was set in."""
+    variable, local = contextvars.ContextVar("variable", default=""), Local()
+    began, go = threading.Event(), threading.Event()
+
+    async def look() -> list[Any]:
+        return [threading.get_ident(), variable.get(), local.text, await sync_to_async(threading.get_ident)()]
+
+    async def long() -> list[list[Any]]:
+        seen = [await look()]
+        child = asyncio.create_task(late())
+        began.set()
+        await asyncio.to_thread(go.wait, 30)
+        local.text = "changed"
+        return [*seen, await look(), await child]
+
+    async def late() -> list[Any]:
+        await asyncio.to_thread(go.wait, 30)
+        return await look()
+
+    def first() -> tuple[int, list[list[Any]], str]:
+        take_the_loop(bridge)
+        variable.set("here")
+        local.text = "too"
+        return threading.get_ident(), bridge.call(long), local.text
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        try:
+            assert began.wait(30)
+            pool.submit(bridge.call, whose_thread).result(30)
+        finally:
+            go.set()
+        me, (before, after, child), text = one.result(30)
+    assert before == [me, "here", "too", me]
+    assert after == [keeper(bridge), "here", "changed", me]
+    assert child[1:] == ["here", "too", me]
+    assert text == "changed"
+
+
+def test_a_second_caller_does_not_wait_for_the_call_of_the_first(bridge: Bridge) -> None:
+    began, go = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    async def long() -> None:
+        seen.append(await whose_thread())
+        began.set()
+        await asyncio.to_thread(go.wait, 30)
+        seen.append(await whose_thread())
+
+    def first() -> int:
+        take_the_loop(bridge)
+        bridge.call(long)
+        return threading.get_ident()
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first)
+        assert began.wait(30)
+        try:
+            assert pool.submit(bridge.call, whose_thread).result(30) == keeper(bridge)
+        finally:
+            go.set()
+        assert seen[0] == one.result(30)
+    assert seen[1] == keeper(bridge)  # whom the first has left the loop to
+
+
+def test_thread_sensitive_code_that_waits_for_another_thread_does_not_stop_the_loop(bridge: Bridge) -> None:
+    """As an ORM call does that waits for the lock of another transaction, which ends only after a call of its own."""
+    began, other_came = threading.Event(), threading.Event()
+
+    def wait() -> bool:
+        began.set()
+        return other_came.wait(30)
+
+    def first() -> bool:
+        take_the_loop(bridge)
+        return bridge.call(sync_to_async(wait))
+
+    def second() -> None:
+        began.wait(30)
+        bridge.call(asyncio.sleep, 0.01)
+        other_came.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.submit(first), pool.submit(second)
+        two.result(30)
+        assert one.result(30)
+
+
+def test_background_tasks_go_on_while_callers_have_the_loop_and_while_nobody_calls(bridge: Bridge) -> None:
+    left, right = socket.socketpair()
+    left.setblocking(False)
+    echoed: list[bytes] = []
+
+    async def echo() -> None:
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(left, 10):
+            await asyncio.sleep(0.001)
+            echoed.append(data)
+            await loop.sock_sendall(left, data)
+
+    async def start() -> asyncio.Task[None]:
+        return asyncio.create_task(echo())
+
+    right.settimeout(30)
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        bridge.call(start)
+        for number in range(60):
+            right.sendall(b"%d" % number)
+            if number % 3 == 1:
+                bridge.call(whose_thread)
+            elif number % 3 == 2:
+                time.sleep(2 * _loop.REST)
+            assert right.recv(10) == b"%d" % number
+
+    with left, right:
+        in_a_thread(calls)
+        right.shutdown(socket.SHUT_WR)
+        wait_until(lambda: bridge.call(others) == 0)
+    assert len(echoed) == 60
+
+
+async def others() -> int:
+    return len(asyncio.all_tasks()) - 1
+
+
+def test_what_other_threads_and_destructors_put_in_is_done_at_once(bridge: Bridge) -> None:
+    done: list[int] = []
+
+    class Forgotten:
+        def __del__(self) -> None:
+            bridge.post(close)
+
+    async def close() -> None:
+        done.append(await whose_thread())
+
+    def calls() -> None:
+        for number in range(50):
+            bridge.call(whose_thread)
+            cycle: list[Any] = [Forgotten()]
+            cycle.append(cycle)
+            del cycle
+            gc.collect()
+            wait_until(lambda number=number: len(done) == number + 1)  # type: ignore[misc]
+
+    in_a_thread(calls)
+
+
+def test_a_storm_of_callers_of_every_kind(bridge: Bridge) -> None:
+    count = 150
+
+    async def plain(value: int) -> int:
+        return value
+
+    async def sleeping(value: int) -> int:
+        await asyncio.sleep(random.random() / 1000)
+        return value
+
+    async def asking(value: int, thread: int) -> int:
+        for _ in range(2):
+            assert await sync_to_async(threading.get_ident)() == thread
+        return value
+
+    async def nesting(value: int) -> int:
+        return await sync_to_async(bridge.call)(sleeping, value)
+
+    async def threads(value: int) -> int:
+        return sum(await asyncio.gather(*(asyncio.to_thread(bridge.call, plain, value) for _ in range(2)))) - value
+
+    async def failing(value: int) -> int:
+        await asyncio.sleep(0)
+        raise KeyError(value)
+
+    def caller(seed: int) -> int:
+        dice = random.Random(seed)
+        me = threading.get_ident()
+        for number in range(count):
+            kind = dice.randrange(7)
+            if kind == 6:
+                time.sleep(dice.random() / 100)
+            elif kind == 5:
+                with pytest.raises(KeyError):
+                    bridge.call(failing, number)
+            elif kind == 4:
+                assert bridge.call(asking, number, me) == number
+            else:
+                assert bridge.call((plain, sleeping, nesting, threads)[kind], number) == number
+        return turns(bridge)
+
+    bridge.call(plain, 0)
+    for callers in (1, 2, 8):
+        with ThreadPoolExecutor(callers) as pool:
+            before = turns(bridge)
+            running = [pool.submit(caller, seed) for seed in range(callers)]
+            caller(99) if callers == 8 else None  # and the main thread
+            assert all(one.result(120) > before for one in running) or callers > 1
+    assert bridge._current is not None
+    assert not bridge._current.callers
+    assert not bridge._current.calls
+
+
+# -- what comes in between
+
+
+class Limit(BaseException):
+    """Raised in a thread from outside, as dramatiq does when the time of a task is over."""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_exception_raised_in_the_thread_that_leads_ends_its_own_call_alone(bridge: Bridge, seed: int) -> None:
+    dice = random.Random(seed)
+    stop = threading.Event()
+
+    async def busy() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    def limited() -> int:
+        raised = 0
+        ready.set()
+        while not stop.is_set():
+            try:
+                bridge.call(busy)
+            except Limit:
+                raised += 1
+        return raised
+
+    def other() -> int:
+        calls = 0
+        while not stop.is_set():
+            time.sleep(dice.random() / 50)
+            bridge.call(busy)
+            calls += 1
+        return calls
+
+    ready, result = threading.Event(), []
+
+    def run_limited() -> None:
+        while not stop.is_set():  # it may come up right here, too
+            with contextlib.suppress(Limit):
+                result.append(limited())
+
+    thread = threading.Thread(target=run_limited)
+    thread.start()
+    ready.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        calls = pool.submit(other)
+        for _ in range(40):
+            time.sleep(dice.random() / 50)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Limit))
+        stop.set()
+        assert calls.result(30) > 0
+    thread.join(30)
+    assert not thread.is_alive()
+    assert bridge.call(asyncio.sleep, 0, "alive") == "alive"
+    wait_until(lambda: in_a_thread(lambda: bridge.call(others)) == 0)
+
+
+def test_a_child_of_thread_sensitive_code_says_that_it_has_lost_its_loop(bridge: Bridge) -> None:
+    async def fork() -> int:
+        return await sync_to_async(os.fork)()
+
+    def calls() -> int:
+        take_the_loop(bridge)
+        parent = os.getpid()
+        try:
+            child = bridge.call(fork)
+        except RuntimeError as error:
+            os._exit(7 if "forked" in str(error) and os.getpid() != parent else 8)
+        if os.getpid() != parent:
+            os._exit(9)
+        return child
+
+    signal.alarm(60)
+    try:
+        child = in_a_thread(calls)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    finally:
+        signal.alarm(0)
+
+
+def test_forks_while_a_caller_has_the_loop(bridge: Bridge) -> None:
+    stop = threading.Event()
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        while not stop.is_set():
+            bridge.call(asyncio.sleep, 0.0001)
+
+    def in_child_thread() -> bool:
+        return in_a_thread(lambda: (take_the_loop(bridge), bridge.call(asyncio.sleep, 0, True))[1])
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(calls)
+        try:
+            assert all(in_child(in_child_thread) for _ in range(10))
+        finally:
+            stop.set()
+        running.result(30)
+
+
+def test_closing_ends_the_call_that_leads(bridge: Bridge) -> None:
+    bridge.grace = 0.2
+    began = threading.Event()
+
+    async def hang() -> None:
+        began.set()
+        await asyncio.sleep(60)
+
+    def first() -> None:
+        take_the_loop(bridge)
+        with pytest.raises(BridgeClosed):
+            bridge.call(hang)
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(first)
+        assert began.wait(30)
+        bridge.close()
+        running.result(30)
+
+
+def test_a_loop_that_stopped_ends_calls_that_have_not_begun(bridge: Bridge) -> None:
+    bridge.call(asyncio.sleep, 0)
+    running = bridge._current
+    assert running is not None
+    blocked, go = threading.Event(), threading.Event()
+
+    async def block() -> None:
+        blocked.set()
+        go.wait(30)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(bridge.call, block)
+        blocked.wait(30)
+        second = pool.submit(bridge.call, whose_thread)
+        wait_until(lambda: len(running.calls) == 2)
+        running.closing = True
+        running._ended = True
+        running.loop.call_soon_threadsafe(running.loop.stop)
+        go.set()
+        running.thread.join(30)
+        assert first.exception(30) is None or isinstance(first.exception(), BridgeClosed)
+        assert second.exception(30) is None or isinstance(second.exception(), BridgeClosed)
+
+
+def test_with_loops_of_another_kind_the_keeper_alone_runs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(asyncio.SelectorEventLoop):
+        pass
+
+    monkeypatch.setattr(asyncio, "new_event_loop", Other)
+    bridge = Bridge("other")
+    with contextlib.closing(bridge):
+        threads = in_a_thread(lambda: {bridge.call(whose_thread) for _ in range(20)})
+        assert threads == {keeper(bridge)}
+        assert in_a_thread(lambda: bridge.call(sync_to_async(threading.get_ident)) == threading.get_ident())
+
+
+@pytest.mark.parametrize("library", sorted(_loop._RAISE_IN_THREADS))
+def test_where_exceptions_are_raised_in_threads_callers_never_run_the_loop(
+    bridge: Bridge, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, type(sys)(library))
+    assert in_a_thread(lambda: {bridge.call(whose_thread) for _ in range(20)}) == {keeper(bridge)}
+
+
+ENDING = """
+import asyncio, sys, threading, time
+from sync_bridge.bridge import bridge
+bridge.grace = 0.5
+def calls():
+    while True:
+        bridge.call(asyncio.sleep, float(sys.argv[1]))
+threading.excepthook = lambda args: None
+threading.Thread(target=calls, daemon=True).start()
+time.sleep(0.3)
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.001", "60"])
+def test_the_process_ends_while_a_daemon_has_the_loop(seconds: str) -> None:
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", ENDING, seconds]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
