@@ -55,6 +55,10 @@ class Reader:
     async def __anext__(self) -> bytes:
         if self._chunks is not None:
             return await anext(self._chunks)
+        return self.take()
+
+    def take(self) -> bytes:
+        """Return the answer that is at hand, as the only chunk."""
         data, self.data = self.data, b""
         if not data:
             raise StopAsyncIteration
@@ -371,14 +375,17 @@ class Reading:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._reader is None:
+        reader = self._reader
+        if reader is None:
             raise StopAsyncIteration
+        if reader.data is not None:
+            return reader.take()
         backend = self._backend
         try:
-            if backend.keeps_deadlines or self._reader.data is not None:
-                return await anext(self._reader)
+            if backend.keeps_deadlines:
+                return await anext(reader)
             with Alarm(backend.timeouts.idle):
-                return await anext(self._reader)
+                return await anext(reader)
         except StopAsyncIteration:
             raise
         except Exception as error:

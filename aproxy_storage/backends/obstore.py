@@ -352,11 +352,14 @@ class ObstoreBackend(Backend):
         return Download(store, path, info, answer, chunk_bytes)
 
     def _info(self, key: str, answer: Any) -> ObjectInfo:
-        attributes = dict(answer.attributes)
+        attributes = answer.attributes  # a new dict
         token = attributes.pop(self._kind.token, None)
         content_type = attributes.pop("Content-Type", None)
-        metadata = {name: _decoded(text) for name, text in attributes.items() if name not in _HEADERS}
-        return listed(key, answer.meta, token=token, content_type=content_type, metadata=MappingProxyType(metadata))
+        more: dict[str, Any] = {"token": token, "content_type": content_type}
+        if attributes:
+            metadata = {name: _decoded(text) for name, text in attributes.items() if name not in _HEADERS}
+            more["metadata"] = MappingProxyType(metadata)
+        return listed(key, answer.meta, **more)
 
     async def _stat(self, key: str) -> ObjectInfo:
         self._path(key, "look up")
