@@ -150,22 +150,28 @@ def test_what_a_call_left_behind_may_not_use_its_thread(bridge: Bridge) -> None:
 def test_variables_stay_with_a_call_whose_loop_changes_threads(bridge: Bridge) -> None:
     """asgiref's Local, Django's language and time zone among them, is bound to the thread that it was set in."""
     variable, local = contextvars.ContextVar("variable", default=""), Local()
-    began, go = threading.Event(), threading.Event()
+    began, second_came, looked = threading.Event(), threading.Event(), threading.Event()
 
     async def look() -> list[Any]:
         return [threading.get_ident(), variable.get(), local.text, await sync_to_async(threading.get_ident)()]
 
+    async def late() -> list[Any]:
+        await asyncio.to_thread(second_came.wait, 30)
+        return await look()
+
     async def long() -> list[list[Any]]:
-        seen = [await look()]
+        before = await look()
         child = asyncio.create_task(late())
         began.set()
-        await asyncio.to_thread(go.wait, 30)
+        of_child = await child
         local.text = "changed"
-        return [*seen, await look(), await child]
+        after = await look()
+        looked.set()
+        return [before, of_child, after]
 
-    async def late() -> list[Any]:
-        await asyncio.to_thread(go.wait, 30)
-        return await look()
+    async def second() -> None:
+        second_came.set()
+        await asyncio.to_thread(looked.wait, 30)
 
     def first() -> tuple[int, list[list[Any]], str]:
         take_the_loop(bridge)
@@ -175,15 +181,12 @@ def test_variables_stay_with_a_call_whose_loop_changes_threads(bridge: Bridge) -
 
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first)
-        try:
-            assert began.wait(30)
-            pool.submit(bridge.call, whose_thread).result(30)
-        finally:
-            go.set()
-        me, (before, after, child), text = one.result(30)
+        assert began.wait(30)
+        pool.submit(bridge.call, second).result(30)
+        me, (before, of_child, after), text = one.result(30)
     assert before == [me, "here", "too", me]
+    assert of_child == [keeper(bridge), "here", "too", me]
     assert after == [keeper(bridge), "here", "changed", me]
-    assert child[1:] == ["here", "too", me]
     assert text == "changed"
 
 
