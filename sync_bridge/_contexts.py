@@ -1,14 +1,16 @@
-"""Context variables that change threads, those of asgiref's `Local` among them."""
+"""Context variables that change threads, those of asgiref's `Local` among them; one tells whose thread code is for."""
 
 from __future__ import annotations
 
 import contextvars
+from typing import Any
 
 import asgiref.local
 import asgiref.sync
 
-__all__ = ["BOUND_TO_THREADS", "take_over"]
+__all__ = ["BOUND_TO_THREADS", "get_executor", "set_executor", "take_over"]
 
+_CURRENT = "current"  # of AsyncToSync.executors
 _NOTHING = object()
 
 #: What a Local keeps is visible in one thread, also where its context variable goes along to another (asgiref 3.12 on).
@@ -24,3 +26,20 @@ def take_over(context: contextvars.Context) -> None:
     for variable, value in context.items():
         if variable.get(_NOTHING) is not value:
             variable.set(value)
+
+
+def get_executor() -> Any:
+    """Return the executor for thread-sensitive code of this context; None: asgiref's own choice."""
+    return getattr(_executors(), _CURRENT, None)
+
+
+def set_executor(executor: Any) -> None:
+    """Make `executor` the one for thread-sensitive code of this context."""
+    setattr(_executors(), _CURRENT, executor)
+
+
+def _executors() -> Any:
+    # What lies behind the Local is a context variable, and needs no lock. The Local has one, and an exception that a
+    # signal handler raises right after it was taken leaves it taken: the loop would wait for it for ever.
+    executors = asgiref.sync.AsyncToSync.executors
+    return getattr(executors, "_storage", executors)

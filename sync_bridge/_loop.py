@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVarTuple
@@ -31,8 +32,10 @@ Ts = TypeVarTuple("Ts")
 
 _log = logging.getLogger(__name__)
 
-REST = 0.005  # seconds for which the keeper leaves the loop to callers: the longest that a background task may wait
-_RAISE_IN_THREADS = {"dramatiq", "func_timeout", "stopit"}  # libraries that raise in the middle of somebody's thread
+REST = 0.005  # seconds for which the keeper leaves the loop to callers, and a background task may have to wait
+_LOOK = 0.01  # seconds between two looks whether calls have ended
+_RAISE_IN_THREADS = ("dramatiq", "func_timeout", "stopit")  # libraries that raise in the middle of somebody's thread
+_CROWD = 32  # tasks
 _SWEEPS = 8  # rounds that a caller runs for others, before it wakes the keeper for what is left
 
 
@@ -40,13 +43,16 @@ class Caller(Protocol):
     """A call, as far as the loop knows it."""
 
     thread: int
-    begun: bool
+    leads: bool
 
     def begin(self) -> None:
-        """Start the task. On the loop, or in the thread whose turn it is."""
+        """Start the task, unless it has begun. On the loop, or in the thread whose turn it is."""
 
     def wanted(self) -> bool:
         """Return whether the calling thread has something else to do than to run the loop."""
+
+    def ring(self) -> None:
+        """Wake the calling thread. From any thread."""
 
     def abandon(self) -> None:
         """End with a CancelledError, unless it has ended: the loop has."""
@@ -106,13 +112,26 @@ class SharedLoop(asyncio.SelectorEventLoop):
         """Return whether there is something to run right now."""
         return bool(self._ready)  # type: ignore[attr-defined]
 
+    def is_crowded(self) -> bool:
+        """Return whether it has so many tasks that to change threads takes longer than it saves."""
+        return len(self._tasks) > _CROWD
+
+    def run_on(self) -> None:
+        """Run until `stop`, whatever tasks do to end the process: it is not theirs, nor is the thread."""
+        while True:
+            try:
+                self.run_forever()
+                return
+            except (SystemExit, KeyboardInterrupt) as error:
+                _log.error("a task on the loop of the bridge raised %r, which ends that task only", error)
+
     def sweep(self) -> None:
         """Run what is ready, and what that makes ready, for a few rounds, and do not wait."""
         for _ in range(_SWEEPS):
             if not self._ready:  # type: ignore[attr-defined]
                 break
             self.stop()
-            self.run_forever()
+            self.run_on()
 
 
 def _variables_of(task: asyncio.Task[Any]) -> contextvars.Context:
@@ -134,24 +153,19 @@ class Running:
         self.closing = False
         self.ready = threading.Event()
         self.entry: Any = None
-        self.callers: set[int] = set()  # threads
         self.calls: set[Caller] = set()
-        self._under_way = 0
-        self._changed = threading.Condition(threading.Lock())
+        self.waiting: set[Caller] = set()  # those whose threads wait for the keeper to run the loop
+        self._callers: dict[int, Caller] = {}  # by thread
+        self._under_way: set[object] = set()
         self._ended = False
         self._turn: dict[str, Caller | Running] = {}  # whose it is; a keeper's is that of the loop itself
         self._turns = 0  # of callers
-        self._resting = False
-        self._waiting = False  # is the keeper, for its turn
+        self._rests_for: Caller | None = None
+        self._keeper_waits = False  # for its turn
         self._bell = threading.Lock()  # released to wake the keeper
         self._bell.acquire()
         loop = asyncio.new_event_loop()
-        self.shared = (
-            type(loop) is asyncio.SelectorEventLoop
-            and sys.platform != "win32"
-            and _RAISE_IN_THREADS.isdisjoint(sys.modules)
-        )
-        if self.shared:
+        if type(loop) is asyncio.SelectorEventLoop and sys.platform != "win32":
             loop.close()
             loop = SharedLoop(self._wake)
         self.loop: asyncio.AbstractEventLoop = loop
@@ -161,25 +175,37 @@ class Running:
 
     # -- calls
 
-    def enter(self) -> bool:
+    def enter(self, call: object) -> bool:
         """Count a call in; False once the loop is closing."""
-        with self._changed:
-            if self.closing:
-                return False
-            self._under_way += 1
-            return True
+        self._under_way.add(call)
+        if self.closing:
+            self._under_way.discard(call)
+            return False
+        return True
 
-    def leave(self) -> None:
-        with self._changed:
-            self._under_way -= 1
-            if not self._under_way:
-                self._changed.notify_all()
+    def leave(self, call: object) -> None:
+        self._under_way.discard(call)
 
     def close_to_calls(self, grace: float) -> None:
         """Let no further call in; wait for those under way at most `grace` seconds."""
-        with self._changed:
-            self.closing = True
-            self._changed.wait_for(lambda: not self._under_way, grace)
+        self.closing = True
+        end = time.monotonic() + grace
+        while self._under_way and time.monotonic() < end:
+            time.sleep(_LOOK)
+
+    def register(self, caller: Caller) -> bool:
+        """Make `caller` known; return whether it is the outermost call of its thread."""
+        outermost = self._callers.get(caller.thread) not in self.calls
+        self.calls.add(caller)
+        if outermost:
+            self._callers[caller.thread] = caller
+        return outermost
+
+    def deregister(self, caller: Caller, outermost: bool) -> None:
+        self.calls.discard(caller)
+        self.waiting.discard(caller)
+        if outermost:
+            self._callers.pop(caller.thread, None)
 
     # -- turns
 
@@ -192,34 +218,50 @@ class Running:
         # One step, so that an exception raised in this thread cannot come between taking and knowing.
         return self._turn.setdefault("of", who) is who
 
+    def has_turn(self) -> bool:
+        """Return whether it is the turn of this thread, which then must not wait for the loop."""
+        leader = self.leader
+        thread = self.thread.ident if leader is self else getattr(leader, "thread", None)
+        return leader is not None and thread == threading.get_ident()
+
     def give_back(self, who: Caller | Running) -> None:
         """End the turn of `who`, if it is theirs."""
         if self._turn.get("of") is not who:
             return
-        if isinstance(self.loop, SharedLoop):
-            self.loop.runner = 0
-        self._turn.pop("of", None)
-        if self._waiting or self._is_needed():
-            self._wake()
+        try:
+            if isinstance(self.loop, SharedLoop):
+                self.loop.runner = 0
+        finally:
+            self._turn.pop("of", None)
+            if self._keeper_waits or self._is_needed():
+                self._wake()
 
     def _is_needed(self) -> bool:
         """Return whether the loop has to be run although no caller does."""
         loop = self.loop
-        return not isinstance(loop, SharedLoop) or loop.has_callbacks() or len(self.callers) > 1 or self._ended
+        return (
+            not isinstance(loop, SharedLoop)
+            or loop.has_callbacks()
+            or bool(self.waiting)
+            or len(self._callers) > 1
+            or self._ended
+        )
 
     def _may_lead(self, caller: Caller) -> bool:
         return (
-            self.shared
-            and len(self.callers) == 1
+            caller.leads
+            and isinstance(self.loop, SharedLoop)
+            and len(self._callers) == 1
             and not self._ended
-            and caller.thread != threading.main_thread().ident
+            and not self.loop.is_crowded()
+            and not any(map(sys.modules.__contains__, _RAISE_IN_THREADS))
         )
 
     # -- turns of callers
 
     def take(self, caller: Caller) -> bool:
         """Take the turn if nobody has it, and no other thread waits for the loop. `lead` gives it back."""
-        return self._may_lead(caller) and self._take(caller)
+        return self._may_lead(caller) and asyncio._get_running_loop() is None and self._take(caller)
 
     def lead(self, caller: Caller, answer: Callable[[], object] | None = None) -> None:
         """Run the loop in this thread until `stop_leading`, and give the turn back. `answer` goes in first."""
@@ -230,11 +272,10 @@ class Running:
             loop.begin_turn()
             if answer is not None:
                 answer()
-            if not caller.begun:
-                caller.begin()
+            caller.begin()
             if not caller.wanted():
-                loop.run_forever()
-            if len(self.callers) == 1:
+                loop.run_on()
+            if len(self._callers) == 1:
                 loop.sweep()
         finally:
             self.give_back(caller)
@@ -244,11 +285,19 @@ class Running:
         if self.leader is not self:
             self.loop.stop()
 
-    def may_rest(self, caller: Caller) -> None:
-        """Have the keeper leave the loop to `caller`, if that could take its turn. On the loop."""
-        if self.leader is self and self._may_lead(caller):
-            self._resting = True
-            self.loop.stop()
+    def need_keeper(self) -> None:
+        """Have the keeper run the loop if nobody does."""
+        if self.leader is None:
+            self._wake()
+
+    def rest_for(self, caller: Caller) -> bool:
+        """Have the keeper give its turn back and wake `caller` then; False if that could not take the turn. On the
+        loop."""
+        if self.leader is not self or self._rests_for is not None or not self._may_lead(caller):
+            return False
+        self._rests_for = caller
+        self.loop.stop()
+        return True
 
     # -- the keeper
 
@@ -267,17 +316,20 @@ class Running:
                     self._bell.acquire(blocking=False)  # what it rang for has been done, or is in the queue
                 finally:
                     self.give_back(self)
-                if self._resting:
+                    caller, self._rests_for = self._rests_for, None
+                    if caller is not None:
+                        caller.ring()  # not before, or it would find the turn taken
+                if caller is not None:
                     self._rest()
         finally:
             self._take_when_free()
             self._end()
 
     def _take_when_free(self) -> None:
-        self._waiting = True
+        self._keeper_waits = True
         while not self._take(self):
             self._bell.acquire()
-        self._waiting = False
+        self._keeper_waits = False
 
     def _run(self) -> None:
         loop = self.loop
@@ -285,18 +337,17 @@ class Running:
             loop.run_forever()
             return
         loop.begin_turn()
-        loop.run_forever()
-        if self._resting:
+        loop.run_on()
+        if self._rests_for is not None:
             loop.sweep()
 
     def _rest(self) -> None:
         """Leave the loop to callers for as long as they come, and as nobody else needs it."""
-        self._resting = False
         seen = self._turns
         while not self._is_needed():
-            self._waiting = True
+            self._keeper_waits = True
             rang = self._bell.acquire(timeout=REST if self.leader is None else -1)
-            self._waiting = False
+            self._keeper_waits = False
             if not rang and seen == self._turns:
                 return
             seen = self._turns

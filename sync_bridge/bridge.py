@@ -18,8 +18,8 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec, TypeVar
 
 from ._asgiref import choose_entry
 from ._loop import Running
@@ -95,7 +95,8 @@ class Bridge:
         """
         if asyncio._get_running_loop() is not None:
             refuse_on_event_loop(f"the synchronous side of {_name_of(function)}()", f"{_name_of(function)}() itself")
-        running = self._enter()
+        token = object()
+        running = self._enter(token)
 
         async def on_bridge() -> T:
             if asyncio.get_running_loop() is not running.loop:  # asgiref takes a new loop where ours is closed
@@ -110,27 +111,12 @@ class Bridge:
                 raise BridgeClosed(f"{self.name} was closed during the call of {_name_of(function)}") from None
             raise
         finally:
-            running.leave()
-
-    def iterate(self, make: Callable[P, AsyncIterable[T]], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        """Iterate over what ``make(*args, **kwargs)`` yields; one call each, so let it yield pages or large blocks.
-
-        An asynchronous generator is closed on the loop of the bridge, also when the iteration is abandoned.
-        """
-        source = self.call(_start_iteration, make, args, kwargs)
-        try:
-            while True:
-                more, item = self.call(_next_of, source)
-                if not more:
-                    return
-                yield item
-        finally:
-            if hasattr(source, "aclose"):
-                self.end(source.aclose)
+            running.leave(token)
 
     def end(self, function: Callable[[], Awaitable[object]]) -> None:
         """Call what closes something, and wait; in the thread of a loop, do not wait. Nothing after the end."""
-        if asyncio._get_running_loop() is not None:
+        running = self._current
+        if asyncio._get_running_loop() is not None or (running is not None and running.has_turn()):
             self.post(function)
             return
         with contextlib.suppress(BridgeClosed):
@@ -171,14 +157,15 @@ class Bridge:
 
         What still runs then is cancelled; its callers get BridgeClosed. Idempotent.
         """
+        running = self._current
+        if running is not None and (asyncio._get_running_loop() is running.loop or running.has_turn()):
+            raise SyncCallOnEventLoop(f"{self.name} cannot be closed from its own loop")
         with self._lock:
             self._closed = True
             running = self._current
         if running is None or running.closing:
             return
         running.close_to_calls(self.grace)
-        if running.thread is threading.current_thread():
-            raise SyncCallOnEventLoop(f"{self.name} cannot be closed from its own thread")
         if running.thread.is_alive():
             try:
                 # As a call of this thread: thread-sensitive code of a closer runs here, executors are gone by now.
@@ -197,11 +184,13 @@ class Bridge:
             except Exception as error:
                 _log.warning("%s: %s failed: %r", self.name, _name_of(closer), error)
 
-    def _enter(self) -> Running:
+    def _enter(self, token: object) -> Running:
         running = self._current
         if running is None:
             running = self._start()
-        if not running.enter():
+        if running.has_turn():  # in a destructor, where the loop comes to a stand or sets out
+            raise SyncCallOnEventLoop(f"this thread runs the loop of {self.name}: it cannot wait for it")
+        if not running.enter(token):
             raise BridgeClosed(f"{self.name} is closed: the process is ending")
         return running
 
@@ -234,17 +223,6 @@ class Bridge:
         self._current = None
         self._closers = dict(self._closers)
         self._lock = threading.Lock()
-
-
-async def _start_iteration(make: Callable[..., AsyncIterable[T]], args: Any, kwargs: Any) -> Any:
-    return aiter(make(*args, **kwargs))
-
-
-async def _next_of(source: Any) -> tuple[bool, Any]:
-    try:
-        return True, await anext(source)
-    except StopAsyncIteration:
-        return False, None
 
 
 def _name_of(function: Callable[..., object]) -> str:

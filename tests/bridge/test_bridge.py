@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from asgiref.local import Local
 from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 
-from sync_bridge import _asgiref
+from sync_bridge import _asgiref, _contexts
 from sync_bridge._asgiref import AsgirefEntry, OwnEntry
 from sync_bridge.bridge import Bridge, BridgeClosed, BridgeError, SyncCallOnEventLoop
 
@@ -110,9 +110,9 @@ def test_errors_are_those_of_the_coroutine(bridge: Bridge) -> None:
     with pytest.raises(asyncio.CancelledError):
         bridge.call(cancel_itself)
     assert bridge._current is not None
-    assert bridge._current._under_way == 0
+    assert not bridge._current._under_way
     assert not bridge._current.calls
-    assert not bridge._current.callers
+    assert not bridge._current._callers
 
 
 def test_asgiref_is_as_it_was_afterwards(bridge: Bridge) -> None:
@@ -190,33 +190,7 @@ def test_a_cleanup_that_hangs_delays_an_interrupt_for_the_grace_only() -> None:
     bridge.close()
 
 
-# -- iterations
-
-
-def test_an_iteration_is_closed_on_the_loop_also_when_it_is_left(bridge: Bridge) -> None:
-    closed = []
-
-    async def numbers(count: int) -> AsyncIterator[int]:
-        try:
-            for number in range(count):
-                await asyncio.sleep(0)
-                yield number
-        finally:
-            closed.append(await which_loop())
-
-    assert list(bridge.iterate(numbers, 5)) == [0, 1, 2, 3, 4]
-    left = bridge.iterate(numbers, 5)
-    assert next(left) == 0
-    left.close()  # type: ignore[attr-defined]
-    assert closed == [bridge.call(which_loop)] * 2
-
-    async def collect_on_a_loop() -> None:
-        forgotten = await asyncio.to_thread(lambda: (it := bridge.iterate(numbers, 5), next(it))[0])
-        del forgotten
-        gc.collect()
-
-    asyncio.run(collect_on_a_loop())
-    wait_until(lambda: len(closed) == 3)
+# -- what nobody waits for
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -308,7 +282,7 @@ def test_an_asgiref_that_has_changed_is_noticed_and_gone_around(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The attribute is set as before, and asgiref looks elsewhere.
-    monkeypatch.setattr(_asgiref, "_CURRENT", "executor_of_asgiref_5")
+    monkeypatch.setattr(_contexts, "_CURRENT", "executor_of_asgiref_5")
     bridge = Bridge()
 
     async def ask() -> tuple[object, int]:

@@ -13,15 +13,18 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import pytest
 from asgiref.local import Local
-from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.sync import SyncToAsync, async_to_sync, sync_to_async
 
 from sync_bridge import _loop
+from sync_bridge._call import Call
+from sync_bridge._contexts import BOUND_TO_THREADS
 from sync_bridge.bridge import Bridge, BridgeClosed, SyncCallOnEventLoop
 from tests.bridge.test_bridge import in_child, wait_until
 
@@ -47,7 +50,9 @@ async def whose_thread() -> int:
 
 def take_the_loop(bridge: Bridge) -> None:
     """Call until this thread has run the loop itself; the keeper lets go of it after a call that came alone."""
-    wait_until(lambda: bridge.call(whose_thread) == threading.get_ident())
+    end = time.monotonic() + 30
+    while bridge.call(whose_thread) != threading.get_ident():
+        assert time.monotonic() < end
 
 
 def turns(bridge: Bridge) -> int:
@@ -349,11 +354,305 @@ def test_a_storm_of_callers_of_every_kind(bridge: Bridge) -> None:
             caller(99) if callers == 8 else None  # and the main thread
             assert all(one.result(120) > before for one in running) or callers > 1
     assert bridge._current is not None
-    assert not bridge._current.callers
+    assert not bridge._current._callers
     assert not bridge._current.calls
+    assert not bridge._current.waiting
+
+
+# -- what a thread brings along, and must not bring into the work of others
+
+
+def leads(bridge: Bridge) -> bool:
+    """Call ten times; return whether this thread has run the loop itself."""
+    before = turns(bridge)
+    for _ in range(10):
+        bridge.call(whose_thread)
+    return turns(bridge) > before
+
+
+def test_a_thread_that_handles_an_exception_or_has_little_stack_left_does_not_run_the_loop(bridge: Bridge) -> None:
+    def deep(depth: int) -> bool:
+        return deep(depth - 1) if depth else leads(bridge)
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        assert leads(bridge)
+        assert not deep(sys.getrecursionlimit() // 2)
+        try:
+            raise KeyError
+        except KeyError:
+            assert not leads(bridge)
+        wait_until(lambda: leads(bridge))
+
+    in_a_thread(calls)
+
+
+def test_with_many_tasks_in_the_loop_it_stays_where_it_is(bridge: Bridge) -> None:
+    done = asyncio.Event()
+
+    async def start() -> list[asyncio.Task[Any]]:
+        return [asyncio.create_task(done.wait()) for _ in range(2 * _loop._CROWD)]
+
+    async def end(tasks: list[asyncio.Task[Any]]) -> None:
+        done.set()
+        await asyncio.gather(*tasks)
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        tasks = bridge.call(start)
+        assert leads(bridge) is not BOUND_TO_THREADS  # with an asgiref that binds nothing, tasks cost nothing
+        bridge.call(end, tasks)
+        tasks.clear()
+        wait_until(lambda: leads(bridge))
+
+    in_a_thread(calls)
+
+
+def test_a_thread_that_serves_asgiref_already_leaves_the_loop_to_the_keeper(bridge: Bridge) -> None:
+    """A task that it leaves behind would submit to asgiref's executor from the thread of that, which it refuses."""
+    outcome: list[object] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0.05)
+        outcome.append(await sync_to_async(threading.get_ident)())
+
+    async def leave_behind() -> asyncio.Task[None]:
+        return asyncio.create_task(later())
+
+    def view() -> None:
+        bridge.call(leave_behind)
+        for _ in range(20):
+            bridge.call(asyncio.sleep, 0.01)
+
+    async def main() -> None:
+        await sync_to_async(view)()
+        await asyncio.sleep(0.1)
+
+    def calls() -> int:
+        async_to_sync(main)()
+        return threading.get_ident()
+
+    assert outcome == [in_a_thread(calls)]
+
+
+def test_what_a_plain_async_to_sync_left_behind_finds_the_thread_of_the_call_around(bridge: Bridge) -> None:
+    outcome: list[object] = []
+
+    async def later(go: asyncio.Event) -> None:
+        await go.wait()
+        outcome.append(await sync_to_async(threading.get_ident)())
+
+    async def leave_behind(go: asyncio.Event) -> asyncio.Task[None]:
+        return asyncio.create_task(later(go))
+
+    async def around() -> None:
+        go = asyncio.Event()
+        task = await sync_to_async(async_to_sync(leave_behind))(go)
+        go.set()
+        await task
+
+    bridge.call(around)  # where the keeper runs the loop
+    assert outcome == [threading.get_ident()]
+
+
+def test_a_task_that_would_end_the_process_ends_itself_alone(bridge: Bridge, caplog: pytest.LogCaptureFixture) -> None:
+    async def leave() -> None:
+        raise SystemExit("of a background task")
+
+    async def start() -> asyncio.Task[None]:
+        task = asyncio.create_task(leave())
+        await asyncio.sleep(0.01)
+        return task
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        assert isinstance(bridge.call(start).exception(), SystemExit)
+
+    in_a_thread(calls)
+    assert isinstance(bridge.call(start).exception(), SystemExit)
+    assert caplog.text.count("of a background task") == 2
+
+
+def test_what_a_call_has_started_does_not_hold_its_arguments_and_result(bridge: Bridge) -> None:
+    class Payload:
+        pass
+
+    kept: list[asyncio.Task[Any]] = []
+
+    async def work(payload: Payload) -> Payload:
+        kept.append(asyncio.create_task(asyncio.sleep(30)))
+        return Payload()
+
+    argument = Payload()
+    result = bridge.call(work, argument)
+    payloads = [weakref.ref(argument), weakref.ref(result)]
+    del argument, result
+    assert [payload() for payload in payloads] == [None, None]
 
 
 # -- what comes in between
+
+
+def test_a_destructor_in_the_thread_whose_turn_it_is_does_not_wait_for_the_loop(bridge: Bridge) -> None:
+    seen: list[object] = []
+
+    async def close() -> None:
+        seen.append("closed")
+
+    class Forgotten:
+        def __del__(self) -> None:
+            assert bridge._current is not None
+            assert bridge._current.has_turn()
+            bridge.end(close)
+            try:
+                bridge.call(close)
+            except SyncCallOnEventLoop as error:
+                seen.append(error)
+
+    class Answer:
+        """Told to the loop where the thread has its turn and the loop does not run yet."""
+
+        def __init__(self, forgotten: Forgotten) -> None:
+            self.forgotten = [forgotten]
+
+        def begin_turn(self) -> None:
+            self.forgotten.clear()
+
+    def calls() -> None:
+        take_the_loop(bridge)
+        assert bridge._current is not None
+        loop, answer = bridge._current.loop, Answer(Forgotten())
+        begin_turn = loop.begin_turn  # type: ignore[attr-defined]
+        loop.begin_turn = lambda: (begin_turn(), answer.begin_turn())  # type: ignore[attr-defined]
+        bridge.call(whose_thread)
+
+    in_a_thread(calls)
+    wait_until(lambda: len(seen) == 2)
+    assert isinstance(seen[0], SyncCallOnEventLoop)
+    assert seen[1] == "closed"
+
+
+def test_on_its_own_loop_the_bridge_cannot_be_closed_whoever_runs_it(bridge: Bridge) -> None:
+    async def close() -> None:
+        with pytest.raises(SyncCallOnEventLoop):
+            bridge.close()
+
+    bridge.call(close)
+    in_a_thread(lambda: (take_the_loop(bridge), bridge.call(close)))
+    assert bridge.call(asyncio.sleep, 0, "open") == "open"
+
+
+def test_closed_on_another_loop_its_closers_run(bridge: Bridge) -> None:
+    closed = []
+
+    async def closer() -> None:
+        closed.append(await whose_thread())
+
+    async def main() -> None:
+        bridge.close()
+
+    bridge.on_close(closer)
+    in_a_thread(lambda: (take_the_loop(bridge), asyncio.run(main())))
+    assert len(closed) == 1
+
+
+def test_a_call_interrupted_before_it_began_never_begins(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge.call(asyncio.sleep, 0)
+    began = []
+
+    async def work() -> None:
+        began.append(1)
+
+    def interrupted(*_: object) -> bool:
+        self._posted = True
+        raise KeyboardInterrupt
+
+    wait, self = Call._wait, None
+
+    def first_interrupted(call: Any, until: float | None) -> bool:
+        nonlocal self
+        if until is not None:
+            return wait(call, until)
+        self = call
+        return interrupted()
+
+    monkeypatch.setattr(Call, "_wait", first_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bridge.call(work)
+    monkeypatch.undo()
+    bridge.call(asyncio.sleep, 0.05)
+    assert not began
+
+
+def test_work_that_came_too_late_leaves_no_trace_of_the_loop_in_its_thread(bridge: Bridge) -> None:
+    async def loop() -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    def calls() -> None:
+        call: Any = Call(current(bridge), loop, None)
+        future = call.submit(lambda: SyncToAsync.threadlocal.__setattr__("main_event_loop", current(bridge).loop))
+        call._close()
+        assert future.cancelled() or call.served
+
+    in_a_thread(calls)
+
+
+def current(bridge: Bridge) -> Any:
+    bridge.call(asyncio.sleep, 0)
+    return bridge._current
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interrupts_in_the_main_thread_stop_the_loop_for_nobody(seed: int) -> None:
+    """As a soft time limit does, between any two instructions, again and again, in a process that goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(seed)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20, done.stderr
+
+
+INTERRUPTED = """
+import asyncio, faulthandler, random, signal, sys, threading, time
+from asgiref.sync import sync_to_async
+from sync_bridge.bridge import bridge
+
+faulthandler.dump_traceback_later(100, exit=True)
+dice = random.Random(int(sys.argv[1]))
+
+class Limit(Exception):
+    pass
+
+within = False
+
+def ring(*_):
+    if within:
+        raise Limit
+
+async def work():
+    for _ in range(3):
+        await sync_to_async(sum)((1, 2))
+        await asyncio.sleep(0)
+
+signal.signal(signal.SIGALRM, ring)
+bridge.grace = 2.0
+bridge.call(work)
+raised = 0
+for _ in range(150):
+    signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 3e-3))
+    try:
+        within = True
+        bridge.call(work)
+    except Limit:
+        raised += 1
+    finally:
+        within = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+thread = threading.Thread(target=lambda: [bridge.call(work) for _ in range(20)])
+thread.start()
+thread.join()
+print(raised)
+"""
 
 
 class Limit(BaseException):
