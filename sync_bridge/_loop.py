@@ -345,11 +345,13 @@ class Running:
         """Leave the loop to callers for as long as they come, and as nobody else needs it."""
         seen = self._turns
         while not self._is_needed():
-            self._keeper_waits = True
-            rang = self._bell.acquire(timeout=REST if self.leader is None else -1)
-            self._keeper_waits = False
-            if not rang and seen == self._turns:
-                return
+            if not self._bell.acquire(timeout=REST) and seen == self._turns:
+                if self.leader is None:
+                    return
+                self._keeper_waits = True  # for a caller that stays longer
+                if self.leader is not None:
+                    self._bell.acquire()
+                self._keeper_waits = False
             seen = self._turns
 
     def _end(self) -> None:
