@@ -294,8 +294,9 @@ def test_what_other_threads_and_destructors_put_in_is_done_at_once(bridge: Bridg
         done.append(await whose_thread())
 
     def calls() -> None:
-        for number in range(50):
-            bridge.call(whose_thread)
+        for number in range(5):
+            for _ in range(10):
+                bridge.call(whose_thread)
             cycle: list[Any] = [Forgotten()]
             cycle.append(cycle)
             del cycle
