@@ -22,6 +22,7 @@ except ImportError as error:
 
 from ._s3_endpoints import remember_endpoints
 from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
+from ._s3_times import read_times_quickly
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
 
@@ -314,6 +315,7 @@ def _new_session(profile: str | None) -> Any:
         _loader = session.get_component("data_loader")
     else:
         session.register_component("data_loader", _loader)
+    read_times_quickly(session)
     return session
 
 
