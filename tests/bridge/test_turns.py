@@ -733,6 +733,35 @@ def test_a_child_of_thread_sensitive_code_says_that_it_has_lost_its_loop(bridge:
         signal.alarm(0)
 
 
+def test_a_child_leaves_what_else_the_call_asked_of_its_thread_to_the_parent(bridge: Bridge) -> None:
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        os.write(writing, b"p" if os.getpid() == parent else b"c")
+
+    async def fork_and_write() -> int:
+        child, _ = await asyncio.gather(sync_to_async(os.fork)(), sync_to_async(write)())
+        return child
+
+    def calls() -> int:
+        try:
+            return bridge.call(fork_and_write)
+        except RuntimeError:
+            if os.getpid() != parent:
+                os._exit(0)
+            raise
+
+    parent = os.getpid()
+    signal.alarm(60)
+    try:
+        os.waitpid(in_a_thread(calls), 0)
+        os.close(writing)
+        assert os.read(reading, 10) == b"p"
+    finally:
+        signal.alarm(0)
+        os.close(reading)
+
+
 def test_forks_while_a_caller_has_the_loop(bridge: Bridge) -> None:
     stop = threading.Event()
 
