@@ -609,8 +609,7 @@ def test_interrupts_in_the_main_thread_stop_the_loop_for_nobody(seed: int) -> No
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(seed)], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 20, done.stderr
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
 INTERRUPTED = """
@@ -639,7 +638,7 @@ signal.signal(signal.SIGALRM, ring)
 bridge.grace = 2.0
 bridge.call(work)
 raised = 0
-for _ in range(150):
+while raised < 40:
     signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 3e-3))
     try:
         within = True
@@ -652,7 +651,7 @@ for _ in range(150):
 thread = threading.Thread(target=lambda: [bridge.call(work) for _ in range(20)])
 thread.start()
 thread.join()
-print(raised)
+print("alive")
 """
 
 
