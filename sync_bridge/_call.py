@@ -102,7 +102,9 @@ class Call(concurrent.futures.Executor, Generic[T]):
         if self.running.leader is not self:
             self.running.stop_leading()  # there are two callers now
         self.begun = True
+        # Held until it is over; it belongs to the thread that waits for it, which cancels it when it is interrupted.
         self._task = self.running.loop.create_task(self._run(), context=self.context.copy())
+        self._task.add_done_callback(self._ended)
 
     async def _run(self) -> None:
         self._started = True
@@ -118,13 +120,22 @@ class Call(concurrent.futures.Executor, Generic[T]):
         self.context = contextvars.copy_context()
         self._over = True
         self._attend()
+        if self._task is not None:
+            self._task.remove_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Tell the thread of an end that it was not told of: what is raised in the one that leads may hit anything."""
+        self._end_with(asyncio.CancelledError() if task.cancelled() else task.exception())
 
     def abandon(self) -> None:
         """End with a CancelledError, unless it has ended."""
         if not self._over:
-            self._error = asyncio.CancelledError()
-            self._over = True
-            self._attend()
+            self._end_with(asyncio.CancelledError())
+
+    def _end_with(self, error: BaseException | None) -> None:
+        self._error = self._error or error
+        self._over = True
+        self._attend()
 
     def _attend(self) -> None:
         """Have the calling thread look at what is new."""

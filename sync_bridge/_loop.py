@@ -33,6 +33,7 @@ Ts = TypeVarTuple("Ts")
 _log = logging.getLogger(__name__)
 
 REST = 0.005  # seconds for which the keeper leaves the loop to callers, and a background task may have to wait
+_PATIENCE = 1.0  # seconds after which the keeper looks whether it waits for somebody who has gone
 _LOOK = 0.01  # seconds between two looks whether calls have ended
 _RAISE_IN_THREADS = ("dramatiq", "func_timeout", "stopit")  # libraries that raise in the middle of somebody's thread
 _CROWD = 32  # tasks
@@ -128,7 +129,7 @@ class SharedLoop(asyncio.SelectorEventLoop):
     def sweep(self) -> None:
         """Run what is ready, and what that makes ready, for a few rounds, and do not wait."""
         for _ in range(_SWEEPS):
-            if not self._ready:  # type: ignore[attr-defined]
+            if not self.has_callbacks():
                 break
             self.stop()
             self.run_on()
@@ -328,7 +329,8 @@ class Running:
     def _take_when_free(self) -> None:
         self._keeper_waits = True
         while not self._take(self):
-            self._bell.acquire()
+            if not self._bell.acquire(timeout=_PATIENCE) and self.leader not in self.calls:
+                self._turn.pop("of", None)  # of a call that is over: exceptions have hit its end, and the end of that
         self._keeper_waits = False
 
     def _run(self) -> None:

@@ -22,6 +22,7 @@ def parse_timestamp(value: Any) -> datetime:
     Raises:
         ValueError: it names none.
     """
+    moment: datetime
     if isinstance(value, str):
         try:
             moment = datetime.fromisoformat(value) if value[:1].isdigit() else parsedate_to_datetime(value)
@@ -30,7 +31,8 @@ def parse_timestamp(value: Any) -> datetime:
         else:
             if moment.tzinfo is not None:
                 return moment
-    return any_timestamp(value)  # type: ignore[no-any-return]
+    moment = any_timestamp(value)
+    return moment
 
 
 def read_times_quickly(session: Any) -> None:

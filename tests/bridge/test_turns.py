@@ -676,7 +676,6 @@ def test_an_exception_raised_in_the_thread_that_leads_ends_its_own_call_alone(br
                 bridge.call(busy)
             except Limit:
                 raised += 1
-                caught.release()
         return raised
 
     def other() -> int:
@@ -687,14 +686,12 @@ def test_an_exception_raised_in_the_thread_that_leads_ends_its_own_call_alone(br
             calls += 1
         return calls
 
-    ready, result, caught = threading.Event(), [], threading.Semaphore(0)
+    ready, result = threading.Event(), []
 
     def run_limited() -> None:
         while not stop.is_set():  # it may come up right here, too
-            try:
+            with contextlib.suppress(Limit):
                 result.append(limited())
-            except Limit:
-                caught.release()
 
     thread = threading.Thread(target=run_limited)
     thread.start()
@@ -704,12 +701,42 @@ def test_an_exception_raised_in_the_thread_that_leads_ends_its_own_call_alone(br
         for _ in range(40):
             time.sleep(dice.random() / 50)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Limit))
-            caught.acquire(timeout=3.0)  # no second one amid the cleanup after the first
         stop.set()
         assert calls.result(30) > 0
     thread.join(30)
     assert not thread.is_alive()
     assert bridge.call(asyncio.sleep, 0, "alive") == "alive"
+
+
+def test_a_call_ends_though_an_exception_hits_its_end(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, hit = Call._attend, threading.Event()
+
+    def attend_later(call: Any) -> None:
+        if not hit.is_set():
+            hit.set()
+            raise Limit
+        attend(call)
+
+    def calls() -> int:
+        take_the_loop(bridge)
+        monkeypatch.setattr(Call, "_attend", attend_later)
+        with contextlib.suppress(Limit):
+            bridge.call(whose_thread)
+        return bridge.call(asyncio.sleep, 0, 7)
+
+    assert in_a_thread(calls) == 7
+    assert hit.is_set()
+
+
+def test_the_keeper_takes_a_turn_that_nobody_gave_back(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls() -> None:
+        take_the_loop(bridge)
+        monkeypatch.setattr(_loop.Running, "give_back", lambda *_: None)
+        bridge.call(whose_thread)
+        monkeypatch.undo()
+
+    in_a_thread(calls)
+    assert bridge.call(asyncio.sleep, 0, 7) == 7
 
 
 def test_a_child_of_thread_sensitive_code_says_that_it_has_lost_its_loop(bridge: Bridge) -> None:
