@@ -97,12 +97,14 @@ class Tree:
             try:
                 fd = os.open(self.root, flags)
             except FileNotFoundError:
-                # A root that was here once and is gone is an unmounted disk or a mistake: never made anew.
-                if self._seen or not self._create:
+                if not self._create:
                     raise
-                self._make_directory(self.root, None)
-                with contextlib.suppress(PermissionError):  # it may be written to, but not be read: nothing to be done
-                    self._sync(os.path.dirname(self.root))
+                # A root that was here once and is gone is an unmounted disk or a mistake: never made anew. But only
+                # a second look tells that from one which another thread has made since the first.
+                if not self._seen:
+                    self._make_directory(self.root, None)
+                    with contextlib.suppress(PermissionError):  # it may be written to, but not read: nothing to be done
+                        self._sync(os.path.dirname(self.root))
                 fd = os.open(self.root, flags)
         except OSError as error:
             raise self._no_root(error) from error

@@ -4,9 +4,11 @@ import os
 import stat
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from aproxy_storage.backends import _posix
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
 from aproxy_storage.errors import (
@@ -35,6 +37,27 @@ async def test_root_is_made_but_not_its_parents(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable):
         await FileSystemBackend(tmp_path / "other", create_root=False).stat("a")
     assert os.listdir(tmp_path) == ["new"]
+
+
+async def test_root_that_another_thread_makes_meanwhile(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first thread has found no root; before it asks why, the second has made it."""
+    opened = os.open
+    others = [backend._tree]
+
+    def open_slowly(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        try:
+            return opened(path, flags, *args, **options)
+        except FileNotFoundError:
+            if path == backend.root and others:
+                others.pop().enter()
+            raise
+
+    monkeypatch.setattr(_posix.os, "open", open_slowly)
+    await backend.write("a", b"x")
+    assert not others
+    assert await content(backend, "a") == b"x"
 
 
 async def test_vanished_root_is_an_outage_and_is_not_made_anew(backend: FileSystemBackend, tmp_path: Path) -> None:
