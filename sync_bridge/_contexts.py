@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextvars
+import threading
 from typing import Any
 
 import asgiref.local
 import asgiref.sync
 
-__all__ = ["BOUND_TO_THREADS", "get_executor", "set_executor", "take_over"]
+__all__ = ["BOUND_TO_THREADS", "get_executor", "renew_lock", "set_executor", "take_over"]
 
 _CURRENT = "current"  # of AsyncToSync.executors
+_LOCKS = {"_lock", "_thread_lock"}  # of a Local; the second until asgiref 3.11
 _NOTHING = object()
 
 #: What a Local keeps is visible in one thread, also where its context variable goes along to another (asgiref 3.12 on).
@@ -36,6 +38,14 @@ def get_executor() -> Any:
 def set_executor(executor: Any) -> None:
     """Make `executor` the one for thread-sensitive code of this context."""
     setattr(_executors(), _CURRENT, executor)
+
+
+def renew_lock() -> None:
+    """Give asgiref's `Local` of the executors a lock that is free. For the child of a fork: another thread of the
+    parent may have had the one it inherits, and every `sync_to_async` would wait for it for ever."""
+    executors: Any = asgiref.sync.AsyncToSync.executors
+    for name in _LOCKS & vars(executors).keys():
+        object.__setattr__(executors, name, threading.RLock())
 
 
 def _executors() -> Any:

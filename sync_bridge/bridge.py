@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 
 from ._asgiref import choose_entry
+from ._contexts import renew_lock
 from ._loop import Running
 
 __all__ = ["Bridge", "BridgeClosed", "BridgeError", "SyncCallOnEventLoop", "bridge", "refuse_on_event_loop"]
@@ -264,6 +265,7 @@ _posted: set[asyncio.Task[None]] = set()  # a task that nobody holds may be coll
 
 
 def _after_fork() -> None:
+    renew_lock()
     for one in list(_bridges):
         one._forget_parent()
     _posted.clear()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import faulthandler
 import gc
 import os
 import signal
@@ -10,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from asgiref.local import Local
-from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
+from asgiref.sync import AsyncToSync, ThreadSensitiveContext, async_to_sync, sync_to_async
 
 from sync_bridge import _asgiref, _contexts
 from sync_bridge._asgiref import AsgirefEntry, OwnEntry
@@ -365,14 +367,38 @@ def test_twenty_forks_amid_running_calls(bridge: Bridge) -> None:
     assert not errors
 
 
+@BOTH_WAYS
+def test_a_fork_while_another_thread_holds_the_lock_of_asgiref(bridge: Bridge) -> None:
+    executors = vars(AsyncToSync.executors)
+    lock = executors.get("_lock") or executors["_thread_lock"]  # as asgiref before 3.12 calls it
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            forked.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(60)
+    try:
+        assert in_child(lambda: bridge.call(sync_to_async(threading.get_ident)) == threading.get_ident())
+    finally:
+        forked.set()
+        holder.join()
+
+
 def in_child(check: Callable[[], bool]) -> bool:
     """Fork, and return whether `check` was true in the child."""
     child = os.fork()
     if child == 0:
+        faulthandler.register(signal.SIGALRM, chain=True)
         signal.alarm(20)
         code = 1
-        with contextlib.suppress(BaseException):
+        try:
             code = 0 if check() else 2
+        except BaseException:
+            traceback.print_exc()
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
