@@ -117,11 +117,12 @@ class Call(concurrent.futures.Executor, Generic[T]):
             self._value = await function()
         except BaseException as error:
             self._error = error
+        task = self._task  # which the calling thread forgets as soon as it has looked
         self.context = contextvars.copy_context()
         self._over = True
         self._attend()
-        if self._task is not None:
-            self._task.remove_done_callback(self._ended)
+        if task is not None:
+            task.remove_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Tell the thread of an end that it was not told of: what is raised in the one that leads may hit anything."""
@@ -133,9 +134,11 @@ class Call(concurrent.futures.Executor, Generic[T]):
             self._end_with(asyncio.CancelledError())
 
     def _end_with(self, error: BaseException | None) -> None:
-        self._error = self._error or error
-        self._over = True
-        self._attend()
+        if not self._over:
+            self._error = self._error or error
+            self._over = True
+        if not self._closed:
+            self._attend()
 
     def _attend(self) -> None:
         """Have the calling thread look at what is new."""

@@ -329,9 +329,17 @@ class Running:
     def _take_when_free(self) -> None:
         self._keeper_waits = True
         while not self._take(self):
-            if not self._bell.acquire(timeout=_PATIENCE) and self.leader not in self.calls:
-                self._turn.pop("of", None)  # of a call that is over: exceptions have hit its end, and the end of that
+            self._wait_for_leader()
         self._keeper_waits = False
+
+    def _wait_for_leader(self) -> None:
+        """Wait until the one that leads gives its turn back, or end it: exceptions may hit even the end of a call."""
+        if self._bell.acquire(timeout=_PATIENCE):
+            return
+        leader = self.leader
+        # Looked at again: what a call that is over has not given back by then, it never will.
+        if leader is not None and leader not in self.calls and self.leader is leader:
+            self._turn.pop("of", None)
 
     def _run(self) -> None:
         loop = self.loop
@@ -352,7 +360,7 @@ class Running:
                     return
                 self._keeper_waits = True  # for a caller that stays longer
                 if self.leader is not None:
-                    self._bell.acquire()
+                    self._wait_for_leader()
                 self._keeper_waits = False
             seen = self._turns
 
