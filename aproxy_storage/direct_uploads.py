@@ -126,7 +126,8 @@ async def finish(storage: WritingVerbs, path: str) -> MetaRecord:
     since = asyncio.get_running_loop().time()
     # Whoever moves the version is the one who finishes.
     taken = await journal.change(record, {"places": record.places}, lease=left + journal.lease)
-    with journal.leases.hold(taken, since=since) as held:
+    # The same as one of the usual length that is taken `left` seconds later: not renewed, and so shortened, before.
+    with journal.leases.hold(taken, since=since + left) as held:
         stored_info = await _copy(storage, backend, held, upload)
         settling = replace(upload, state="settling")
         stored = await journal.publish(

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
-from aproxy_storage import Conflict, DirectUpload, NotFound, NotSupported, ProxyStorage
+from aproxy_storage import Conflict, DirectUpload, NotFound, NotSupported, ObjectInfo, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
@@ -125,6 +125,30 @@ async def test_two_who_finish(storage: ProxyStorage, s3_service: S3Service) -> N
     record = await storage.finish_upload(upload.path)
     assert await content(storage, record.path) == b"hello"
     assert await behind(s3_service) == ["a.txt"]
+
+
+async def test_a_long_copy_keeps_the_lease_for_as_long_as_the_form_is_good(
+    s3_service: S3Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewed for less, it would run out before the form, should this process die: nobody would look again."""
+    backend = backend_of(s3_service)
+    copy, seen = backend.copy, []
+
+    async def slow_copy(*args: Any, **options: Any) -> ObjectInfo:
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            seen.append((await storage.meta.get(upload.path)).lease)
+        return await copy(*args, **options)
+
+    monkeypatch.setattr(backend, "copy", slow_copy)
+    meta = SQLiteMetaBackend(tmp_path / "meta.sqlite3")
+    async with ProxyStorage("media", originals={"s3": backend}, meta=meta, lease=0.3) as storage:
+        upload = await storage.begin_upload("a.txt", max_bytes=100, expires_in=60)
+        await post(upload, b"hello")
+        form_ends = (await storage.meta.get(upload.path)).lease
+        await storage.finish_upload(upload.path)
+        assert form_ends is not None
+        assert [lease for lease in seen if lease is None or lease < form_ends] == []
 
 
 async def test_finishing_may_be_cancelled_at_every_await(storage: ProxyStorage, s3_service: S3Service) -> None:
