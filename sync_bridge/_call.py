@@ -135,7 +135,7 @@ class Call(concurrent.futures.Executor, Generic[T]):
 
     def _end_with(self, error: BaseException | None) -> None:
         if not self._over:
-            self._error = self._error or error
+            self._error = error if self._error is None else self._error
             self._over = True
         if not self._closed:
             self._attend()

@@ -605,9 +605,12 @@ def current(bridge: Bridge) -> Any:
 @pytest.mark.parametrize("seed", range(3))
 def test_interrupts_in_the_main_thread_stop_the_loop_for_nobody(seed: int) -> None:
     """As a soft time limit does, between any two instructions, again and again, in a process that goes on."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(seed)], capture_output=True, text=True, timeout=120, check=False
-    )
+    assert_it_lives_through(INTERRUPTED, seed)
+
+
+def assert_it_lives_through(program: str, seed: int) -> None:
+    command = [sys.executable, "-c", program, str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
 
 
@@ -662,10 +665,7 @@ class Limit(BaseException):
 def test_exceptions_raised_in_the_thread_that_leads_stop_the_loop_for_nobody(seed: int) -> None:
     """Not in libraries that are known to do so: with them nobody leads. In that thread anything may be lost: asyncio
     cannot go on where a task's next step was not put into the queue."""
-    done = subprocess.run(
-        [sys.executable, "-c", RAISED_FROM_OUTSIDE, str(seed)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    assert_it_lives_through(RAISED_FROM_OUTSIDE, seed)
 
 
 RAISED_FROM_OUTSIDE = """
@@ -757,7 +757,7 @@ def test_the_keeper_takes_a_turn_that_nobody_gave_back(
         monkeypatch.undo()
 
     in_a_thread(calls)
-    time.sleep(seconds)
+    time.sleep(seconds)  # longer than REST: the keeper waits in another place then
     assert bridge.call(asyncio.sleep, 0, 7) == 7
 
 
