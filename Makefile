@@ -3,6 +3,9 @@
 .DEFAULT_GOAL := help
 .PHONY: demo docs test coverage test-e2e test-matrix lint bench soak clean help
 
+# Tests start hundreds of interpreters, so bytecode is worth keeping, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE =
+
 PY := .venv/bin/python
 STAMP := .venv/.installed
 PYTEST_ARGS ?=

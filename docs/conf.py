@@ -5,6 +5,9 @@ from importlib.metadata import version as version_of
 
 import django
 from django.conf import settings
+from sphinx.util import logging
+
+import aproxy_storage
 
 # For the docstrings of sync_bridge, whose modules want to know where Django is.
 settings.configure(INSTALLED_APPS=["django.contrib.contenttypes", "sync_bridge"])
@@ -45,5 +48,13 @@ def _split_raises(app, what, name, obj, options, lines):
             lines[number : number + 1] = [f"{indent}{when[0].upper()}{when[1:]}:", "", f"{indent}Raises:"]
 
 
+def _check_public_names(app, env):
+    known = env.get_domain("py").objects
+    for name in aproxy_storage.__all__:
+        if f"aproxy_storage.{name}" not in known:
+            logging.getLogger(__name__).warning("the reference leaves out the public name %s", name)
+
+
 def setup(app):
+    app.connect("env-check-consistency", _check_public_names)
     app.connect("autodoc-process-docstring", _split_raises, priority=400)  # before Napoleon

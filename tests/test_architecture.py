@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,10 +91,16 @@ class Import(NamedTuple):
     for_types: bool
 
 
-def imports(path: Path) -> Iterator[Import]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports(path: Path) -> list[Import]:
     """Find every import of a module, at whatever depth."""
     package = path.relative_to(PACKAGE.parent).parent.parts
-    yield from _imports(ast.parse(path.read_text()), package, in_function=False, for_types=False)
+    return list(_imports(parsed(path), package, in_function=False, for_types=False))
 
 
 def _imports(node: ast.AST, package: tuple[str, ...], *, in_function: bool, for_types: bool) -> Iterator[Import]:
@@ -217,7 +224,7 @@ def test_neither_django_nor_the_bridge_is_known() -> None:
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
@@ -229,7 +236,7 @@ def test_tasks_are_made_by_their_owner(path: Path) -> None:
         return  # the suites play callers, who make what tasks they like
     groups = {
         item.optional_vars.id
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(parsed(path))
         if isinstance(node, ast.AsyncWith)
         for item in node.items
         if "TaskGroup" in ast.unparse(item.context_expr) and isinstance(item.optional_vars, ast.Name)

@@ -253,7 +253,7 @@ async def test_processes_race_for_the_schema_and_for_paths(tmp_path: Path) -> No
 @pytest.mark.asyncio
 async def test_locked_by_another_process(tmp_path: Path) -> None:
     path = tmp_path / "meta.db"
-    async with SQLiteMetaBackend(path, timeouts=Timeouts(operation=0.5)) as meta:
+    async with SQLiteMetaBackend(path, busy_timeout=0.2) as meta:
         await meta.create(make_record("a"))
         with behind(path) as connection:
             connection.execute("BEGIN IMMEDIATE")
