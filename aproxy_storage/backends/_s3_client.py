@@ -86,8 +86,12 @@ class Body(io.BytesIO):
 
     @property
     def size(self) -> int:
-        with self.getbuffer() as view:
-            return len(view)
+        return len(self.getvalue())
+
+    def getbuffer(self) -> memoryview:
+        """Return a view to look at, not to change: BytesIO's own copies the bytes that the body was made of, and
+        aiohttp asks for it to learn their number."""
+        return memoryview(self.getvalue())
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self._withdrawn:

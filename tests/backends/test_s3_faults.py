@@ -5,6 +5,7 @@ import contextlib
 import gc
 import os
 import random
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,19 @@ async def test_memory_is_bounded(s3_service: S3Service) -> None:
     written, read = await grown_by(s3_service, 100)
     assert written < LIMIT
     assert read < LIMIT
+
+
+async def test_content_in_memory_is_not_copied(s3_service: S3Service) -> None:
+    content = os.urandom(6 << 20)
+    async with backend_of(s3_service, part_bytes=8 << 20) as backend:
+        await backend.write("warm", content)
+        tracemalloc.start()
+        try:
+            await backend.write("key", content)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < len(content) / 2
 
 
 @pytest.mark.soak
