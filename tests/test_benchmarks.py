@@ -81,3 +81,11 @@ def test_the_profile_names_every_thread() -> None:
         assert "event loop" in line
         assert "files" in line
         assert "writer" in line
+
+
+def test_the_profile_over_s3_leaves_parts_out() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "where_s3.py"), "--turns", "1", "--size", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    heading, *rows = done.stdout.splitlines()
+    assert heading.startswith("10 bytes up")
+    assert [row.split("  ")[0] for row in rows][:3] == ["S3Backend alone", "S3Backend with SHA-256", "proxy"]
