@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import importlib
 import mimetypes
-import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -166,8 +164,8 @@ def _by_puremagic(head: bytes) -> str | None:
         import puremagic
     except ImportError:
         return None
-    signatures = _signatures_of_puremagic()
-    if signatures is not None and not signatures.fit(head):
+    places = _places_of_signatures()
+    if places is not None and not _fits(head, places):
         return None
     found: list[Any]
     try:
@@ -181,32 +179,29 @@ def _by_puremagic(head: bytes) -> str | None:
     return None
 
 
-class _Signatures:
-    """Whether any of many signatures fits, each of which lies so many bytes after the beginning or before the end."""
+#: For each place where signatures begin: their first two bytes (or the only one), and the slices to compare as a whole.
+_Places = list[tuple[slice, dict[bytes, list[tuple[slice, bytes]]]]]
 
-    def __init__(self, by_offset: Mapping[int, set[bytes]]) -> None:
-        heads, tails = [], []
-        for offset, texts in sorted(by_offset.items()):
-            one_of_them = b"(?:%s)" % b"|".join(re.escape(text) for text in sorted(texts))
-            if offset >= 0:
-                heads.append(b".{%d}%s" % (offset, one_of_them))
-            else:  # looked for backwards, from the end
-                tails += [b"(?<=%s.{%d})" % (re.escape(text), max(0, -offset - len(text))) for text in sorted(texts)]
-        self._head = re.compile(b"|".join(heads), re.DOTALL)
-        self._tail = re.compile(b"|".join(tails), re.DOTALL)
 
-    def fit(self, head: bytes) -> bool:
-        return self._head.match(head) is not None or self._tail.match(head, len(head)) is not None
+def _fits(head: bytes, places: _Places) -> bool:
+    for start, signatures in places:
+        for whole, signature in signatures.get(head[start], ()):
+            if head[whole] == signature:
+                return True
+    return False
 
 
 @lru_cache(maxsize=1)
-def _signatures_of_puremagic() -> _Signatures | None:
-    """Return what puremagic looks for; None if it does not keep its tables where 1.x and 2.x have them."""
-    by_offset: dict[int, set[bytes]] = {}
+def _places_of_signatures() -> _Places | None:
+    """Return what puremagic looks for, and where; None if it does not keep its tables where 1.x and 2.x have them."""
+    places: dict[tuple[int, int | None], dict[bytes, list[tuple[slice, bytes]]]] = {}
     try:
         tables = importlib.import_module("puremagic.main")
         for each in (*tables.magic_header_array, *tables.magic_footer_array):
-            by_offset.setdefault(each.offset, set()).add(each.byte_match)
+            offset, signature = each.offset, each.byte_match
+            whole = slice(offset, offset + len(signature) or None)
+            beginning = (offset, offset + len(signature[:2]) or None)  # a few are of a single byte
+            places.setdefault(beginning, {}).setdefault(signature[:2], []).append((whole, signature))
     except (ImportError, AttributeError):
         return None
-    return _Signatures(by_offset)
+    return [(slice(*beginning), signatures) for beginning, signatures in places.items()]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aproxy_storage.sniffing import _signatures_of_puremagic, guess_content_type
+from aproxy_storage.sniffing import _places_of_signatures, guess_content_type
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 JPEG = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
@@ -121,7 +121,7 @@ def test_whatever_puremagic_knows_it_is_asked_about(monkeypatch: pytest.MonkeyPa
         for footer in puremagic.magic_footer_array
     ]
     got = [guess_content_type(None, head) for head in heads]
-    monkeypatch.setattr("aproxy_storage.sniffing._Signatures.fit", lambda self, head: True)
+    monkeypatch.setattr("aproxy_storage.sniffing._fits", lambda head, places: True)
     assert got == [guess_content_type(None, head) for head in heads]
     assert len(set(got)) > 100
 
@@ -129,9 +129,9 @@ def test_whatever_puremagic_knows_it_is_asked_about(monkeypatch: pytest.MonkeyPa
 def test_puremagic_with_other_tables_is_asked_about_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     tables = pytest.importorskip("puremagic.main")
     monkeypatch.setattr(tables, "magic_footer_array", [object()])
-    assert _signatures_of_puremagic.__wrapped__() is None
+    assert _places_of_signatures.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr("aproxy_storage.sniffing._signatures_of_puremagic", lambda: None)
+    monkeypatch.setattr("aproxy_storage.sniffing._places_of_signatures", lambda: None)
     assert guess_content_type(None, b"FLV\x01\0\0") == "video/x-flv"
 
 
