@@ -294,7 +294,7 @@ async def until(event: threading.Event) -> None:
 async def test_hung_write_ends_at_its_deadline_and_starves_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hung = FileSystemBackend(tmp_path / "hung", timeouts=Timeouts(idle=0.1, operation=0.1), max_workers=2)
+    hung = FileSystemBackend(tmp_path / "hung", timeouts=Timeouts(idle=0.5, operation=0.5), max_workers=2)
     healthy = FileSystemBackend(tmp_path / "healthy")
     await hung.write("kept", b"x")
     stuck = Stuck(_draft.write_all)

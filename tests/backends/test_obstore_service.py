@@ -182,7 +182,7 @@ async def test_killed_amid_uploads_and_downloads(own_s3: S3Server) -> None:
 
 @pytest.mark.asyncio
 async def test_a_stalled_service_meets_the_idle_limit(own_s3: S3Server) -> None:
-    limits = Timeouts(operation=0.5, idle=0.5, cleanup=0.3)
+    limits = Timeouts(operation=1.0, idle=1.0, cleanup=0.3)
     backend = backend_of(own_s3.service, timeouts=limits)
     await backend.write("big", pattern(24 << 20))
     async with backend.read("big") as reader:

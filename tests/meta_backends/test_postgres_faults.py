@@ -112,8 +112,8 @@ async def test_killed_amid_a_load_of_saves(own_postgres: PostgresServer, tmp_pat
 
 
 async def test_a_hanging_server_is_met_by_the_deadline(own_postgres: PostgresServer) -> None:
-    meta = PostgresMetaBackend(own_postgres.url, timeouts=Timeouts(operation=0.4, cleanup=0.4))
-    backend = PostgresBackend(own_postgres.url, timeouts=Timeouts(operation=0.4, idle=0.4, cleanup=0.4))
+    meta = PostgresMetaBackend(own_postgres.url, timeouts=Timeouts(operation=1.0, cleanup=1.0))
+    backend = PostgresBackend(own_postgres.url, timeouts=Timeouts(operation=1.0, idle=1.0, cleanup=1.0))
     async with meta, backend:
         record = await meta.create(make_record("a"))
         await backend.write("a", BIG)

@@ -272,7 +272,7 @@ async def test_locked_by_another_process(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_what_timed_out_or_was_cancelled_in_the_queue_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "meta.db"
-    async with SQLiteMetaBackend(path, timeouts=Timeouts(operation=0.3), busy_timeout=20.0) as meta:
+    async with SQLiteMetaBackend(path, timeouts=Timeouts(operation=1.0), busy_timeout=20.0) as meta:
         with behind(path) as connection:
             connection.execute("BEGIN IMMEDIATE")
             task = asyncio.ensure_future(meta.create(make_record("cancelled")))

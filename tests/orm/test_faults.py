@@ -156,7 +156,7 @@ async def test_a_database_that_is_locked(added: Any, django_database: Path) -> N
 
 
 async def test_a_busy_thread_is_told_from_a_slow_database(django_database: Path) -> None:
-    meta = ORMMetaBackend(StoredFile, timeouts=Timeouts(operation=0.2))
+    meta = ORMMetaBackend(StoredFile, timeouts=Timeouts(operation=1.0))
     release = threading.Event()
     blocker = asyncio.create_task(sync_to_async(release.wait)(30))
     await asyncio.sleep(0.05)

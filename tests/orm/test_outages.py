@@ -59,7 +59,7 @@ async def test_a_read_survives_the_restart_of_an_idle_server(server: PostgresSer
 
 
 async def test_a_hung_server_hits_the_deadline(server: PostgresServer, own_database: str) -> None:
-    meta = ORMMetaBackend(StoredFile, own_database, timeouts=Timeouts(operation=0.3))
+    meta = ORMMetaBackend(StoredFile, own_database, timeouts=Timeouts(operation=1.0))
     await meta.create(make_record("a"))
     server.pause()
     try:

@@ -422,7 +422,7 @@ async def test_a_write_hung_in_the_kernel_holds_up_nobody_else(tmp_path: Path, k
 
 async def test_all_workers_of_one_original_hung(tmp_path: Path) -> None:
     """Not even then does another original of the same storage wait, and what waits in vain is told so."""
-    hung = Hung(tmp_path / "files", max_workers=1, timeouts=Timeouts(idle=0.5, operation=0.5, cleanup=0.5))
+    hung = Hung(tmp_path / "files", max_workers=1, timeouts=Timeouts(idle=1.0, operation=1.0, cleanup=1.0))
     originals = {"fs": hung, "other": FileSystemBackend(tmp_path / "files")}
     storage = ProxyStorage("media", originals=originals, meta=SQLiteMetaBackend(tmp_path / "meta.sqlite3"))
     async with asyncio.timeout(SAFETY), storage:
