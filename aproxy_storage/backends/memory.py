@@ -58,7 +58,7 @@ class MemoryBackend(Backend):
         return cls(**parsed.options(timeouts=True))
 
     def full_path(self, key: str) -> str:
-        return f"memory://{key}"
+        return f"memory://{id(self):x}/{key}"
 
     async def _write(
         self,

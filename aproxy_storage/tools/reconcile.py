@@ -106,7 +106,7 @@ async def reconcile(
     if scan:
         known = [storage.meta, *metas]
         for name, backend in storage.originals.items():
-            await _scan(storage.name, name, backend, known, report, dry_run=dry_run, min_age=min_age)
+            await _scan(storage, name, backend, known, report, dry_run=dry_run, min_age=min_age)
     return report
 
 
@@ -121,7 +121,7 @@ async def _finish(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool, f
 
 
 async def _scan(
-    storage_name: str,
+    storage: ProxyStorage,
     name: str,
     backend: Backend,
     metas: list[MetaBackend],
@@ -134,8 +134,8 @@ async def _scan(
 
     async def look_up() -> None:
         # The listing came first, the records come after: what was saved in between is found in them.
-        unknown = await _unknown(storage_name, name, batch, metas)
-        await _remove(storage_name, name, backend, unknown, metas, report, dry_run=dry_run, min_age=min_age)
+        unknown = await _unknown(storage, name, batch, metas)
+        await _remove(storage, name, backend, unknown, metas, report, dry_run=dry_run, min_age=min_age)
         batch.clear()
 
     async for info in backend.list():
@@ -145,11 +145,12 @@ async def _scan(
     await look_up()
 
 
-async def _unknown(storage_name: str, name: str, keys: Iterable[str], metas: list[MetaBackend]) -> list[str]:
+async def _unknown(storage: ProxyStorage, name: str, keys: Iterable[str], metas: list[MetaBackend]) -> list[str]:
     """Return those of `keys` in the original `name` that no record names.
 
-    Another storage may know the same original by another name, so a key that its records name in whatever original
-    counts as known. This storage's own names are exact: the same key in its other originals is another object.
+    Another storage may know the same original by another name, and so may this one have done: before it was renamed,
+    or as an alias. So a key that a record names in whatever original counts as known, unless that is one that this
+    storage has, and somewhere else.
     """
     unknown = dict.fromkeys(keys)
     for meta in metas:
@@ -159,13 +160,25 @@ async def _unknown(storage_name: str, name: str, keys: Iterable[str], metas: lis
         paths = sorted({path for owners in elsewhere.values() for path in owners})
         records = dict(zip(paths, await meta.get_many(paths), strict=True))
         for key, owners in elsewhere.items():
-            if any((record := records[path]) is None or record.proxy_storage_name != storage_name for path in owners):
+            if not all(_lies_elsewhere(storage, name, key, records[path]) for path in owners):
                 unknown.pop(key, None)
     return list(unknown)
 
 
+def _lies_elsewhere(storage: ProxyStorage, name: str, key: str, record: MetaRecord | None) -> bool:
+    """Return whether what `record` names `key` is certainly another object than the one in the original `name`."""
+    if record is None or record.proxy_storage_name != storage.name:
+        return False
+    here = storage.originals[name]
+    for place in record.all_places():
+        there = storage.originals.get(place.original or next(iter(storage.originals)))
+        if place.key == key and (there in (None, here) or there.full_path(key) == here.full_path(key)):
+            return False
+    return True
+
+
 async def _remove(
-    storage_name: str,
+    storage: ProxyStorage,
     name: str,
     backend: Backend,
     unknown: list[str],
@@ -187,9 +200,9 @@ async def _remove(
             else:
                 action = "removed"
                 if not dry_run:
-                    if not await _unknown(storage_name, name, [key], metas):
+                    if not await _unknown(storage, name, [key], metas):
                         continue  # adopted since it was listed
-                    await backend.discard(key)
+                    await backend.discard(key, token=info.token)  # not what another scan has made room for since
             report.add(Finding(action, key, name))
         except NotFound:
             continue

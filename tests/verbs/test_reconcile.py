@@ -170,6 +170,37 @@ async def test_scan_spares_a_storage_that_knows_the_original_by_another_name(mak
     assert await content_of(second, "y") == b"2"
 
 
+@pytest.mark.parametrize("alias", [True, False])
+@pytest.mark.parametrize("former", ["default", ""])
+async def test_scan_spares_files_of_an_original_that_had_another_name(make: Make, alias: bool, former: str) -> None:
+    disk = make().get_original("a")
+    before = make(originals={"default": disk})
+    await before.save("x", b"1")
+    if not former:  # as in the tables of django-proxy-storage
+        await before.meta.update("x", {"original_storage_name": ""})
+    now = make(originals={"disk": disk, "default": disk} if alias else {"disk": disk})
+    report = await reconcile(now, scan=True, min_age=0.0, dry_run=False)
+    assert report.counts == {}
+    assert await content_of(before, "x") == b"1"
+
+
+async def test_a_scan_removes_only_what_it_has_looked_at(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = make()
+    original = storage.get_original("a")
+    await original.write("x", b"orphan", token="tokenOfADead")
+    discard = original.discard
+
+    async def after_another_scan(key: str, **options: Any) -> None:
+        monkeypatch.undo()
+        await discard(key)
+        await storage.save("x", b"new")
+        await discard(key, **options)
+
+    monkeypatch.setattr(original, "discard", after_another_scan)
+    await reconcile(storage, scan=True, min_age=0.0, dry_run=False)
+    assert await content_of(storage, "x") == b"new"
+
+
 async def test_verify_reports_every_file(storage: ProxyStorage) -> None:
     for name in ("good", "flipped", "gone"):
         await storage.save(name, b"content")
