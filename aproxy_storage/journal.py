@@ -154,10 +154,41 @@ class Journal:
             try:
                 await self.meta.delete(record.path, expect=record.revision)
             except Conflict:
-                return False
+                return all(place.state == "good" for place in places) and await self._follow(record)
             return True
         await self.change(record, {"places": _as_settling(places)}, lease=self.settle)
         return False
+
+    async def _follow(self, record: MetaRecord) -> bool:
+        """Remove a record that has only stepped aside since it was marked; return whether it is gone."""
+        place = record.primary
+        owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
+        for found in await self.meta.get_many([owner for owner in owners if owner != record.path]):
+            if found is None or found.revision != (record.token, record.version + 1) or found.state != DELETING:
+                continue
+            with contextlib.suppress(Conflict):
+                await self.meta.delete(found.path, expect=found.revision)
+                return True
+        return False
+
+    async def step_aside(self, record: MetaRecord, other: str) -> bool:
+        """Let a file that is being deleted give its path up to a new one; return whether the path may be free now.
+
+        Its record goes on under the path `other`, and still names its keys, so that nobody else gets them; whoever is
+        at its removal finds it changed and leaves it, or follows. Not where bytes are told apart by nothing but the
+        records that name their key.
+
+        Raises:
+            As `MetaBackend.update`.
+        """
+        if record.state != DELETING or not all(map(self._tells_apart, record.all_places())):
+            return False
+        with contextlib.suppress(Conflict):
+            await self.change(record, {"path": other})
+        return True
+
+    def _tells_apart(self, place: Place) -> bool:
+        return place.state in _CERTAIN or self._original(place.original).capabilities.tokens
 
     async def discard(self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None) -> bool:
         """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.
@@ -208,12 +239,17 @@ class Journal:
         await self.sweep(marked, certain=certain)
 
     async def _is_anothers(self, place: Place, record: MetaRecord) -> bool:
-        """Return whether another file's record names `place`: one of another path, because ours may have been committed
-        and then renamed; or, where the original cannot tell by our token what is ours, a later file of our path."""
+        """Return whether bytes with our token at `place` are to be spared: ours may have been committed and then
+        renamed, so that a record of another path and our token names them. Where the original cannot tell by the token
+        what is ours, every other record that names the place counts, and a later file of our path."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
-        if any(owner != record.path for owner in owners):
+        others = [owner for owner in owners if owner != record.path]
+        if self._original(place.original).capabilities.tokens:
+            found = await self.meta.get_many(others) if others else ()
+            return any(other is not None and other.token == record.token for other in found)
+        if others:
             return True
-        if not owners or self._original(place.original).capabilities.tokens:
+        if not owners:
             return False
         try:
             return (await self.meta.get(record.path)).token != record.token
@@ -239,7 +275,9 @@ class Journal:
             if await self.sweep(marked, certain=False, force=force):
                 return verb
             left = await self.meta.get(record.path)
-            return "settling" if left.revision > marked.record.revision else "failed"
+            if left.token != record.token:
+                return "moved on"
+            return "settling" if left.version > marked.record.version else "failed"
         except (Conflict, NotFound):
             return "moved on"
 

@@ -69,16 +69,19 @@ class Writing:
             try:
                 reserved = await storage.meta.reserve(record, lease=storage.lease, spare=spare)
             except AlreadyExists:
-                if exact:
+                if not exact:
+                    path = self.next_name(path, candidates, max_length)
+                elif not await self._is_left(path, candidates):
                     raise
-                path = self.next_name(path, candidates, max_length)
                 continue
             except BaseException as error:
                 if outcome_unknown(error):
                     await self._finish(storage.journal.undo(record, certain=False), "undo of a reservation")
                 raise
             if reserved is None:
-                return await self._store_in_transaction(record, candidates, write, exact, max_length, forced)
+                return await self._store_in_transaction(
+                    path, candidates, write, fields, exact=exact, max_length=max_length, forced=forced
+                )
             return await self._write_reserved(reserved, since, candidates, write, forced)
         raise AlreadyExists(f"no free name for {path!r} in {_MAX_NAMES} tries", operation="save", path=path)
 
@@ -192,13 +195,27 @@ class Writing:
         held.record = await self._storage.journal.change(record, changes)
         return fresh
 
+    async def _is_left(self, path: str, candidates: Sequence[str]) -> bool:
+        """Return whether `path` may be free by now, because whoever had it is gone, or is being deleted and has
+        stepped aside."""
+        storage = self._storage
+        try:
+            record = await storage.meta.get(path)
+        except NotFound:
+            return True
+        if record.proxy_storage_name != storage.name:
+            return False
+        return await storage.journal.step_aside(record, self.next_name(path, candidates, None))
+
     # -- J8: inside a caller's transaction
 
     async def _store_in_transaction(
         self,
-        record: MetaRecord,
+        path: str,
         candidates: Sequence[str],
         write: Write,
+        fields: Mapping[str, Any],
+        *,
         exact: bool,
         max_length: int | None,
         forced: bool,
@@ -207,15 +224,23 @@ class Writing:
 
         The exclusive write arbitrates between simultaneous saves of one name, so a taken key means a taken name.
         """
-        storage = self._storage
+        storage, source = self._storage, write.source
+        once = source.temporary_path is not None or not source.replayable  # may be moved away, or read to its end
         for _ in range(_MAX_NAMES):
-            places = [self._place(record, name, storage.keys) for name in candidates]
+            if (exact or source.data is None) and await storage.meta.exists(path):
+                if not exact:
+                    path = self.next_name(path, candidates, max_length)
+                elif not await self._is_left(path, candidates):
+                    raise AlreadyExists(f"there is a file {path!r} already", operation="save", path=path)
+                continue
+            keys = await self._keys_without_owner(path, candidates)
+            record = self._reservation(path, new_token(), candidates[:1], fields, keys=keys)
             job = Job(write, record.token, _no_lease, forced=forced)
             placed: Placed | None = None
             try:
-                placed = await self._attempts.place(job, places)
-                changes, lease = self._placed(placed, job.unsure)
-                stored = await storage.meta.create(replace(record, state=STORED, **changes), lease=lease)
+                placed = await self._attempts.place(job, [self._place(record, name, keys) for name in candidates])
+                rename = partial(self.next_name, candidates=candidates, max_length=max_length)
+                stored = await self._create_placed(record, placed, job, rename if once and not exact else None)
                 self._clear_losers(stored, job)
                 return stored
             except AlreadyExists:
@@ -229,10 +254,37 @@ class Writing:
                 raise
             # Whichever was taken, bytes of ours at the key would have no record.
             await self._discard_own(job, placed, record)
-            path = self.next_name(record.path, candidates, max_length)
-            token = new_token()
-            key = self._key(path, token, candidates[0], storage.keys)
-            record = replace(record, path=path, token=token, original_storage_path=key)
+            path = self.next_name(path, candidates, max_length)
+        raise AlreadyExists(f"no free name for {path!r} in {_MAX_NAMES} tries", operation="save", path=path)
+
+    async def _keys_without_owner(self, path: str, candidates: Sequence[str]) -> str:
+        """Return the style of keys by which no record of another file names a key of `path` in one of `candidates`: a
+        file that was renamed or is still being deleted has its key, although there may be no bytes at it any more."""
+        storage = self._storage
+        if storage.keys == "path":
+            key = path[len(storage.prefix) :]
+            for name in candidates:
+                if (await storage.meta.owners(name, [key])).get(key):
+                    return "token"
+        return storage.keys
+
+    async def _create_placed(
+        self, record: MetaRecord, placed: Placed, job: Job, rename: Callable[[str], str] | None
+    ) -> MetaRecord:
+        """Create the record of bytes that are there; with `rename` under the next free name, where the path was taken
+        meanwhile: of content that there is only once, these bytes are all that is left.
+
+        Raises:
+            AlreadyExists: the path is taken. And as `MetaBackend.create`.
+        """
+        changes, lease = self._placed(placed, job.unsure)
+        for _ in range(_MAX_NAMES):
+            try:
+                return await self._storage.meta.create(replace(record, state=STORED, **changes), lease=lease)
+            except AlreadyExists:
+                if rename is None:
+                    raise
+                record = replace(record, path=rename(record.path))
         raise AlreadyExists(f"no free name for {record.path!r} in {_MAX_NAMES} tries", path=record.path)
 
     async def _discard_own(self, job: Job, placed: Placed | None, record: MetaRecord) -> None:

@@ -2,14 +2,17 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotFound, ProxyStorage
+from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import reconcile
+from tests.placement.test_fallback import Upload
 
 pytestmark = pytest.mark.asyncio
 
@@ -175,3 +178,55 @@ async def test_a_create_without_an_answer_keeps_its_bytes(storage: ProxyStorage,
             await storage.save("a.txt", b"1")
         del meta.create
     assert await read(storage, "a.txt") == b"1"
+
+
+async def taken_by_another_storage(meta: TransactionalMeta, directory: Path) -> ProxyStorage:
+    """Return a storage beside another one that has the path ``a.txt``, but not its key."""
+    other = ProxyStorage("other", originals=MemoryBackend(), meta=meta)
+    await other.save("a.txt", b"another")
+    return ProxyStorage("media", originals=FileSystemBackend(directory / "media"), meta=meta)
+
+
+@pytest.mark.parametrize("seen", [True, False])
+async def test_an_upload_is_not_lost_where_its_name_is_taken(
+    meta: TransactionalMeta, tmp_path: Path, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = await taken_by_another_storage(meta, tmp_path)
+    uploaded = tmp_path / "upload"
+    uploaded.write_bytes(b"x" * 300_000)
+
+    async def nothing(path: str, **_: Any) -> bool:
+        return False
+
+    if not seen:  # it is taken just after we have looked
+        monkeypatch.setattr(meta, "exists", nothing)
+    upload = Upload(uploaded)
+    async with meta.atomic():
+        path = await storage.save("a.txt", upload)
+    upload.file.close()
+    monkeypatch.undo()
+    assert path != "a.txt"
+    assert await read(storage, path) == b"x" * 300_000
+    assert len(await keys(storage)) == 1
+
+
+async def test_content_that_is_there_only_once_is_not_lost_where_its_name_is_taken(
+    meta: TransactionalMeta, tmp_path: Path
+) -> None:
+    storage = await taken_by_another_storage(meta, tmp_path)
+    async with meta.atomic():
+        path = await storage.save("a.txt", iter([b"x" * 300_000, b"y"]))
+    assert await read(storage, path) == b"x" * 300_000 + b"y"
+
+
+async def test_a_key_that_an_unfinished_record_names_is_not_taken(
+    storage: ProxyStorage, meta: TransactionalMeta
+) -> None:
+    await storage.save("a.txt", b"1")
+    renamed = await storage.rename("a.txt", "b.txt")
+    marked = await storage.journal.mark(renamed)
+    await storage.journal.discard(marked.record.all_places(), marked.record)  # and then the process dies
+    async with meta.atomic():
+        path = await storage.save("a.txt", b"2")
+    await reconcile(storage, dry_run=False, force=True)
+    assert await read(storage, path) == b"2"

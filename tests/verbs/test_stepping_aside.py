@@ -1,0 +1,94 @@
+"""An exact write to a name whose file is being deleted: the old record steps aside, and is finished all the same."""
+
+import pytest
+
+from aproxy_storage import AlreadyExists, BackendUnavailable, ProxyStorage
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.testing.faults import Fail, FaultyBackend, Plan, at
+from aproxy_storage.tools.reconcile import reconcile
+from tests.verbs.conftest import Make, content_of
+from tests.verbs.test_narrow_windows import TokenlessBackend
+from tests.verbs.test_transactions import TransactionalMeta, keys, read
+
+pytestmark = pytest.mark.asyncio
+
+
+async def overwrite(storage: ProxyStorage, content: bytes) -> None:
+    await storage.write_to("a.txt", content, exclusive=False)
+
+
+async def test_a_file_is_written_again_after_it_was_overwritten_and_deleted(make: Make) -> None:
+    storage = make(settle=900.0, keep_replaced=60.0)
+    await overwrite(storage, b"1")
+    await overwrite(storage, b"2")
+    await storage.delete("a.txt")  # its first bytes settle still
+    await overwrite(storage, b"3")
+    assert await content_of(storage, "a.txt") == b"3"
+    assert [record.path async for record in storage.list()] == ["a.txt"]
+    for _ in range(3):
+        await reconcile(storage, dry_run=False, force=True)
+    assert await content_of(storage, "a.txt") == b"3"
+    assert len([info async for info in storage.get_original().list()]) == 1
+    assert await storage.meta.count() == 1
+
+
+async def test_an_exclusive_write_too(make: Make) -> None:
+    storage = make()
+    await overwrite(storage, b"1")
+    await overwrite(storage, b"2")
+    await storage.delete("a.txt")
+    async with storage.open("a.txt", "xb") as file:
+        await file.write(b"3")
+    assert await content_of(storage, "a.txt") == b"3"
+    with pytest.raises(AlreadyExists):
+        await storage.write_to("a.txt", b"4", exclusive=True)
+
+
+async def test_the_file_of_another_storage_does_not_step_aside(make: Make) -> None:
+    one, other = make("one"), make("other")
+    await overwrite(one, b"1")
+    await overwrite(one, b"2")
+    await one.delete("a.txt")
+    with pytest.raises(AlreadyExists):
+        await overwrite(other, b"3")
+
+
+async def test_bytes_that_nothing_tells_apart_do_not_step_aside() -> None:
+    storage = ProxyStorage("media", originals=TokenlessBackend(), meta=MemoryMetaBackend())
+    await overwrite(storage, b"1")
+    await overwrite(storage, b"2")
+    await storage.delete("a.txt")
+    with pytest.raises(AlreadyExists):
+        await overwrite(storage, b"3")
+    await storage.aclose()
+
+
+async def test_what_could_not_be_removed_is_removed_later_under_its_other_name() -> None:
+    backend = FaultyBackend(MemoryBackend(), Plan(discard=at(1, Fail(BackendUnavailable("out of reach")))))
+    storage = ProxyStorage("media", originals=backend, meta=MemoryMetaBackend(), keep_replaced=0)
+    await storage.save("a.txt", b"1")
+    await storage.delete("a.txt")
+    await overwrite(storage, b"2")
+    assert sorted(await keys(storage)) == sorted(["a.txt", (await storage.get("a.txt")).original_storage_path])
+    report = await reconcile(storage, dry_run=False, force=True)
+    assert report.counts == {"deleted": 1}
+    assert await keys(storage) == [(await storage.get("a.txt")).original_storage_path]
+    assert await read(storage, "a.txt") == b"2"
+    await storage.aclose()
+
+
+async def test_deleted_and_written_again_in_one_transaction() -> None:
+    meta = TransactionalMeta()
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+    await storage.save("a.txt", b"1")
+    async with meta.atomic():
+        await storage.delete("a.txt")
+        await overwrite(storage, b"2")
+        assert await read(storage, "a.txt") == b"2"
+    assert await read(storage, "a.txt") == b"2"
+    assert await meta.count() == 1  # who has deleted the first file found its record under its other name
+    assert "a.txt" not in await keys(storage)
+    await storage.restore_key("a.txt")
+    assert "a.txt" in await keys(storage)
+    await storage.aclose()
