@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -30,11 +31,12 @@ from .loops import PerLoop
 from .meta_backends.base import UNCHANGED, MetaBackend, Unchanged
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
 
-__all__ = ["Held", "Journal", "Marked"]
+__all__ = ["DatabaseTime", "Held", "Journal", "Marked"]
 
 _log = logging.getLogger(__name__)
 
 _CERTAIN = frozenset({"good", "surplus"})  # the bytes at such a place are this file's
+_ROUNDING = 0.01  # seconds by which a lease ends after what it is for is due: databases round to milliseconds
 
 
 class Marked(NamedTuple):
@@ -42,6 +44,30 @@ class Marked(NamedTuple):
 
     record: MetaRecord
     until: float
+
+
+class DatabaseTime(NamedTuple):
+    """What time it is by the database's clock, as the answer to a statement has shown: `shown` seconds since 1970, at
+    some moment between `since` and `until` by the clock of the event loop."""
+
+    shown: float
+    since: float
+    until: float
+
+    @classmethod
+    def of(cls, record: MetaRecord, seconds: float | None, since: float) -> DatabaseTime | None:
+        """Return what `record` shows, which was given a lease of `seconds` by a statement sent at `since`."""
+        if record.lease is None or seconds is None:
+            return None
+        return cls(record.lease.timestamp() - seconds, since, asyncio.get_running_loop().time())
+
+    def earliest(self) -> float:
+        """Return a moment that is not later than now."""
+        return self.shown + asyncio.get_running_loop().time() - self.until
+
+    def latest(self) -> float:
+        """Return a moment that is not earlier than now."""
+        return self.shown + asyncio.get_running_loop().time() - self.since
 
 
 class Journal:
@@ -108,18 +134,27 @@ class Journal:
                 return current
             raise
 
-    def lease_for(self, places: Iterable[Place]) -> float | None:
+    @property
+    def longest(self) -> float:
+        """Seconds after which a place may be dealt with whatever anybody is at."""
+        return max(self.settle, self.lease, self.keep_replaced)
+
+    def lease_for(self, places: Iterable[Place], *, now: float | None = None) -> float | None:
         """Return the lease, in seconds, that a stored record needs for its further `places`; never a shorter one
-        than somebody who named one of them counts on."""
-        states = {place.state for place in places} - {"good"}
-        if "settling" in states:
-            return max(self.settle, self.lease, self.keep_replaced)
+        than somebody who named one of them counts on. `now`, by the database's clock and no later than it is: where
+        that is known, and every place says when it is due, the lease ends when the first of them is."""
+        waiting = [place for place in places if place.state != "good"]
+        if not waiting:
+            return None
+        dues = [place.due for place in waiting if place.due is not None]
+        if now is not None and len(dues) == len(waiting):
+            return max(min(dues) - now, 0.0) + _ROUNDING
+        states = {place.state for place in waiting}
+        if "settling" in states or any(place.state == "surplus" and place.due is None for place in waiting):
+            return self.longest  # somebody may be at its removal
         if "doubtful" in states:
             return max(self.lease, self.keep_replaced)
-        if not states:
-            return None
-        # Where nothing is kept, whoever has swapped discards it himself, now; others wait for that as for anything.
-        return self.keep_replaced or max(self.settle, self.lease)
+        return self.keep_replaced or self.longest
 
     # -- J4: the one way to remove
 
@@ -258,16 +293,17 @@ class Journal:
 
     # -- J7: what reconcile does with one record whose lease has run out
 
-    async def finish(self, record: MetaRecord, *, force: bool = False) -> str:
-        """Do what is left to do for `record`; return in a word what was done.
+    async def finish(self, record: MetaRecord, *, force: bool = False, early: bool = False) -> str:
+        """Do what is left to do for `record`, whose lease has run out; return in a word what was done.
 
         ``"undone"`` a save, ``"deleted"``, ``"cleared"`` places of a stored file, ``"settling"`` (again after
         `settle`), ``"failed"`` (an original could not be reached), ``"moved on"`` (somebody else was first).
-        `force`: nothing else is alive, so that leases and settle times count as over.
+        `force`: nothing else is alive, so that leases and settle times count as over. `early`: replaced bytes are not
+        kept until they are due.
         """
         try:
             if record.state == STORED:
-                return await self._clear(record, force=force)
+                return await self._clear(record, force=force, early=early)
             verb = "undone" if record.state == PENDING else "deleted"
             # For `settle`, not for a lease: should this reconcile stop amid its discards, the next one has to wait
             # as long for them as for anybody else's.
@@ -281,7 +317,7 @@ class Journal:
         except (Conflict, NotFound):
             return "moved on"
 
-    async def _clear(self, record: MetaRecord, *, force: bool) -> str:
+    async def _clear(self, record: MetaRecord, *, force: bool, early: bool, now: float = 0.0) -> str:
         primary = record.primary
         others = [place for place in record.places if place is not primary]
         kept = tuple(place for place in others if place.state == "good")
@@ -295,12 +331,20 @@ class Journal:
             return "settling" if await self.discard(doubtful, record) else "failed"
         # Moving the version takes the lease: two reconciles do not discard side by side, and with `force` the
         # replace that named a doubtful place loses it.
-        seconds = max(self.settle, self.lease)
-        until = time.monotonic() + seconds
-        record = await self.change(record, {"places": (*kept, *wanted_gone)}, lease=seconds)
-        if not await self.discard(wanted_gone, record, until=until):
+        over = math.inf if force or early or record.lease is None else max(record.lease.timestamp(), now)
+        later = tuple(place for place in wanted_gone if place.due is not None and place.due > over)
+        # Until when we are at it says the lease, and not a time of their own.
+        due = tuple(replace(place, due=None) for place in wanted_gone if place not in later)
+        seconds, since = self.longest, time.monotonic()
+        record = await self.change(record, {"places": (*kept, *due, *later)}, lease=seconds)
+        if not await self.discard(due, record, until=since + seconds):
             return "failed"
-        await self.change(record, {"places": kept}, lease=None)
+        now = 0.0 if record.lease is None else record.lease.timestamp() - seconds
+        left = (*kept, *later)
+        record = await self.change(record, {"places": left}, lease=self.lease_for(left, now=now))
+        if any(place.due is not None and place.due <= now for place in later):
+            # That the first was due is all that was known before; now we know what time it is.
+            return await self._clear(record, force=force, early=early, now=now)
         return "cleared"
 
     async def doubt_removal(self, record: MetaRecord) -> None:
@@ -313,7 +357,7 @@ class Journal:
 
 
 def _as_settling(places: Iterable[Place]) -> tuple[Place, ...]:
-    return tuple(replace(place, state="settling") for place in places)
+    return tuple(replace(place, state="settling", due=None) for place in places)
 
 
 class _Leases:

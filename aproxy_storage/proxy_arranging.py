@@ -92,7 +92,7 @@ class ArrangingVerbs(WritingVerbs):
         if states & {"doubtful", "settling"}:
             return record  # somebody is about to replace it, or a removal may still be under way
         if "surplus" in states:
-            done = await self.journal.finish(record)
+            done = await self.journal.finish(record, early=True)
             if done == "failed":
                 await self.journal.doubt_removal(await self.get(record.path))
             if done != "cleared":
@@ -109,7 +109,7 @@ class ArrangingVerbs(WritingVerbs):
             return await self.get(record.path)
         finally:
             await write.aclose()
-        await self.journal.finish(moved)
+        await self.journal.finish(moved, early=True)
         return await self.get(record.path)
 
     async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:

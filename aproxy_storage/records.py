@@ -63,11 +63,18 @@ class Place:
     `state` is ``"good"`` (whole bytes of this record), ``"doubtful"`` (a write may still land there, or never did),
     ``"surplus"`` (whole bytes that are not wanted any more, to be discarded when the record's lease has run out) or
     ``"settling"`` (discarded; to be discarded once more when the lease has run out, in case a late write landed).
+    `due`: not before this moment, by the clock of the meta-backend's database, in seconds since 1970.
     """
 
     original: str
     key: str
     state: PlaceState = "good"
+    due: float | None = None
+
+    def as_list(self) -> list[Any]:
+        """Return the arguments that make this place again, for JSON."""
+        values = [self.original, self.key, self.state]
+        return values if self.due is None else [*values, self.due]
 
 
 @dataclass(frozen=True, slots=True)

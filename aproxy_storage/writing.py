@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .attempts import Attempts, Job, Placed, Try
 from .content import Source
 from .errors import AlreadyExists, Conflict, ContentError, NotFound, StorageError, outcome_unknown
-from .journal import Held
+from .journal import DatabaseTime, Held
 from .paths import alternative, new_token, token_key
 from .records import PENDING, STORED, MetaRecord, Place
 from .writes import Content, Transfer, Write
@@ -318,6 +318,8 @@ class Writing:
             storage.get_original(place.original).check_key(place.key)
         since = asyncio.get_running_loop().time()
         named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, *new)})
+        clock = DatabaseTime.of(named, journal.lease_for(named.places), since)
+        made: list[Place] = []  # what this swap makes surplus
         with journal.leases.hold(named, since=since, follow=not pinned) as held:
             # No lease is asked for before each write: the keys are new, and can never be another's.
             job = Job(write, named.token, _no_lease, forced=forced)
@@ -329,17 +331,20 @@ class Writing:
                     if not set(new) <= set(now.places):  # reconcile took them for abandoned
                         raise Conflict(f"the replacement of {now.path!r} took longer than its lease", path=now.path)
                     gone = {(place.original, place.key) for place in new}
-                    old = [replace(now.primary, state="surplus")]
-                    for place in now.places:
-                        # The same key in another original is another place.
-                        if (place.original, place.key) in gone or place == now.primary:
-                            continue
-                        stale = place.state == "good" and not same_bytes
-                        old.append(replace(place, state="surplus") if stale else place)
-                    return {**fields, "places": (*old, *fields["places"])}
+                    # The same key in another original is another place.
+                    others = [at for at in now.places if (at.original, at.key) not in gone and at != now.primary]
+                    stale = [at for at in others if at.state == "good" and not same_bytes]
+                    made[:] = (replace(at, state="surplus", due=kept_until(0)) for at in (now.primary, *stale))
+                    waiting = (self._dated(at, kept_until(journal.longest)) for at in others if at not in stale)
+                    return {**fields, "places": (*made, *waiting, *fields["places"])}
+
+                def kept_until(at_least: float) -> float | None:
+                    # Where nothing is kept, we are at its removal at once; others wait for that as for anything.
+                    seconds = max(storage.keep_replaced or journal.longest, at_least)
+                    return None if clock is None else clock.latest() + seconds
 
                 until = time.monotonic() + max(journal.settle, journal.lease)
-                stored = await self._with_latest(held.record, pinned, swapped)
+                stored = await self._with_latest(held.record, pinned, swapped, clock)
             except BaseException as error:
                 # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.
                 unsure = new if outcome_unknown(error) else job.unsure
@@ -347,8 +352,15 @@ class Writing:
                 raise
         self._clear_losers(stored, job)
         if storage.keep_replaced <= 0:
-            stored = await self._drop_after_commit(stored, until)
+            stored = await self._drop_after_commit(stored, made, until, clock)
         return stored
+
+    @staticmethod
+    def _dated(place: Place, due: float | None) -> Place:
+        """Return `place` with a time of its own, so that its removal does not wait for the last of many replacements.
+
+        Not a doubtful one: until when its writer is alive says the lease."""
+        return place if place.state in ("good", "doubtful") or place.due is not None else replace(place, due=due)
 
     async def make_primary(self, record: MetaRecord, place: Place) -> MetaRecord:
         """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus."""
@@ -393,6 +405,7 @@ class Writing:
         record: MetaRecord,
         pinned: bool,
         change: Callable[[MetaRecord], dict[str, Any]],
+        clock: DatabaseTime | None = None,
     ) -> MetaRecord:
         """Compare-and-set `record`; unless `pinned`, what others have made of it meanwhile.
 
@@ -402,8 +415,9 @@ class Writing:
         journal = self._storage.journal
         for _ in range(_MAX_RETRIES):
             changes = change(record)
+            lease = journal.lease_for(changes["places"], now=None if clock is None else clock.earliest())
             try:
-                return await journal.change(record, changes, lease=journal.lease_for(changes["places"]))
+                return await journal.change(record, changes, lease=lease)
             except StorageError as error:
                 if not error.outcome_unknown and not isinstance(error, Conflict):
                     raise
@@ -449,24 +463,29 @@ class Writing:
             except Conflict:
                 continue
 
-    async def _drop_after_commit(self, record: MetaRecord, until: float) -> MetaRecord:
+    async def _drop_after_commit(
+        self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None
+    ) -> MetaRecord:
         """Discard the old bytes now; in a caller's transaction when it commits, for it may be rolled back (J8)."""
         latest = record
 
         async def drop() -> None:
             nonlocal latest
-            latest = await self._drop_surplus(record, until)
+            latest = await self._drop(record, surplus, until, clock)
 
         await self._storage.meta.after_commit(drop)
         return latest
 
-    async def _drop_surplus(self, record: MetaRecord, until: float) -> MetaRecord:
+    async def _drop(
+        self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None
+    ) -> MetaRecord:
+        # Not what was surplus before: a discard of it may be without an answer, and not be over.
         journal = self._storage.journal
-        surplus = [place for place in record.places if place.state == "surplus"]
-        others = tuple(place for place in record.places if place.state != "surplus")
+        others = tuple(place for place in record.places if place not in surplus)
         try:
             if await journal.discard(surplus, record, until=until):
-                return await journal.change(record, {"places": others}, lease=journal.lease_for(others))
+                lease = journal.lease_for(others, now=None if clock is None else clock.earliest())
+                return await journal.change(record, {"places": others}, lease=lease)
         except StorageError:
             pass  # it stays named: reconcile does it
         return record

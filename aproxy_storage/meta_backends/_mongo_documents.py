@@ -157,11 +157,15 @@ def _or_missing(value: Any, default: Any) -> Any:
 
 def places_of(listed: Iterable[Mapping[str, Any]]) -> tuple[Place, ...]:
     """Return the places of a document."""
-    return tuple(Place(one["original"], one["key"], one["state"]) for one in listed)
+    return tuple(Place(one["original"], one["key"], one["state"], one.get("due")) for one in listed)
 
 
 def _dumped(places: Iterable[Place]) -> list[Document]:
-    return [{"original": place.original, "key": place.key, "state": place.state} for place in places]
+    return [
+        {"original": place.original, "key": place.key, "state": place.state}
+        | ({} if place.due is None else {"due": place.due})
+        for place in places
+    ]
 
 
 def _portable(extra: Mapping[str, Any]) -> Document:

@@ -294,7 +294,7 @@ class Table:
 
     def _prepared(self, name: str, value: Any, connection: Any) -> Any:
         if name == "places":
-            return _encode([(place.original, place.key, place.state) for place in value]) if value else "[]"
+            return _encode([place.as_list() for place in value]) if value else "[]"
         if isinstance(value, str):
             self._check_text(name, value, self.fields[name])
         elif isinstance(value, datetime):

@@ -62,7 +62,7 @@ def dump_extra(extra: Mapping[str, Any]) -> str:
 
 
 def dump_places(places: Iterable[Place]) -> str:
-    return _encode([(place.original, place.key, place.state) for place in places]) if places else "[]"
+    return _encode([place.as_list() for place in places]) if places else "[]"
 
 
 def values_of(row: Row, columns: Iterable[str]) -> list[Any]:

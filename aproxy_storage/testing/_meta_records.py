@@ -26,7 +26,7 @@ class CreateTests(MetaBackendHooks):
             "a/日本.txt",
             state=PENDING,
             version=3,
-            places=(Place("s3", "k/日本", "doubtful"), Place("fs", "old", "surplus")),
+            places=(Place("s3", "k/日本", "doubtful"), Place("fs", "old", "surplus", 1795320867.339447)),
             size=2**40,
             checksum="sha256:" + "0f" * 32,
             content_type="text/plain; charset=utf-8",
