@@ -1,4 +1,4 @@
-"""How content becomes a stored file: the procedures behind save, replace, copy and move (J5, J6, J8).
+"""How content becomes a new file: the procedure behind save and copy (J5), and inside a caller's transaction (J8).
 
 Which original gets it is the affair of `attempts` and `replication`; here is what the record says before and after.
 """
@@ -6,35 +6,27 @@ Which original gets it is the affair of `attempts` and `replication`; here is wh
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .attempts import Attempts, Job, Placed, Try
+from .attempts import Job, Placed
 from .content import Source
-from .errors import AlreadyExists, Conflict, ContentError, NotFound, StorageError, outcome_unknown
-from .journal import DatabaseTime, Held
-from .paths import alternative, new_token, token_key
+from .errors import AlreadyExists, NotFound, outcome_unknown
+from .leases import Held
+from .paths import new_token
 from .records import PENDING, STORED, MetaRecord, Place
+from .swapping import Swapping, no_lease
 from .writes import Content, Transfer, Write
-
-if TYPE_CHECKING:
-    from .proxy import ProxyStorage
 
 __all__ = ["Writing"]
 
 _MAX_NAMES = 100  # free names tried before giving up: 62**7 are possible, so more means that something else is wrong
-_MAX_RETRIES = 20  # compare-and-sets lost in a row to others who changed the same record
 
 
-class Writing:
+class Writing(Swapping):
     """The writing side of one storage. Keeps no state of its own."""
-
-    def __init__(self, storage: ProxyStorage) -> None:
-        self._storage = storage
-        self._attempts = Attempts(storage)
 
     # -- J5: a new file
 
@@ -145,46 +137,6 @@ class Writing:
         held.record = await journal.change(record, {"places": (*record.places, place)})
         return place
 
-    def _placed(self, placed: Placed, unsure: Sequence[Place]) -> tuple[dict[str, Any], float | None]:
-        """Return the changes that make a record one of a file that is whole at `placed`, and its lease."""
-        first, *copies = (replace(place, state="good") for place in placed.good)
-        changes = {
-            "original_storage_name": first.original,
-            "original_storage_path": first.key,
-            "places": (*copies, *unsure),
-            **placed.written.fields(),
-        }
-        return changes, self._storage.journal.lease_for(unsure)
-
-    def _clear_losers(self, record: MetaRecord, job: Job) -> None:
-        if job.losers:
-            work = self._forget_losers(record, job.losers)
-            self._storage.cleanup.start(work, name=f"removal of what lost the race for {record.path!r}")
-
-    async def _forget_losers(self, record: MetaRecord, losers: Sequence[tuple[asyncio.Task[Any], Try]]) -> None:
-        """Remove what attempts that were left behind have written, as far as it is known that nothing more comes.
-
-        The rest stays named as doubtful, for `tidy` and reconcile.
-        """
-        journal = self._storage.journal
-        await asyncio.wait([task for task, _ in losers], timeout=self._storage.timeouts.cleanup)
-        places = [one.place for task, one in losers if task.done() and one.certain]
-        if not places or not await journal.discard(places, record):
-            return
-        for _ in range(_MAX_RETRIES):
-            rest = tuple(place for place in record.places if place not in places)
-            try:
-                await journal.change(record, {"places": rest}, lease=journal.lease_for(rest))
-                return
-            except Conflict:
-                try:
-                    current = await journal.meta.get(record.path)
-                except NotFound:
-                    return
-                if current.token != record.token or current.state != STORED:
-                    return  # whoever has deleted it removes these places too
-                record = current
-
     async def _give_token_key(self, held: Held, place: Place) -> Place:
         record = held.record
         fresh = replace(place, key=self._token_key(record.path, new_token(), place.original))
@@ -235,7 +187,7 @@ class Writing:
                 continue
             keys = await self._keys_without_owner(path, candidates)
             record = self._reservation(path, new_token(), candidates[:1], fields, keys=keys)
-            job = Job(write, record.token, _no_lease, forced=forced)
+            job = Job(write, record.token, no_lease, forced=forced)
             placed: Placed | None = None
             try:
                 placed = await self._attempts.place(job, [self._place(record, name, keys) for name in candidates])
@@ -291,241 +243,6 @@ class Writing:
         """Discard what a save without a record has written: not what lay at a key that it found taken."""
         await self._storage.journal.discard([*(placed.good if placed is not None else ()), *job.unsure], record)
 
-    # -- J6: new bytes for an existing file
-
-    async def swap(
-        self,
-        record: MetaRecord,
-        candidates: Sequence[str],
-        write: Write,
-        *,
-        pinned: bool,
-        forced: bool = False,
-        same_bytes: bool = False,
-        key: str | None = None,
-    ) -> MetaRecord:
-        """Write under new keys and make them the file's; the old bytes stay for `keep_replaced` seconds.
-
-        `pinned`: only `record` as it is may be replaced; otherwise whatever it has become, while it is there.
-        `key`: one that no other record names, instead of a new one.
-        `same_bytes`: they are only moved, so that further copies stay what they are.
-        """
-        storage, journal = self._storage, self._storage.journal
-        self._attempts.check_any(candidates, forced=forced)
-        self._check_replayable(write, candidates)
-        new = [Place(name, key or self._token_key(record.path, new_token(), name), "doubtful") for name in candidates]
-        for place in new:
-            storage.get_original(place.original).check_key(place.key)
-        since = asyncio.get_running_loop().time()
-        named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, *new)})
-        clock = DatabaseTime.of(named, journal.lease_for(named.places), since)
-        made: list[Place] = []  # what this swap makes surplus
-        with journal.leases.hold(named, since=since, follow=not pinned) as held:
-            # No lease is asked for before each write: the keys are new, and can never be another's.
-            job = Job(write, named.token, _no_lease, forced=forced)
-            try:
-                placed = await self._attempts.place(job, new)
-                fields, _ = self._placed(placed, job.unsure)
-
-                def swapped(now: MetaRecord) -> dict[str, Any]:
-                    if not set(new) <= set(now.places):  # reconcile took them for abandoned
-                        raise Conflict(f"the replacement of {now.path!r} took longer than its lease", path=now.path)
-                    gone = {(place.original, place.key) for place in new}
-                    # The same key in another original is another place.
-                    others = [at for at in now.places if (at.original, at.key) not in gone and at != now.primary]
-                    stale = [at for at in others if at.state == "good" and not same_bytes]
-                    made[:] = (replace(at, state="surplus", due=kept_until(0)) for at in (now.primary, *stale))
-                    waiting = (self._dated(at, kept_until(journal.longest)) for at in others if at not in stale)
-                    return {**fields, "places": (*made, *waiting, *fields["places"])}
-
-                def kept_until(at_least: float) -> float | None:
-                    # Where nothing is kept, we are at its removal at once; others wait for that as for anything.
-                    seconds = max(storage.keep_replaced or journal.longest, at_least)
-                    return None if clock is None else clock.latest() + seconds
-
-                until = time.monotonic() + max(journal.settle, journal.lease)
-                stored = await self._with_latest(held.record, pinned, swapped, clock)
-            except BaseException as error:
-                # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.
-                unsure = new if outcome_unknown(error) else job.unsure
-                await self._finish(self._take_back(held.record, new, unsure), "undo of a replacement")
-                raise
-        self._clear_losers(stored, job)
-        if storage.keep_replaced <= 0:
-            stored = await self._drop_after_commit(stored, made, until, clock)
-        return stored
-
-    @staticmethod
-    def _dated(place: Place, due: float | None) -> Place:
-        """Return `place` with a time of its own, so that its removal does not wait for the last of many replacements.
-
-        Not a doubtful one: until when its writer is alive says the lease."""
-        return place if place.state in ("good", "doubtful") or place.due is not None else replace(place, due=due)
-
-    async def make_primary(self, record: MetaRecord, place: Place) -> MetaRecord:
-        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus."""
-        former = replace(record.primary, state="surplus")
-        others = (other for other in record.places if other not in (place, record.primary))
-        places = (former, *others)
-        changes = {"original_storage_name": place.original, "original_storage_path": place.key, "places": places}
-        journal = self._storage.journal
-        return await journal.change(record, changes, lease=journal.lease_for(places))
-
-    async def add_copy(self, record: MetaRecord, original: str, source: Place) -> MetaRecord:
-        """Give a stored file one more copy, in `original`, read from `source`; return the new record.
-
-        The copy counts when it is whole and has the recorded checksum.
-
-        Raises:
-            IntegrityError: what is at `source` is not the file. Conflict: it was changed meanwhile. And as `save`.
-        """
-        storage, journal = self._storage, self._storage.journal
-        new = Place(original, self._token_key(record.path, new_token(), original), "doubtful")
-        since = asyncio.get_running_loop().time()
-        named = await self._with_latest(record, True, lambda now: {"places": (*now.places, new)})
-        write = Transfer(storage, named, (source,))
-        with journal.leases.hold(named, since=since) as held:
-            job = Job(write, named.token, held.check, forced=True)
-            try:
-                await self._attempts.attempt(job, Try(new))
-
-                def with_copy(now: MetaRecord) -> dict[str, Any]:
-                    return {"places": tuple(replace(at, state="good") if at == new else at for at in now.places)}
-
-                return await self._with_latest(held.record, True, with_copy)
-            except BaseException as error:
-                unsure = [new] if outcome_unknown(error) else job.unsure
-                await self._finish(self._take_back(held.record, [new], unsure), "undo of a copy")
-                raise
-            finally:
-                await write.aclose()
-
-    async def _with_latest(
-        self,
-        record: MetaRecord,
-        pinned: bool,
-        change: Callable[[MetaRecord], dict[str, Any]],
-        clock: DatabaseTime | None = None,
-    ) -> MetaRecord:
-        """Compare-and-set `record`; unless `pinned`, what others have made of it meanwhile.
-
-        A conflict is also how the echo of our own statement looks, sent again by a driver after a lost connection,
-        so what is there already is accepted.
-        """
-        journal = self._storage.journal
-        for _ in range(_MAX_RETRIES):
-            changes = change(record)
-            lease = journal.lease_for(changes["places"], now=None if clock is None else clock.earliest())
-            try:
-                return await journal.change(record, changes, lease=lease)
-            except StorageError as error:
-                if not error.outcome_unknown and not isinstance(error, Conflict):
-                    raise
-                lost = error
-            try:
-                current = await journal.meta.get(record.path)
-            except StorageError:
-                raise lost from None  # gone, or not to be settled: what is unknown of the change stays unknown
-            ours = current.token == record.token and current.state == STORED
-            if ours and current.version == record.version + 1 and current.places == changes["places"]:
-                return current
-            if not ours or pinned or not isinstance(lost, Conflict):
-                raise lost
-            record = current
-        raise Conflict(f"{record.path!r} is changed by others faster than it can be replaced", path=record.path)
-
-    async def _take_back(self, record: MetaRecord, new: Sequence[Place], unsure: Sequence[Place]) -> None:
-        """Undo a replacement: first its places are given up by compare-and-set, so that a swap whose answer was lost
-        cannot take effect any more; then the bytes go, then their names leave the record."""
-        journal = self._storage.journal
-        for _ in range(_MAX_RETRIES):
-            try:
-                current = await journal.meta.get(record.path)
-            except NotFound:
-                current = None
-            if current is None or current.token != record.token or current.state != STORED:
-                await journal.discard(new, record)  # deleted, or renamed: then only if nobody names it
-                return
-            if any(replace(place, state="good") in current.good_places() for place in new):
-                return  # swapped in after all
-            if not set(new) & set(current.places):  # reconcile has given them up already
-                await journal.discard(new, record)
-                return
-            others = tuple(other for other in current.places if other not in new)
-            settling = tuple(replace(place, state="settling") for place in new)
-            given_up = (*others, *settling)
-            try:
-                current = await journal.change(current, {"places": given_up}, lease=journal.lease_for(given_up))
-                if await journal.discard(new, record) and len(unsure) < len(new):
-                    left = (*others, *(replace(place, state="settling") for place in unsure))
-                    await journal.change(current, {"places": left}, lease=journal.lease_for(left))
-                return  # of what is left the lease runs out, and reconcile discards it again
-            except Conflict:
-                continue
-
-    async def _drop_after_commit(
-        self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None
-    ) -> MetaRecord:
-        """Discard the old bytes now; in a caller's transaction when it commits, for it may be rolled back (J8)."""
-        latest = record
-
-        async def drop() -> None:
-            nonlocal latest
-            latest = await self._drop(record, surplus, until, clock)
-
-        await self._storage.meta.after_commit(drop)
-        return latest
-
-    async def _drop(
-        self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None
-    ) -> MetaRecord:
-        # Not what was surplus before: a discard of it may be without an answer, and not be over.
-        journal = self._storage.journal
-        others = tuple(place for place in record.places if place not in surplus)
-        try:
-            if await journal.discard(surplus, record, until=until):
-                lease = journal.lease_for(others, now=None if clock is None else clock.earliest())
-                return await journal.change(record, {"places": others}, lease=lease)
-        except StorageError:
-            pass  # it stays named: reconcile does it
-        return record
-
-    # -- shared
-
-    async def _finish(self, work: Any, name: str) -> None:
-        await self._storage.cleanup.finish(work, within=self._storage.timeouts.cleanup, name=name)
-
-    def _check_replayable(self, write: Write, candidates: Sequence[str]) -> None:
-        if len(candidates) > 1 and self._storage.placement.limits.copies == 1 and not write.source.replayable:
-            raise ContentError(
-                "the content can be read only once and must not be kept (spool_bytes=None), so there is nothing for "
-                "a second original; hand over bytes, a path or a file that can seek, or name one with using="
-            )
-
-    def _key(self, path: str, token: str, original: str, keys: str) -> str:
-        if keys == "token":
-            return self._token_key(path, token, original)
-        return path[len(self._storage.prefix) :]
-
-    def _token_key(self, path: str, token: str, original: str) -> str:
-        capabilities = self._storage.get_original(original).capabilities
-        return token_key(
-            path.removeprefix(self._storage.prefix),
-            token,
-            max_bytes=capabilities.max_key_bytes,
-            max_segment_bytes=capabilities.max_segment_bytes,
-        )
-
-    def next_name(self, path: str, candidates: Sequence[str], max_length: int | None) -> str:
-        """Return the next name to try for `path`, legal for all `candidates`."""
-        segments = [self._storage.get_original(name).capabilities.max_segment_bytes for name in candidates]
-        return alternative(
-            path,
-            max_length=max_length,
-            max_bytes=self._storage.max_path_bytes,
-            max_segment_bytes=min((limit for limit in segments if limit is not None), default=None),
-        )
-
     # -- what is written
 
     def write_of(self, source: Source, name: str, content_type: str | None) -> Write:
@@ -535,7 +252,3 @@ class Writing:
     def transfer_of(self, record: MetaRecord) -> Write:
         """Return the `Write` that takes the bytes of a stored file, on the server where that can be."""
         return Transfer(self._storage, record)
-
-
-def _no_lease() -> None:
-    """Stand in for the check of a lease where there is none that matters."""

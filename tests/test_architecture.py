@@ -25,8 +25,10 @@ BASES = {"backends.base", "meta_backends.base"}
 CORE = {
     "registry",
     "journal",
+    "leases",
     "files",
     "writing",
+    "swapping",
     "attempts",
     "gates",
     "openings",
