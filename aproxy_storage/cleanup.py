@@ -11,6 +11,7 @@ import asyncio
 import contextvars
 import logging
 import math
+import weakref
 from collections.abc import Coroutine
 from typing import Any
 
@@ -26,10 +27,16 @@ patience: contextvars.ContextVar[float] = contextvars.ContextVar("aproxy_storage
 
 
 class Cleanup:
-    """The cleanup tasks of one owner, per event loop."""
+    """The cleanup tasks of one owner, per event loop.
 
-    def __init__(self, owner: str) -> None:
-        self._owner = owner
+    Args:
+        owner: what tasks and logs call by its ``str()``, which is asked for on first use: in a constructor it may lack
+            what its name is made of.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self._owner_ref = weakref.ref(owner) if not isinstance(owner, str) else None  # no cycle
+        self._owner = owner if isinstance(owner, str) else ""
         self._tasks: PerLoop[set[asyncio.Task[Any]]] = PerLoop(set)
 
     def start(
@@ -46,6 +53,8 @@ class Cleanup:
         Its context is empty unless given: that keeps it from holding on to the variables (request, connection,
         transaction) of a call that is going away.
         """
+        if not self._owner and self._owner_ref is not None:
+            self._owner = str(self._owner_ref())
         tasks = self._tasks.get()
         task = asyncio.get_running_loop().create_task(
             work, name=f"aproxy_storage {self._owner}: {name}", context=context or contextvars.Context()

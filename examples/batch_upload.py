@@ -3,7 +3,7 @@
     python examples/batch_upload.py DIRECTORY
 
 Where to is said by $APROXY_CONFIG or ./aproxy.toml, and without either it is ./aproxy-data. Stopped with Ctrl-C, what
-was reported is stored, and nothing else is. A second run uploads what is missing.
+was reported is stored, and the rest is stored whole or not at all. A second run uploads what is missing.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ATTEMPTS = 4
 
 
 def files_below(root):
-    """Yield (name in the storage, local path); nothing is held, so there may be millions."""
+    """Yield (name in the storage, local path); one directory is held at a time, so there may be millions."""
     for directory, directories, names in os.walk(root):
         directories.sort()
         for name in sorted(names):

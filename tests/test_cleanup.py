@@ -9,6 +9,7 @@ import logging
 
 import pytest
 
+from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.cleanup import Cleanup
 
 request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
@@ -137,3 +138,18 @@ def test_loops_have_their_own_tasks() -> None:
 
     asyncio.run(leave_one_behind())  # ends it
     asyncio.run(cleanup.drain(within=5))
+
+
+@pytest.mark.asyncio
+async def test_the_owner_is_asked_for_its_name_when_it_is_needed() -> None:
+    class Late(MemoryBackend):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = "here"
+
+        def __str__(self) -> str:
+            return f"Late({self.place})"
+
+    backend = Late()
+    assert backend.cleanup.start(asyncio.sleep(0)).get_name().startswith("aproxy_storage Late(here)")
+    await backend.aclose()

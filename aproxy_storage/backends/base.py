@@ -87,7 +87,7 @@ class Backend(abc.ABC):
 
     def __init__(self, *, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()
-        self.cleanup = Cleanup(str(self))
+        self.cleanup = Cleanup(self)
 
     def __str__(self) -> str:
         return type(self).__name__
