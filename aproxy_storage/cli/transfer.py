@@ -20,6 +20,7 @@ from ..errors import AlreadyExists, ConfigurationError, ContentError, IntegrityE
 from ..proxy import ProxyStorage
 from ..records import ByteRange, MetaRecord
 from ..tools.bulk import run_many
+from ..tools.migrate import why_taken
 from .output import Bar, WatchedFile, duration, size
 from .session import Session, command
 from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below
@@ -146,6 +147,8 @@ async def put_files(
     async def work(item: _Item) -> tuple[str, str]:
         return await _put_one(storage, item, bar, on_conflict, using, repair)
 
+    with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
+        await storage.tidy()
     results = run_many(storage, items(), work, name=lambda item: item.local, concurrency=concurrency)
     async with contextlib.aclosing(results):
         async for result in results:
@@ -174,6 +177,15 @@ async def _put_one(
     if local.error is not None:
         raise local.error
     if record is None:
+        try:
+            # At exactly this path: another name would be another file each time that the command is repeated.
+            with _content(local, bar) as content:
+                return "stored", (await storage.write_to(path, content, exclusive=True, using=using)).path
+        except AlreadyExists as error:
+            (record,) = await storage.get_many([path])
+            if record is None and not (on_conflict is OnConflict.keep_both and await _is_anothers(storage, path)):
+                raise await why_taken(storage, path) from error
+    if record is None:
         with _content(local, bar) as content:
             return "stored", await storage.save(local.name, content, using=using)
     if await has_bytes_of(local.file, record):
@@ -192,6 +204,12 @@ async def _put_one(
     with _content(local, bar) as content:
         await storage.replace(path, content, using=using)
     return action, path
+
+
+async def _is_anothers(storage: ProxyStorage, path: str) -> bool:
+    """Return whether a path is that of another storage, which shares the records."""
+    record = (await storage.meta.get_many([path]))[0]
+    return record is not None and record.proxy_storage_name != storage.name
 
 
 def _is_watched(bar: Bar, count: int | None) -> bool:
@@ -244,7 +262,13 @@ async def _put_stdin(
             record = await storage.replace(path, stdin, using=using)
             session.did("replaced", path, record.size, told=True, size=record.size)
         else:
-            record = await storage.get(await storage.save(name, stdin, using=using))
+            if taken or (on_conflict is OnConflict.keep_both and await _is_anothers(storage, path)):
+                record = await storage.get(await storage.save(name, stdin, using=using))
+            else:
+                try:
+                    record = await storage.write_to(path, stdin, exclusive=True, using=using)
+                except AlreadyExists as error:
+                    raise await why_taken(storage, path) from error
             session.did("stored", record.path, record.size, told=True, size=record.size)
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from aproxy_storage import Place
 from aproxy_storage.cli.trees import Draft
-from tests.cli.conftest import Run, command, contents, environment, stored, tree
+from tests.cli.conftest import Run, command, contents, environment, leave_record, stored, tree
 
 # -- put
 
@@ -88,6 +89,47 @@ def test_what_was_lost_on_the_way_is_said(run: Run) -> None:
     Path("a.txt").write_text("after")
     done = run("put", "a.txt", code=1)
     assert "--on-conflict replace, keep-both or skip says what to do" in done.err
+
+
+@pytest.mark.parametrize("policy", ["fail", "replace", "keep-both", "skip"])
+def test_what_a_killed_run_was_amid_gets_no_other_name(run: Run, policy: str) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt", "--to", "t/")
+    leave_record("t/empty", lease=600)
+    for _ in range(2):
+        done = run("put", "-r", "t", "--on-conflict", policy, code=1)
+        assert "failed  t/empty: 't/empty' is taken until " in done.err
+        assert "reconcile --apply --force" in done.err
+        assert set(run("ls", "-r").lines) == set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin"}
+    run("reconcile", "--apply", "--force", "--yes")
+    assert "1 stored" in run("put", "-r", "t", "--on-conflict", policy).err
+    assert set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin", "t/empty"}
+
+
+def test_standard_input_gets_no_other_name_either(run: Run, run_process: Run) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    leave_record("in.bin", lease=600)
+    done = run_process("put", "-", "--to", "in.bin", input=b"x", code=1)
+    assert "'in.bin' is taken until " in done.err
+    assert set(stored()) == {"a.txt"}
+
+
+def test_what_is_over_is_cleared_away_before_the_transfer(run: Run) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    places = (Place("default", "c.txt", "settling"),)
+    leave_record("c.txt", lease=0, state="deleting", places=places)
+    assert run("put", "t/b/c.txt").lines == ["stored  c.txt  file=t/b/c.txt"]
+
+
+def test_a_path_of_another_storage(run: Run) -> None:
+    """Storages that share a table share its paths."""
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    leave_record("empty", lease=600, proxy_storage_name="other", state="stored")
+    assert "'empty' is a file of storage 'other'" in run("put", "t/empty", code=1).err
+    assert run("put", "t/empty", "--on-conflict", "keep-both").lines[0].startswith("stored  empty_")
 
 
 def test_damaged_and_lost_files_are_repaired(run: Run) -> None:

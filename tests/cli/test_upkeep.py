@@ -1,14 +1,11 @@
 """verify and reconcile."""
 
-import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
-from aproxy_storage import MetaRecord
-from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from tests.cli.conftest import Run, stored, tree
+from tests.cli.conftest import Run, leave_record, stored, tree
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +33,8 @@ def test_damaged_and_missing_files(run: Run) -> None:
     assert {row["kind"] for row in failed} == {"IntegrityError"}
 
 
-def abandon(path: str) -> None:
-    """Leave what a save leaves that died before its bytes were written."""
-
-    async def write() -> None:
-        async with SQLiteMetaBackend("aproxy-data/records.sqlite3") as meta:
-            record = MetaRecord(
-                path=path, proxy_storage_name="default", original_storage_name="default",
-                original_storage_path=path, state="pending", token="abandoned", version=1,
-            )  # fmt: skip
-            await meta.create(record, lease=0)
-
-    asyncio.run(write())
-
-
 def test_reconcile_says_before_it_does(run: Run) -> None:
-    abandon("half.txt")
+    leave_record("half.txt", lease=0)
     # The storage tidies up when it is closed: so a dry run of the command is seen beside one that did nothing yet.
     done = run("reconcile")
     assert done.lines == ["undone    half.txt"]
@@ -60,7 +43,7 @@ def test_reconcile_says_before_it_does(run: Run) -> None:
 
 
 def test_reconcile_applies(run: Run) -> None:
-    abandon("half.txt")
+    leave_record("half.txt", lease=0)
     (row,) = run("reconcile", "--apply", "--json").rows
     # Its bytes may still land, for all that anybody knows: it is looked at once more, after `settle`.
     assert row == {"action": "settling", "path": "half.txt", "original": "default"}

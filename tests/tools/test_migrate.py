@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, ProxyStorage
+from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, MetaRecord, Place, ProxyStorage
 from aproxy_storage.backends.base import Backend
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
@@ -16,6 +16,7 @@ from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import ByteRange, ObjectInfo
 from aproxy_storage.tools.bulk import Result
 from aproxy_storage.tools.migrate import Copied, copy_files
+from aproxy_storage.tools.reconcile import reconcile
 
 FILES = {"a.txt": b"first", "dir/b.png": b"\x89PNG\r\n\x1a\n" + b"x" * 3_000_000, "日本/空.bin": b"", "z": b"last"}
 
@@ -124,6 +125,33 @@ async def contents_without_checksums(target: ProxyStorage) -> dict[str, bytes]:
 async def read(target: ProxyStorage, path: str) -> bytes:
     async with target.open(path) as file:
         return await file.read()
+
+
+def reservation(path: str, **fields: Any) -> MetaRecord:
+    """What a save leaves in the records that was killed before its bytes were written."""
+    given = {"proxy_storage_name": "staging", "original_storage_name": "default", "state": "pending", **fields}
+    return MetaRecord(path=path, original_storage_path=path, token="abandoned", version=1, **given)
+
+
+@pytest.mark.asyncio
+async def test_what_a_killed_run_was_amid_is_told_with_the_way_out() -> None:
+    source, target = await bucket(), storage("staging")
+    record = reservation("z")
+    await target.meta.reserve(record, lease=600.0, spare=record)
+    results = await run(source, target)
+    assert isinstance(results["z"].error, AlreadyExists)
+    assert "'z' is taken until " in str(results["z"].error)
+    assert "reconcile --apply --force frees it now" in str(results["z"].error)
+    await reconcile(target, dry_run=False, force=True)
+    assert actions(await run(source, target))["z"] == "copied"
+
+
+@pytest.mark.asyncio
+async def test_what_is_over_is_cleared_away_before_the_copy() -> None:
+    source, target = await bucket(), storage("staging")
+    places = (Place("default", "z", "settling"),)
+    await target.meta.create(reservation("z", state="deleting", places=places), lease=0.0)
+    assert actions(await run(source, target)) == dict.fromkeys(FILES, "copied")
 
 
 class Guarded(MemoryBackend):
