@@ -124,6 +124,8 @@ class _Objects:
         try:
             await self.backend.stat(info.key)
         except NotFound:
+            # What is listed, but can be asked for by no name, is not found either: InvalidPath says that.
+            self.backend.check_key(info.key)
             return True
         return False
 

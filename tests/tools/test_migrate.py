@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import MemoryStore
 
-from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, MetaRecord, Place, ProxyStorage
+from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, InvalidPath, MetaRecord, Place, ProxyStorage
 from aproxy_storage.backends.base import Backend
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.backends.obstore import ObstoreBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import ByteRange, ObjectInfo
 from aproxy_storage.tools.bulk import Result
@@ -216,6 +218,19 @@ async def test_files_deleted_meanwhile_are_no_failure() -> None:
             yield ObjectInfo("gone", size=3)
 
     assert actions(await run(Vanishing(), storage("staging"))) == {"gone": "gone"}
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_cannot_be_asked_for_is_a_failure() -> None:
+    """Such a file is not found under its name either, which does not make it a deleted one."""
+    store = MemoryStore()
+    names = ("back\\slash.txt", "line\u2028separator.txt")
+    for name in ("a.txt", *names):
+        store.put(name, b"x")
+    results = await run(ObstoreBackend(store), storage("staging"))
+    assert actions(results) == {"a.txt": "copied", **dict.fromkeys(names, "failed")}
+    for name in names:
+        assert isinstance(results[name].error, InvalidPath)
 
 
 @pytest.mark.asyncio
