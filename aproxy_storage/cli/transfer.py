@@ -330,8 +330,14 @@ async def get(
 
 
 def directory_prefix(storage: ProxyStorage, path: str) -> str:
-    """Return what the paths of all files below the directory `path` begin with."""
-    return storage.prefix if path in (".", "", "/") else path.rstrip("/") + "/"
+    """Return what the paths of all files below the directory `path` begin with; ``.`` is the topmost.
+
+    Raises:
+        ConfigurationError: nothing is named, as by an unset variable of a script.
+    """
+    if not path.strip("/"):
+        raise ConfigurationError(f"{path!r} names no directory; . is everything")
+    return storage.prefix if path == "." else path.rstrip("/") + "/"
 
 
 async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool, bar: Bar) -> str:
