@@ -295,7 +295,7 @@ async def get(
         record = await storage.get(path)
         name = record.path.rpartition("/")[2]
         target = output or Path(name)
-        if target.is_dir():
+        if os.path.isdir(target):
             target = target_below(target, name)
         with session.out.progress("fetching", 1) as bar:
             action = await _get_one(storage, record, target, force, bar)
@@ -342,7 +342,7 @@ def directory_prefix(storage: ProxyStorage, path: str) -> str:
 
 async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool, bar: Bar) -> str:
     if await asyncio.to_thread(os.path.lexists, target):
-        if await asyncio.to_thread(target.is_file) and await has_bytes_of(target, record):
+        if await asyncio.to_thread(os.path.isfile, target) and await has_bytes_of(target, record):
             return "skipped"
         if not force:
             raise AlreadyExists(f"{target} is there already, with other bytes; --force overwrites it")

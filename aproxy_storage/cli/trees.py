@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 
 from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError, from_os_error
 from ..paths import check_path, new_token
@@ -63,7 +63,7 @@ def files_below(source: Path, name: str, *, recursive: bool, spare: Container[st
     except OSError as error:
         yield Local(source, name or str(source), error=from_os_error(error, f"read {source}"))
         return
-    if source.is_dir():
+    if S_ISDIR(status.st_mode):
         if not recursive:
             yield Local(source, name, error=ContentError(f"{source} is a directory; say -r to send what is below it"))
             return
@@ -90,7 +90,7 @@ def _below(directory: Path, name: str, real: str, spare: Container[str]) -> Iter
             yield from _below(path, inner, os.path.join(real, entry.name), spare)
         elif os.path.join(real, entry.name) in spare:
             continue
-        elif not entry.is_symlink() or not path.is_dir():
+        elif not entry.is_symlink() or not os.path.isdir(path):  # Path.is_dir raises what a bad link may give
             yield from files_below(path, inner, recursive=False)
 
 

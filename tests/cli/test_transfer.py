@@ -160,17 +160,19 @@ def test_problems_with_one_file_do_not_stop_the_others(run: Run) -> None:
     os.symlink("nowhere", "t/broken")
     os.symlink("a.txt", "t/link")
     os.symlink("..", "t/loop")
+    os.symlink("a" * 300, "t/long")
     Path(os.fsdecode(b"t/\xff.txt")).write_text("not UTF-8")
     Path("t/back\\slash").write_text("")
     done = run("put", "-r", "t", "t/nothing", code=1)
     assert set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin", "t/empty", "t/link"}
     assert "t/pipe is no regular file" in done.err
     assert "read t/broken" in done.err
+    assert "read t/long" in done.err
     assert "\\udcff.txt" in done.err
     assert "backslashes are not allowed" in done.err
     assert "read t/nothing" in done.err
     assert "5 stored" in done.err
-    assert "5 failed" in done.err
+    assert "6 failed" in done.err
 
 
 def test_a_directory_needs_r(run: Run) -> None:
@@ -244,6 +246,16 @@ def test_local_files_are_not_overwritten_unless_forced(run: Run) -> None:
     assert Path("a.txt").read_text() == "local!"
     run("get", "a.txt", "--force")
     assert Path("a.txt").read_text() == "stored"
+
+
+def test_what_cannot_be_looked_at_is_there_all_the_same(run: Run) -> None:
+    Path("a.txt").write_text("stored")
+    run("put", "a.txt", "--to", "b.txt")
+    os.symlink("a" * 300, "b.txt")
+    assert "--force" in run("get", "b.txt", code=1).err
+    assert "File name too long" in run("get", "b.txt", "-o", "b" * 300, code=1).err
+    run("get", "b.txt", "--force")
+    assert Path("b.txt").read_text() == "stored"
 
 
 def test_a_damaged_file_never_appears(run: Run) -> None:
