@@ -223,8 +223,9 @@ class _Copying:
                 # Not the file itself, which could seek: what is verified is read once, from its start.
                 yield _chunks(reader), {"size": size, "content_type": content_type, "using": self._using}
         except ContentError as error:
-            if isinstance(error.__cause__, StorageError):  # the source's own word is the better reason
-                raise error.__cause__ from error
+            cause = error.__cause__
+            if isinstance(cause, StorageError):  # the source's own word is the better reason
+                raise cause from cause.__cause__
             raise
 
 

@@ -2,15 +2,15 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from obstore.store import MemoryStore
 
-from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, InvalidPath, MetaRecord, Place, ProxyStorage
-from aproxy_storage.backends.base import Backend
+from aproxy_storage import AccessDenied, AlreadyExists, BackendUnavailable, IntegrityError, InvalidPath, MetaRecord, Place, ProxyStorage
+from aproxy_storage.backends.base import Backend, Reader
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.obstore import ObstoreBackend
@@ -195,6 +195,29 @@ async def test_a_failed_file_is_told_with_its_reason_and_the_rest_goes_on() -> N
     assert await contents(target) == {name: data for name, data in FILES.items() if name != "dir/b.png"}
     source.denied = frozenset()
     assert actions(await run(source, target))["dir/b.png"] == "copied"
+
+
+@pytest.mark.asyncio
+async def test_the_causes_of_an_error_come_to_an_end() -> None:
+    class Breaking(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Any:
+            async def broken() -> AsyncGenerator[bytes, None]:
+                yield b"x"
+                try:
+                    raise ConnectionResetError("the line is dead")
+                except OSError as error:
+                    raise BackendUnavailable("it broke off") from error
+
+            return Reader(self._get(key).info, broken())
+
+    source = Breaking()
+    await source.write("a", b"xx")
+    error: BaseException | None = (await run(source, storage("staging")))["a"].error
+    causes = []
+    while error is not None and len(causes) < 10:
+        causes.append(type(error))
+        error = error.__cause__
+    assert causes == [BackendUnavailable, ConnectionResetError]
 
 
 @pytest.mark.asyncio
