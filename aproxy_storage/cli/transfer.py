@@ -23,7 +23,7 @@ from ..tools.bulk import run_many
 from ..tools.migrate import why_taken
 from .output import Bar, WatchedFile, duration, size
 from .session import Session, command
-from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below
+from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below, to_its_end
 
 __all__ = ["OnConflict", "put_files", "register"]
 
@@ -295,7 +295,7 @@ async def get(
         record = await storage.get(path)
         name = record.path.rpartition("/")[2]
         target = output or Path(name)
-        if os.path.isdir(target):
+        if await asyncio.to_thread(os.path.isdir, target):
             target = target_below(target, name)
         with session.out.progress("fetching", 1) as bar:
             action = await _get_one(storage, record, target, force, bar)
@@ -349,11 +349,11 @@ async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, forc
     draft = Draft(target)
     try:
         async with storage.open(record, verify=record.checksum is not None) as file:
-            await asyncio.to_thread(draft.create)
+            await to_its_end(draft.create)
             async for chunk in file:
-                await asyncio.to_thread(draft.write, chunk)
+                await to_its_end(draft.write, chunk)
                 bar.moved(len(chunk))
-        await asyncio.to_thread(draft.publish, replace=force)
+        await to_its_end(draft.publish, replace=force)
     finally:
         draft.withdraw()
     return "fetched"

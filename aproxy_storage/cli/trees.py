@@ -6,17 +6,30 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator, Container, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
+from typing import Any
 
 from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError, from_os_error
+from ..futures import over, seen
 from ..paths import check_path, new_token
 from ..records import MetaRecord
 
-__all__ = ["Draft", "Local", "batches", "checksum_of", "files_below", "has_bytes_of", "named", "target_below"]
+__all__ = [
+    "Draft",
+    "Local",
+    "batches",
+    "checksum_of",
+    "files_below",
+    "has_bytes_of",
+    "named",
+    "target_below",
+    "to_its_end",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +151,22 @@ def target_below(directory: Path, path: str) -> Path:
         InvalidPath: it would lie outside; old records may hold absolute paths.
     """
     return directory / check_path(path)
+
+
+async def to_its_end(work: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Run a method of a `Draft` in a thread. A cancellation stops no thread, so it is raised when that is done: what
+    was made by then can be withdrawn."""
+    job = asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **options))
+    cancelled: asyncio.CancelledError | None = None
+    while not job.done():
+        try:
+            await over(job)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        seen(job)
+        raise cancelled
+    job.result()
 
 
 class Draft:

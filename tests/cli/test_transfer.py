@@ -1,14 +1,20 @@
 """put, get and cat."""
 
+import asyncio
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from aproxy_storage import Place
+from aproxy_storage import Place, ProxyStorage
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.cli.output import Bar
+from aproxy_storage.cli.transfer import _get_one
 from aproxy_storage.cli.trees import Draft
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from tests.cli.conftest import Run, command, contents, environment, leave_record, stored, tree
 
 # -- put
@@ -275,8 +281,6 @@ def test_nothing_there(run: Run) -> None:
 
 def test_an_old_record_leads_not_out_of_the_directory(run: Run) -> None:
     """Records of before may hold absolute paths."""
-    import asyncio
-
     from aproxy_storage import MetaRecord
     from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 
@@ -300,6 +304,37 @@ def test_an_old_record_leads_not_out_of_the_directory(run: Run) -> None:
     done = run("get", "-r", ".", "-o", "in/side", code=1)
     assert done.err.count("is not a legal path") == 2
     assert contents(Path("in")) == {"side/a.txt": b"x"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_an_interrupted_file_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancels: int
+) -> None:
+    """The thread that makes the hidden file is not stopped by a cancellation, and may be late."""
+    entered, go_on, made = threading.Event(), threading.Event(), threading.Event()
+    create = Draft.create
+
+    def late(self: Draft) -> None:
+        entered.set()
+        assert go_on.wait(60)
+        create(self)
+        made.set()
+
+    monkeypatch.setattr(Draft, "create", late)
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend())
+    await storage.save("a", b"x")
+    task = asyncio.create_task(_get_one(storage, await storage.get("a"), tmp_path / "a", False, Bar()))
+    assert await asyncio.to_thread(entered.wait, 60)
+    for _ in range(cancels):
+        task.cancel()
+        for _ in range(20):  # what ends at once has ended then
+            await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(made.wait, 60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_draft_withdraws_itself(tmp_path: Path) -> None:

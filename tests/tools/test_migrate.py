@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from obstore.store import MemoryStore
 
-from aproxy_storage import AccessDenied, AlreadyExists, BackendUnavailable, IntegrityError, InvalidPath, MetaRecord, Place, ProxyStorage
+from aproxy_storage import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    IntegrityError,
+    InvalidPath,
+    MetaRecord,
+    Place,
+    ProxyStorage,
+)
 from aproxy_storage.backends.base import Backend, Reader
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
