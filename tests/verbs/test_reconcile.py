@@ -1,5 +1,6 @@
 """reconcile, tidy and verify: what crashed callers left, bytes without a record, damaged files."""
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from aproxy_storage import (
     Backend,
     BackendUnavailable,
+    ByteRange,
     ConfigurationError,
     IntegrityError,
     MetaRecord,
@@ -20,6 +22,7 @@ from aproxy_storage import (
     Revision,
     Timeouts,
 )
+from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend, _Object
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import Finding, reconcile
@@ -186,6 +189,52 @@ async def test_verify_reports_every_file(storage: ProxyStorage) -> None:
         error = results[name]
         assert isinstance(error, IntegrityError)
         assert word in str(error)
+
+
+async def test_verify_yields_in_order_so_that_it_can_be_resumed() -> None:
+    """What has been said is everything up to there, however long an earlier file takes."""
+    late = asyncio.Event()
+
+    class Slow(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+            if key == "a":
+                await late.wait()
+            elif key == "d":
+                late.set()
+            return await super()._read(key, byte_range, chunk_bytes)
+
+    storage = ProxyStorage("media", originals=Slow(), meta=MemoryMetaBackend())
+    for name in "abcde":
+        await storage.save(name, name.encode())
+    results = verify(storage, concurrency=2)
+    first = await anext(results)
+    await results.aclose()
+    assert first.item == "a"
+    assert [result.item async for result in verify(storage, after=first.item, concurrency=2)] == ["b", "c", "d", "e"]
+
+
+async def test_verify_reads_not_far_ahead_of_a_slow_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, read = asyncio.Event(), []
+
+    class Slow(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+            read.append(key)
+            if key == "00":
+                await go_on.wait()
+            return await super()._read(key, byte_range, chunk_bytes)
+
+    storage = ProxyStorage("media", originals=Slow(), meta=MemoryMetaBackend())
+    for number in range(50):
+        await storage.save(f"{number:02}", b"x")
+    monkeypatch.setattr("aproxy_storage.tools.verify._AHEAD", 10)
+    results = verify(storage, concurrency=3)
+    first = asyncio.ensure_future(anext(results))
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    assert 3 < len(read) <= 13
+    go_on.set()
+    assert (await first).item == "00"
+    assert [result.item async for result in results] == [f"{number:02}" for number in range(1, 50)]
 
 
 async def test_a_reconcile_that_is_overtaken_moves_on(storage: ProxyStorage) -> None:
