@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from collections.abc import Iterator
@@ -271,6 +272,15 @@ def test_reconcile_and_verify(media: Path, django_database: Path) -> None:
     said, complained = run("proxystorage_reconcile", "default", apply=True, force=True, verbosity=2)
     assert (f"{name}: undone half.txt" in said, complained) == (True, "")
     assert StoredFile.objects.filter(state="pending").count() == 0
+
+
+def test_verify_records_the_checksums_of_adopted_files(before: FileSystemStorage) -> None:
+    before.save("a.txt", ContentFile(b"content"))
+    run("proxystorage_adopt", storage="default")
+    assert "record_missing" in run("proxystorage_verify")[1]
+    assert run("proxystorage_verify", record_missing=True) == ("1 files with 7 bytes were read.\n", "")
+    assert run("proxystorage_verify") == ("1 files with 7 bytes were read.\n", "")
+    assert default_storage.get("a.txt").checksum == f"sha256:{hashlib.sha256(b'content').hexdigest()}"
 
 
 def test_a_scan_knows_the_files_of_all_storages(media: Path, django_database: Path) -> None:

@@ -1,6 +1,8 @@
 """verify and reconcile."""
 
+import contextlib
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,19 @@ def test_damaged_and_missing_files(run: Run) -> None:
     assert "failed  t/empty: the bytes of 't/empty' are gone" in done.err
     failed = [row for row in run("verify", "--json", code=1).rows if row["action"] == "failed"]
     assert {row["kind"] for row in failed} == {"IntegrityError"}
+
+
+def test_missing_checksums_are_recorded(run: Run) -> None:
+    Path("aproxy.toml").write_text('storages.m = { originals = "file:o", meta = "sqlite:m.sqlite3" }')
+    run("put", "t/a.txt")
+    with contextlib.closing(sqlite3.connect("m.sqlite3")) as connection:
+        connection.execute("UPDATE aproxy_files SET checksum = NULL")
+        connection.commit()
+    assert "--record-missing" in run("verify", code=1).err
+    assert run("verify", "--record-missing").lines == ["ok  a.txt"]
+    run("verify")
+    Path("o/a.txt").write_text("f1rst")
+    run("verify", "--record-missing", code=1)
 
 
 def test_reconcile_says_before_it_does(run: Run) -> None:
