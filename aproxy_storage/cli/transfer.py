@@ -87,6 +87,8 @@ async def put(
     storage = await session.storage()
     if using is not None:
         storage.get_original(using)
+    with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
+        await storage.tidy()
     if Path("-") in sources:
         if sources != [Path("-")] or not to or to.endswith("/"):
             raise ConfigurationError("standard input goes alone and needs a path: aproxy put - --to PATH")
@@ -147,8 +149,6 @@ async def put_files(
     async def work(item: _Item) -> tuple[str, str]:
         return await _put_one(storage, item, bar, on_conflict, using, repair)
 
-    with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
-        await storage.tidy()
     results = run_many(storage, items(), work, name=lambda item: item.local, concurrency=concurrency)
     async with contextlib.aclosing(results):
         async for result in results:

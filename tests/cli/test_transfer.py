@@ -121,12 +121,16 @@ def test_standard_input_gets_no_other_name_either(run: Run, run_process: Run) ->
     assert set(stored()) == {"a.txt"}
 
 
-def test_what_is_over_is_cleared_away_before_the_transfer(run: Run) -> None:
+def test_what_is_over_is_cleared_away_before_the_transfer(run: Run, run_process: Run) -> None:
     tree(Path("t"))
     run("put", "t/a.txt")
-    places = (Place("default", "c.txt", "settling"),)
-    leave_record("c.txt", lease=0, state="deleting", places=places)
-    assert run("put", "t/b/c.txt").lines == ["stored  c.txt  file=t/b/c.txt"]
+    for name in ("c.txt", "in.bin"):
+        leave_record(name, lease=0, state="deleting", places=(Place("default", name, "settling"),))
+        if name == "c.txt":
+            assert run("put", "t/b/c.txt").lines == ["stored  c.txt  file=t/b/c.txt"]
+        else:
+            run_process("put", "-", "--to", name, input=b"x")
+    assert run("ls").lines == ["a.txt", "c.txt", "in.bin"]
 
 
 def test_a_path_of_another_storage(run: Run) -> None:
