@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, NotFound
 from ..proxy import ProxyStorage
 from ..records import CommonPrefix, MetaRecord
 from .output import described, printable, size, when
@@ -101,25 +101,31 @@ async def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     concurrency: Concurrency = 32,
 ) -> None:
-    """Delete files. With -r it asks before, and says how many there are."""
+    """Delete files. With -r it asks before, and says how many there are; a PATH may be a file, too."""
     storage = await session.storage()
     count = len(paths)
     if recursive:
+        prefixes = {path: directory_prefix(storage, path) for path in paths}
         count = 0
-        for path in paths:
-            count += await storage.meta.count(
-                directory_prefix(storage, path), proxy_storage_name=storage.name, state="stored"
-            )
+        for path, prefix in prefixes.items():
+            below = await storage.meta.count(prefix, proxy_storage_name=storage.name, state="stored")
+            below += await storage.exists(path)
+            if not below and not missing_ok:
+                error = NotFound(f"there is no file {path!r}, and nothing below it", operation="delete", path=path)
+                session.failed(path, error)
+            count += below
         if count:
             session.confirm(f"Delete {count:,} files of storage {storage.name!r}?", sure=yes)
 
     async def wanted() -> AsyncIterator[str]:
         for path in paths:
-            if recursive:
-                async for record in storage.list(directory_prefix(storage, path)):
-                    yield record.path
-            else:
+            if not recursive:
                 yield path
+                continue
+            if await storage.exists(path):
+                yield path
+            async for record in storage.list(prefixes[path]):
+                yield record.path
 
     missing_ok = missing_ok or recursive  # then somebody else was faster
     with session.out.progress("deleting", count) as bar:

@@ -20,9 +20,10 @@ from ..errors import AlreadyExists, ConfigurationError, ContentError, IntegrityE
 from ..proxy import ProxyStorage
 from ..records import ByteRange, MetaRecord
 from ..tools.bulk import run_many
+from ..tools.migrate import why_taken
 from .output import Bar, WatchedFile, duration, size
 from .session import Session, command
-from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below
+from .trees import Draft, Local, batches, files_below, has_bytes_of, named, target_below, to_its_end
 
 __all__ = ["OnConflict", "put_files", "register"]
 
@@ -86,6 +87,8 @@ async def put(
     storage = await session.storage()
     if using is not None:
         storage.get_original(using)
+    with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
+        await storage.tidy()
     if Path("-") in sources:
         if sources != [Path("-")] or not to or to.endswith("/"):
             raise ConfigurationError("standard input goes alone and needs a path: aproxy put - --to PATH")
@@ -174,6 +177,15 @@ async def _put_one(
     if local.error is not None:
         raise local.error
     if record is None:
+        try:
+            # At exactly this path: another name would be another file each time that the command is repeated.
+            with _content(local, bar) as content:
+                return "stored", (await storage.write_to(path, content, exclusive=True, using=using)).path
+        except AlreadyExists as error:
+            (record,) = await storage.get_many([path])
+            if record is None and not (on_conflict is OnConflict.keep_both and await _is_anothers(storage, path)):
+                raise await why_taken(storage, path) from error
+    if record is None:
         with _content(local, bar) as content:
             return "stored", await storage.save(local.name, content, using=using)
     if await has_bytes_of(local.file, record):
@@ -192,6 +204,12 @@ async def _put_one(
     with _content(local, bar) as content:
         await storage.replace(path, content, using=using)
     return action, path
+
+
+async def _is_anothers(storage: ProxyStorage, path: str) -> bool:
+    """Return whether a path is that of another storage, which shares the records."""
+    record = (await storage.meta.get_many([path]))[0]
+    return record is not None and record.proxy_storage_name != storage.name
 
 
 def _is_watched(bar: Bar, count: int | None) -> bool:
@@ -244,7 +262,13 @@ async def _put_stdin(
             record = await storage.replace(path, stdin, using=using)
             session.did("replaced", path, record.size, told=True, size=record.size)
         else:
-            record = await storage.get(await storage.save(name, stdin, using=using))
+            if taken or (on_conflict is OnConflict.keep_both and await _is_anothers(storage, path)):
+                record = await storage.get(await storage.save(name, stdin, using=using))
+            else:
+                try:
+                    record = await storage.write_to(path, stdin, exclusive=True, using=using)
+                except AlreadyExists as error:
+                    raise await why_taken(storage, path) from error
             session.did("stored", record.path, record.size, told=True, size=record.size)
 
 
@@ -271,7 +295,7 @@ async def get(
         record = await storage.get(path)
         name = record.path.rpartition("/")[2]
         target = output or Path(name)
-        if target.is_dir():
+        if await asyncio.to_thread(os.path.isdir, target):
             target = target_below(target, name)
         with session.out.progress("fetching", 1) as bar:
             action = await _get_one(storage, record, target, force, bar)
@@ -306,24 +330,30 @@ async def get(
 
 
 def directory_prefix(storage: ProxyStorage, path: str) -> str:
-    """Return what the paths of all files below the directory `path` begin with."""
-    return storage.prefix if path in (".", "", "/") else path.rstrip("/") + "/"
+    """Return what the paths of all files below the directory `path` begin with; ``.`` is the topmost.
+
+    Raises:
+        ConfigurationError: nothing is named, as by an unset variable of a script.
+    """
+    if not path.strip("/"):
+        raise ConfigurationError(f"{path!r} names no directory; . is everything")
+    return storage.prefix if path == "." else path.rstrip("/") + "/"
 
 
 async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool, bar: Bar) -> str:
     if await asyncio.to_thread(os.path.lexists, target):
-        if await asyncio.to_thread(target.is_file) and await has_bytes_of(target, record):
+        if await asyncio.to_thread(os.path.isfile, target) and await has_bytes_of(target, record):
             return "skipped"
         if not force:
             raise AlreadyExists(f"{target} is there already, with other bytes; --force overwrites it")
     draft = Draft(target)
     try:
         async with storage.open(record, verify=record.checksum is not None) as file:
-            await asyncio.to_thread(draft.create)
+            await to_its_end(draft.create)
             async for chunk in file:
-                await asyncio.to_thread(draft.write, chunk)
+                await to_its_end(draft.write, chunk)
                 bar.moved(len(chunk))
-        await asyncio.to_thread(draft.publish, replace=force)
+        await to_its_end(draft.publish, replace=force)
     finally:
         draft.withdraw()
     return "fetched"

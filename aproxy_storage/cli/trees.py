@@ -6,17 +6,30 @@ import asyncio
 import contextlib
 import hashlib
 import os
-from collections.abc import AsyncIterator, Container, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
+from typing import Any
 
 from ..errors import AlreadyExists, ConfigurationError, ContentError, StorageError, from_os_error
+from ..futures import over, seen
 from ..paths import check_path, new_token
 from ..records import MetaRecord
 
-__all__ = ["Draft", "Local", "batches", "checksum_of", "files_below", "has_bytes_of", "named", "target_below"]
+__all__ = [
+    "Draft",
+    "Local",
+    "batches",
+    "checksum_of",
+    "files_below",
+    "has_bytes_of",
+    "named",
+    "target_below",
+    "to_its_end",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,7 @@ def files_below(source: Path, name: str, *, recursive: bool, spare: Container[st
     except OSError as error:
         yield Local(source, name or str(source), error=from_os_error(error, f"read {source}"))
         return
-    if source.is_dir():
+    if S_ISDIR(status.st_mode):
         if not recursive:
             yield Local(source, name, error=ContentError(f"{source} is a directory; say -r to send what is below it"))
             return
@@ -90,7 +103,7 @@ def _below(directory: Path, name: str, real: str, spare: Container[str]) -> Iter
             yield from _below(path, inner, os.path.join(real, entry.name), spare)
         elif os.path.join(real, entry.name) in spare:
             continue
-        elif not entry.is_symlink() or not path.is_dir():
+        elif not entry.is_symlink() or not os.path.isdir(path):  # Path.is_dir raises what a bad link may give
             yield from files_below(path, inner, recursive=False)
 
 
@@ -138,6 +151,22 @@ def target_below(directory: Path, path: str) -> Path:
         InvalidPath: it would lie outside; old records may hold absolute paths.
     """
     return directory / check_path(path)
+
+
+async def to_its_end(work: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Run a method of a `Draft` in a thread. A cancellation stops no thread, so it is raised when that is done: what
+    was made by then can be withdrawn."""
+    job = asyncio.get_running_loop().run_in_executor(None, partial(work, *args, **options))
+    cancelled: asyncio.CancelledError | None = None
+    while not job.done():
+        try:
+            await over(job)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        seen(job)
+        raise cancelled
+    job.result()
 
 
 class Draft:

@@ -43,15 +43,21 @@ def register(app: typer.Typer) -> None:
 async def verify_files(
     session: Session,
     prefix: Annotated[str, typer.Argument(help="Only paths that begin with this.")] = "",
+    record_missing: Annotated[
+        bool, typer.Option("--record-missing", help="Record the checksum of what is read for files that have none.")
+    ] = False,
     concurrency: Concurrency = 8,
 ) -> None:
-    """Read every file and compare it with its record; damaged ones are named, and make the exit code 1."""
+    """Read every file and compare it with its record; damaged ones are named, and make the exit code 1.
+
+    So do files that have no checksum yet, such as adopted ones, unless it is to be recorded.
+    """
     storage = await session.storage()
     total = None
     if session.out.terminal:
         total = await storage.meta.count(prefix or storage.prefix, proxy_storage_name=storage.name, state="stored")
     with session.out.progress("verifying", total) as bar:
-        results = verify(storage, prefix, concurrency=concurrency)
+        results = verify(storage, prefix, concurrency=concurrency, record_missing=record_missing)
         async with contextlib.aclosing(results):
             async for result in results:
                 if result.error is not None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from ..backends.base import Backend
 from ..content import Source
 from ..errors import AlreadyExists, ContentError, NotFound, StorageError
 from ..proxy import ProxyStorage
-from ..records import MetaRecord, ObjectInfo
+from ..records import PENDING, STORED, MetaRecord, ObjectInfo
 from .bulk import Result, run_many
 
-__all__ = ["Copied", "copy_files"]
+__all__ = ["Copied", "copy_files", "why_taken"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ async def copy_files(
         raise ValueError(f"on_conflict={on_conflict!r}: one of 'fail', 'replace', 'skip'")
     origin: Any = _Records(source) if isinstance(source, ProxyStorage) else _Objects(source)
     work = _Copying(origin, target, using, on_conflict, verify)
+    with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
+        await target.tidy()
     results = run_many(target, origin.list(prefix, after), work.copy, name=origin.name, concurrency=concurrency)
     async with contextlib.aclosing(results):
         async for result in results:
@@ -121,6 +124,8 @@ class _Objects:
         try:
             await self.backend.stat(info.key)
         except NotFound:
+            # What is listed, but can be asked for by no name, is not found either: InvalidPath says that.
+            self.backend.check_key(info.key)
             return True
         return False
 
@@ -142,10 +147,10 @@ class _Copying:
             if present is None:
                 try:
                     return Copied("copied", path, await self._store(item, path))
-                except AlreadyExists:
+                except AlreadyExists as error:
                     present = await self._present(path)  # somebody, a copy beside this one perhaps, was faster
                     if present is None:
-                        raise
+                        raise await why_taken(self._target, path) from error
             return await self._meet(item, path, present)
         except NotFound:
             if await self._origin.gone(item):
@@ -218,9 +223,32 @@ class _Copying:
                 # Not the file itself, which could seek: what is verified is read once, from its start.
                 yield _chunks(reader), {"size": size, "content_type": content_type, "using": self._using}
         except ContentError as error:
-            if isinstance(error.__cause__, StorageError):  # the source's own word is the better reason
-                raise error.__cause__ from error
+            cause = error.__cause__
+            if isinstance(cause, StorageError):  # the source's own word is the better reason
+                raise cause from cause.__cause__
             raise
+
+
+async def why_taken(storage: ProxyStorage, path: str) -> AlreadyExists:
+    """Return the error for a `path` that has no file of `storage` and cannot be stored at either: who has it, until
+    when, and what helps. `aproxy put` gives it too."""
+    try:
+        record = await storage.meta.get(path)
+    except NotFound:
+        return AlreadyExists(f"{path!r} was taken, and is free by now; store it again", path=path)
+    if record.proxy_storage_name != storage.name:
+        other = record.proxy_storage_name
+        return AlreadyExists(f"{path!r} is a file of storage {other!r}, which shares the records", path=path)
+    if record.state == STORED:
+        return AlreadyExists(f"{path!r} was stored by somebody else meanwhile", path=path)
+    why = "a save of it is under way, or was killed" if record.state == PENDING else "it is being removed"
+    if record.lease is None or record.lease <= datetime.now(UTC):
+        return AlreadyExists(f"{path!r} is taken: {why}; reconcile --apply ends that, then store it again", path=path)
+    return AlreadyExists(
+        f"{path!r} is taken until {record.lease:%Y-%m-%d %H:%M:%S} UTC: {why}. Store it again then; where nothing else"
+        " uses the storage, reconcile --apply --force frees it now",
+        path=path,
+    )
 
 
 # What services say of objects of which nobody has told them more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import threading
 from collections.abc import Iterator
@@ -159,6 +160,84 @@ def test_a_name_that_another_storage_has_taken_is_changed_in_the_row(before: Fil
     assert message.attach.read() == b"letter 0"
 
 
+@pytest.fixture
+def private(tmp_path: Path, before: FileSystemStorage) -> Iterator[FileSystemStorage]:
+    """What a second storage has below a directory of its own. It shares the table, and calls its original the same."""
+    from django.conf import settings
+
+    options = {"name": "private", "location": str(tmp_path / "private")}
+    aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
+    with override_settings(STORAGES=aliases):
+        yield FileSystemStorage(tmp_path / "private")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_key_that_a_storage_with_the_same_table_has_is_a_failure(
+    before: FileSystemStorage, private: FileSystemStorage, dry_run: bool
+) -> None:
+    """The records tell originals apart by their names."""
+    before.save("a.txt", ContentFile(b"public"))
+    private.save("a.txt", ContentFile(b"secret"))
+    private.save("b.txt", ContentFile(b"secret"))
+    assert run("proxystorage_adopt", storage="default")[0] == "1 adopted, 0 had a record.\n"
+    said, complained = run("proxystorage_adopt", storage="private", dry_run=dry_run)
+    assert said.startswith("1 adopted, 0 had a record.")
+    assert "a.txt: " in complained
+    assert "storage 'default'" in complained
+    assert "a table of its own (meta=) or an original of another name" in complained
+    assert "1 failed" in complained
+    assert storages["private"].exists("b.txt") is not dry_run
+    assert not storages["private"].exists("a.txt")
+
+
+def test_a_file_whose_name_is_taken_is_told_with_its_new_one(before: FileSystemStorage) -> None:
+    before.save("a.txt", ContentFile(b"x"))
+    other = MetaRecord(
+        path="a.txt", proxy_storage_name="other", original_storage_name="elsewhere", original_storage_path="a.txt"
+    )
+    storage = bridge_storage("default")
+    storage.bridge.call(storage.proxy.meta.create, other)
+    said, complained = run("proxystorage_adopt", storage="default")
+    assert said.startswith("a.txt: adopted as 'a_")
+    assert said.endswith("1 adopted, 0 had a record.\n")
+    assert complained == ""
+
+
+def test_a_rival_of_another_storage_is_a_failure_too(
+    before: FileSystemStorage, private: FileSystemStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came after the question, so that `ProxyStorage.adopt` meets it."""
+    before.save("a.txt", ContentFile(b"public"))
+    private.save("a.txt", ContentFile(b"secret"))
+    proxy = storages["private"].proxy  # type: ignore[attr-defined]
+    adopt = proxy.adopt
+
+    async def late(*args: Any, **options: Any) -> str:
+        await storages["default"].proxy.adopt("a.txt")  # type: ignore[attr-defined]
+        path: str = await adopt(*args, **options)
+        return path
+
+    monkeypatch.setattr(proxy, "adopt", late)
+    said, complained = run("proxystorage_adopt", storage="private")
+    assert said == "0 adopted, 0 had a record.\n"
+    assert "a table of its own (meta=)" in complained
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_field_whose_keys_another_storage_has(
+    before: FileSystemStorage, private: FileSystemStorage, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    before.save("a.txt", ContentFile(b"public"))
+    private.save("a.txt", ContentFile(b"secret"))
+    assert run("proxystorage_adopt", storage="default")[1] == ""
+    row = Plain.objects.create(file="a.txt")
+    monkeypatch.setattr(Plain._meta.get_field("file"), "storage", storages["private"])
+    said, complained = run("proxystorage_adopt", "desk.Plain.file", dry_run=dry_run)
+    assert said.startswith("0 adopted, 0 had a record.")
+    assert f"desk.Plain.file of {row.pk}: 'a.txt': " in complained
+    assert "a table of its own (meta=) or an original of another name" in complained
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "reason"),
     [
@@ -271,6 +350,15 @@ def test_reconcile_and_verify(media: Path, django_database: Path) -> None:
     said, complained = run("proxystorage_reconcile", "default", apply=True, force=True, verbosity=2)
     assert (f"{name}: undone half.txt" in said, complained) == (True, "")
     assert StoredFile.objects.filter(state="pending").count() == 0
+
+
+def test_verify_records_the_checksums_of_adopted_files(before: FileSystemStorage) -> None:
+    before.save("a.txt", ContentFile(b"content"))
+    run("proxystorage_adopt", storage="default")
+    assert "record_missing" in run("proxystorage_verify")[1]
+    assert run("proxystorage_verify", record_missing=True) == ("1 files with 7 bytes were read.\n", "")
+    assert run("proxystorage_verify") == ("1 files with 7 bytes were read.\n", "")
+    assert default_storage.get("a.txt").checksum == f"sha256:{hashlib.sha256(b'content').hexdigest()}"
 
 
 def test_a_scan_knows_the_files_of_all_storages(media: Path, django_database: Path) -> None:

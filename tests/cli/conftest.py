@@ -1,5 +1,6 @@
 """The command line in an empty directory: in this process where that will do, in one of its own where it must."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from aproxy_storage import MetaRecord
 from aproxy_storage.cli.app import app
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 
 REPOSITORY = Path(__file__).parents[2]
 Run = Callable[..., "Done"]
@@ -104,3 +107,25 @@ def stored(root: Path = Path("aproxy-data")) -> dict[str, bytes]:
     with contextlib.suppress(FileNotFoundError):
         return contents(root / "files")
     return {}
+
+
+def leave_record(path: str, *, lease: float, root: Path = Path("aproxy-data"), **fields: Any) -> None:
+    """Leave what a save leaves that died before its bytes were written; its lease ends in so many seconds."""
+    record = MetaRecord(
+        path=path,
+        **{
+            "proxy_storage_name": "default",
+            "original_storage_name": "default",
+            "original_storage_path": path,
+            "state": "pending",
+            "token": "abandoned",
+            "version": 1,
+            **fields,
+        },
+    )
+
+    async def write() -> None:
+        async with SQLiteMetaBackend(root / "records.sqlite3") as meta:
+            await meta.create(record, lease=lease)
+
+    asyncio.run(write())

@@ -91,6 +91,29 @@ def test_rm_of_a_tree_asks_before(run: Run) -> None:
     assert not stored()
 
 
+@pytest.mark.parametrize("nothing", ["", "/", "//"])
+def test_rm_of_everything_is_said_with_a_dot(run: Run, nothing: str) -> None:
+    """As an unset variable of a script gives it."""
+    done = run("rm", "-r", "--yes", "t/b", nothing, code=2)
+    assert ". is everything" in done.err
+    assert len(stored()) == 4
+    assert ". is everything" in run("get", "-r", nothing, "-o", "out", code=2).err
+
+
+def test_rm_of_a_tree_takes_a_file_too(run: Run) -> None:
+    run("put", "t/a.txt", "--to", "t/b.txt")
+    run("rm", "-r", "--yes", "t/a.txt", "t/b", "t/b/d")
+    assert set(stored()) == {"t/empty", "t/b.txt"}
+
+
+def test_rm_of_a_tree_minds_what_is_not_there(run: Run) -> None:
+    done = run("rm", "-r", "--yes", "t/nothing", "t/b", code=1)
+    assert "failed  t/nothing: there is no file 't/nothing', and nothing below it" in done.err
+    assert set(stored()) == {"t/a.txt", "t/empty"}
+    run("rm", "-r", "--yes", "t/nothing", code=1)
+    run("rm", "-r", "--missing-ok", "t/nothing")
+
+
 def test_mv(run: Run) -> None:
     assert run("mv", "t/a.txt", "u/b.txt").lines == ["renamed  u/b.txt"]
     run("mv", "u/b.txt", "v/")

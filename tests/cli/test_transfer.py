@@ -1,14 +1,21 @@
 """put, get and cat."""
 
+import asyncio
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
+from aproxy_storage import Place, ProxyStorage
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.cli.output import Bar
+from aproxy_storage.cli.transfer import _get_one
 from aproxy_storage.cli.trees import Draft
-from tests.cli.conftest import Run, command, contents, environment, stored, tree
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from tests.cli.conftest import Run, command, contents, environment, leave_record, stored, tree
 
 # -- put
 
@@ -90,6 +97,51 @@ def test_what_was_lost_on_the_way_is_said(run: Run) -> None:
     assert "--on-conflict replace, keep-both or skip says what to do" in done.err
 
 
+@pytest.mark.parametrize("policy", ["fail", "replace", "keep-both", "skip"])
+def test_what_a_killed_run_was_amid_gets_no_other_name(run: Run, policy: str) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt", "--to", "t/")
+    leave_record("t/empty", lease=600)
+    for _ in range(2):
+        done = run("put", "-r", "t", "--on-conflict", policy, code=1)
+        assert "failed  t/empty: 't/empty' is taken until " in done.err
+        assert "reconcile --apply --force" in done.err
+        assert set(run("ls", "-r").lines) == set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin"}
+    run("reconcile", "--apply", "--force", "--yes")
+    assert "1 stored" in run("put", "-r", "t", "--on-conflict", policy).err
+    assert set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin", "t/empty"}
+
+
+def test_standard_input_gets_no_other_name_either(run: Run, run_process: Run) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    leave_record("in.bin", lease=600)
+    done = run_process("put", "-", "--to", "in.bin", input=b"x", code=1)
+    assert "'in.bin' is taken until " in done.err
+    assert set(stored()) == {"a.txt"}
+
+
+def test_what_is_over_is_cleared_away_before_the_transfer(run: Run, run_process: Run) -> None:
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    for name in ("c.txt", "in.bin"):
+        leave_record(name, lease=0, state="deleting", places=(Place("default", name, "settling"),))
+        if name == "c.txt":
+            assert run("put", "t/b/c.txt").lines == ["stored  c.txt  file=t/b/c.txt"]
+        else:
+            run_process("put", "-", "--to", name, input=b"x")
+    assert run("ls").lines == ["a.txt", "c.txt", "in.bin"]
+
+
+def test_a_path_of_another_storage(run: Run) -> None:
+    """Storages that share a table share its paths."""
+    tree(Path("t"))
+    run("put", "t/a.txt")
+    leave_record("empty", lease=600, proxy_storage_name="other", state="stored")
+    assert "'empty' is a file of storage 'other'" in run("put", "t/empty", code=1).err
+    assert run("put", "t/empty", "--on-conflict", "keep-both").lines[0].startswith("stored  empty_")
+
+
 def test_damaged_and_lost_files_are_repaired(run: Run) -> None:
     tree(Path("t"))
     run("put", "-r", "t")
@@ -118,17 +170,19 @@ def test_problems_with_one_file_do_not_stop_the_others(run: Run) -> None:
     os.symlink("nowhere", "t/broken")
     os.symlink("a.txt", "t/link")
     os.symlink("..", "t/loop")
+    os.symlink("a" * 300, "t/long")
     Path(os.fsdecode(b"t/\xff.txt")).write_text("not UTF-8")
     Path("t/back\\slash").write_text("")
     done = run("put", "-r", "t", "t/nothing", code=1)
     assert set(stored()) == {"t/a.txt", "t/b/c.txt", "t/b/d/e.bin", "t/empty", "t/link"}
     assert "t/pipe is no regular file" in done.err
     assert "read t/broken" in done.err
+    assert "read t/long" in done.err
     assert "\\udcff.txt" in done.err
     assert "backslashes are not allowed" in done.err
     assert "read t/nothing" in done.err
     assert "5 stored" in done.err
-    assert "5 failed" in done.err
+    assert "6 failed" in done.err
 
 
 def test_a_directory_needs_r(run: Run) -> None:
@@ -204,6 +258,16 @@ def test_local_files_are_not_overwritten_unless_forced(run: Run) -> None:
     assert Path("a.txt").read_text() == "stored"
 
 
+def test_what_cannot_be_looked_at_is_there_all_the_same(run: Run) -> None:
+    Path("a.txt").write_text("stored")
+    run("put", "a.txt", "--to", "b.txt")
+    os.symlink("a" * 300, "b.txt")
+    assert "--force" in run("get", "b.txt", code=1).err
+    assert "File name too long" in run("get", "b.txt", "-o", "b" * 300, code=1).err
+    run("get", "b.txt", "--force")
+    assert Path("b.txt").read_text() == "stored"
+
+
 def test_a_damaged_file_never_appears(run: Run) -> None:
     Path("a.txt").write_text("stored")
     run("put", "a.txt", "--to", "b.txt")
@@ -221,8 +285,6 @@ def test_nothing_there(run: Run) -> None:
 
 def test_an_old_record_leads_not_out_of_the_directory(run: Run) -> None:
     """Records of before may hold absolute paths."""
-    import asyncio
-
     from aproxy_storage import MetaRecord
     from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 
@@ -246,6 +308,37 @@ def test_an_old_record_leads_not_out_of_the_directory(run: Run) -> None:
     done = run("get", "-r", ".", "-o", "in/side", code=1)
     assert done.err.count("is not a legal path") == 2
     assert contents(Path("in")) == {"side/a.txt": b"x"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_an_interrupted_file_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancels: int
+) -> None:
+    """The thread that makes the hidden file is not stopped by a cancellation, and may be late."""
+    entered, go_on, made = threading.Event(), threading.Event(), threading.Event()
+    create = Draft.create
+
+    def late(self: Draft) -> None:
+        entered.set()
+        assert go_on.wait(60)
+        create(self)
+        made.set()
+
+    monkeypatch.setattr(Draft, "create", late)
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend())
+    await storage.save("a", b"x")
+    task = asyncio.create_task(_get_one(storage, await storage.get("a"), tmp_path / "a", False, Bar()))
+    assert await asyncio.to_thread(entered.wait, 60)
+    for _ in range(cancels):
+        task.cancel()
+        for _ in range(20):  # what ends at once has ended then
+            await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(made.wait, 60)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_draft_withdraws_itself(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
 """verify and reconcile."""
 
-import asyncio
+import contextlib
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
 
-from aproxy_storage import MetaRecord
-from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from tests.cli.conftest import Run, stored, tree
+from tests.cli.conftest import Run, leave_record, stored, tree
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +35,21 @@ def test_damaged_and_missing_files(run: Run) -> None:
     assert {row["kind"] for row in failed} == {"IntegrityError"}
 
 
-def abandon(path: str) -> None:
-    """Leave what a save leaves that died before its bytes were written."""
-
-    async def write() -> None:
-        async with SQLiteMetaBackend("aproxy-data/records.sqlite3") as meta:
-            record = MetaRecord(
-                path=path, proxy_storage_name="default", original_storage_name="default",
-                original_storage_path=path, state="pending", token="abandoned", version=1,
-            )  # fmt: skip
-            await meta.create(record, lease=0)
-
-    asyncio.run(write())
+def test_missing_checksums_are_recorded(run: Run) -> None:
+    Path("aproxy.toml").write_text('storages.m = { originals = "file:o", meta = "sqlite:m.sqlite3" }')
+    run("put", "t/a.txt")
+    with contextlib.closing(sqlite3.connect("m.sqlite3")) as connection:
+        connection.execute("UPDATE aproxy_files SET checksum = NULL")
+        connection.commit()
+    assert "--record-missing" in run("verify", code=1).err
+    assert run("verify", "--record-missing").lines == ["ok  a.txt"]
+    run("verify")
+    Path("o/a.txt").write_text("f1rst")
+    run("verify", "--record-missing", code=1)
 
 
 def test_reconcile_says_before_it_does(run: Run) -> None:
-    abandon("half.txt")
+    leave_record("half.txt", lease=0)
     # The storage tidies up when it is closed: so a dry run of the command is seen beside one that did nothing yet.
     done = run("reconcile")
     assert done.lines == ["undone    half.txt"]
@@ -60,7 +58,7 @@ def test_reconcile_says_before_it_does(run: Run) -> None:
 
 
 def test_reconcile_applies(run: Run) -> None:
-    abandon("half.txt")
+    leave_record("half.txt", lease=0)
     (row,) = run("reconcile", "--apply", "--json").rows
     # Its bytes may still land, for all that anybody knows: it is looked at once more, after `settle`.
     assert row == {"action": "settling", "path": "half.txt", "original": "default"}

@@ -2,20 +2,32 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import MemoryStore
 
-from aproxy_storage import AccessDenied, AlreadyExists, IntegrityError, ProxyStorage
-from aproxy_storage.backends.base import Backend
+from aproxy_storage import (
+    AccessDenied,
+    AlreadyExists,
+    BackendUnavailable,
+    IntegrityError,
+    InvalidPath,
+    MetaRecord,
+    Place,
+    ProxyStorage,
+)
+from aproxy_storage.backends.base import Backend, Reader
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.backends.obstore import ObstoreBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import ByteRange, ObjectInfo
 from aproxy_storage.tools.bulk import Result
 from aproxy_storage.tools.migrate import Copied, copy_files
+from aproxy_storage.tools.reconcile import reconcile
 
 FILES = {"a.txt": b"first", "dir/b.png": b"\x89PNG\r\n\x1a\n" + b"x" * 3_000_000, "日本/空.bin": b"", "z": b"last"}
 
@@ -126,6 +138,33 @@ async def read(target: ProxyStorage, path: str) -> bytes:
         return await file.read()
 
 
+def reservation(path: str, **fields: Any) -> MetaRecord:
+    """What a save leaves in the records that was killed before its bytes were written."""
+    given = {"proxy_storage_name": "staging", "original_storage_name": "default", "state": "pending", **fields}
+    return MetaRecord(path=path, original_storage_path=path, token="abandoned", version=1, **given)
+
+
+@pytest.mark.asyncio
+async def test_what_a_killed_run_was_amid_is_told_with_the_way_out() -> None:
+    source, target = await bucket(), storage("staging")
+    record = reservation("z")
+    await target.meta.reserve(record, lease=600.0, spare=record)
+    results = await run(source, target)
+    assert isinstance(results["z"].error, AlreadyExists)
+    assert "'z' is taken until " in str(results["z"].error)
+    assert "reconcile --apply --force frees it now" in str(results["z"].error)
+    await reconcile(target, dry_run=False, force=True)
+    assert actions(await run(source, target))["z"] == "copied"
+
+
+@pytest.mark.asyncio
+async def test_what_is_over_is_cleared_away_before_the_copy() -> None:
+    source, target = await bucket(), storage("staging")
+    places = (Place("default", "z", "settling"),)
+    await target.meta.create(reservation("z", state="deleting", places=places), lease=0.0)
+    assert actions(await run(source, target)) == dict.fromkeys(FILES, "copied")
+
+
 class Guarded(MemoryBackend):
     """Gives, lists and nothing else: what a read-only key allows. Some files it does not give."""
 
@@ -168,6 +207,29 @@ async def test_a_failed_file_is_told_with_its_reason_and_the_rest_goes_on() -> N
 
 
 @pytest.mark.asyncio
+async def test_the_causes_of_an_error_come_to_an_end() -> None:
+    class Breaking(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Any:
+            async def broken() -> AsyncGenerator[bytes, None]:
+                yield b"x"
+                try:
+                    raise ConnectionResetError("the line is dead")
+                except OSError as error:
+                    raise BackendUnavailable("it broke off") from error
+
+            return Reader(self._get(key).info, broken())
+
+    source = Breaking()
+    await source.write("a", b"xx")
+    error: BaseException | None = (await run(source, storage("staging")))["a"].error
+    causes = []
+    while error is not None and len(causes) < 10:
+        causes.append(type(error))
+        error = error.__cause__
+    assert causes == [BackendUnavailable, ConnectionResetError]
+
+
+@pytest.mark.asyncio
 async def test_damaged_and_vanished_bytes_of_the_source() -> None:
     source = await filled()
     backend = source.get_original("default")
@@ -188,6 +250,19 @@ async def test_files_deleted_meanwhile_are_no_failure() -> None:
             yield ObjectInfo("gone", size=3)
 
     assert actions(await run(Vanishing(), storage("staging"))) == {"gone": "gone"}
+
+
+@pytest.mark.asyncio
+async def test_a_name_that_cannot_be_asked_for_is_a_failure() -> None:
+    """Such a file is not found under its name either, which does not make it a deleted one."""
+    store = MemoryStore()
+    names = ("back\\slash.txt", "line\u2028separator.txt")
+    for name in ("a.txt", *names):
+        store.put(name, b"x")
+    results = await run(ObstoreBackend(store), storage("staging"))
+    assert actions(results) == {"a.txt": "copied", **dict.fromkeys(names, "failed")}
+    for name in names:
+        assert isinstance(results[name].error, InvalidPath)
 
 
 @pytest.mark.asyncio

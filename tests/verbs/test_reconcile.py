@@ -1,5 +1,7 @@
 """reconcile, tidy and verify: what crashed callers left, bytes without a record, damaged files."""
 
+import asyncio
+import hashlib
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from aproxy_storage import (
     Backend,
     BackendUnavailable,
+    ByteRange,
     ConfigurationError,
     IntegrityError,
     MetaRecord,
@@ -20,6 +23,7 @@ from aproxy_storage import (
     Revision,
     Timeouts,
 )
+from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend, _Object
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import Finding, reconcile
@@ -217,6 +221,102 @@ async def test_verify_reports_every_file(storage: ProxyStorage) -> None:
         error = results[name]
         assert isinstance(error, IntegrityError)
         assert word in str(error)
+
+
+async def test_verify_yields_in_order_so_that_it_can_be_resumed() -> None:
+    """What has been said is everything up to there, however long an earlier file takes."""
+    late = asyncio.Event()
+
+    class Slow(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+            if key == "a":
+                await late.wait()
+            elif key == "d":
+                late.set()
+            return await super()._read(key, byte_range, chunk_bytes)
+
+    storage = ProxyStorage("media", originals=Slow(), meta=MemoryMetaBackend())
+    for name in "abcde":
+        await storage.save(name, name.encode())
+    results = verify(storage, concurrency=2)
+    first = await anext(results)
+    await results.aclose()
+    assert first.item == "a"
+    assert [result.item async for result in verify(storage, after=first.item, concurrency=2)] == ["b", "c", "d", "e"]
+
+
+async def test_verify_reads_not_far_ahead_of_a_slow_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, read = asyncio.Event(), []
+
+    class Slow(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+            read.append(key)
+            if key == "00":
+                await go_on.wait()
+            return await super()._read(key, byte_range, chunk_bytes)
+
+    storage = ProxyStorage("media", originals=Slow(), meta=MemoryMetaBackend())
+    for number in range(50):
+        await storage.save(f"{number:02}", b"x")
+    monkeypatch.setattr("aproxy_storage.tools.verify._AHEAD", 10)
+    results = verify(storage, concurrency=3)
+    first = asyncio.ensure_future(anext(results))
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    assert 3 < len(read) <= 13
+    go_on.set()
+    assert (await first).item == "00"
+    assert [result.item async for result in results] == [f"{number:02}" for number in range(1, 50)]
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "md5"])
+async def test_verify_records_missing_checksums(make: Make, algorithm: str) -> None:
+    storage = make(checksum=algorithm)
+    original = storage.get_original("a")
+    contents = {"empty": b"", "large": b"x" * 3_000_000, "small": b"x"}
+    for name, data in contents.items():
+        await original.write(name, data)
+        await storage.adopt(name)
+    await storage.save("z", b"y")
+    before = [record.revision async for record in storage.list()]
+    results = [result async for result in verify(storage, record_missing=True)]
+    assert [(result.item, result.error) for result in results] == [(name, None) for name in (*contents, "z")]
+    for name, data in contents.items():
+        assert (await storage.get(name)).checksum == f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+    assert [record.revision async for record in storage.list()] == before, "the bytes are what they were"
+    assert [result.value for result in results] == [record async for record in storage.list()]
+    assert [result.error async for result in verify(storage)] == [None] * 4
+    await original.discard("small")
+    await original.write("small", b"z")
+    damaged = [result.item async for result in verify(storage, record_missing=True) if not result.ok]
+    assert damaged == ["small"]
+
+
+async def test_verify_records_no_wrong_checksum() -> None:
+    """Of a file that is replaced while it is read the record is not given the checksum of the old bytes."""
+
+    class Meddling(MemoryBackend):
+        async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+            reader = await super()._read(key, byte_range, chunk_bytes)
+            if key == "a":
+                await storage.replace("a", b"new bytes")
+            elif key == "b":
+                await storage.delete("b")
+            return reader
+
+    storage = ProxyStorage("media", originals=Meddling(), meta=MemoryMetaBackend(), keep_replaced=600.0)
+    for key in "ab":
+        await storage.get_original("default").write(key, b"old")
+        await storage.adopt(key)
+    results = {result.item: result.error async for result in verify(storage, record_missing=True, concurrency=1)}
+    assert results == {"a": None}
+    assert (await storage.get("a")).checksum == f"sha256:{hashlib.sha256(b'new bytes').hexdigest()}"
+
+
+async def test_verify_records_nothing_for_a_storage_without_checksums() -> None:
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend(), checksum=None)
+    with pytest.raises(ConfigurationError, match="computes no checksums"):
+        await anext(verify(storage, record_missing=True))
 
 
 async def test_a_reconcile_that_is_overtaken_moves_on(storage: ProxyStorage) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 from django.db import models
 
-from aproxy_storage import AlreadyExists, NotFound, ProxyStorage, StorageError
+from aproxy_storage import AlreadyExists, ConfigurationError, NotFound, ProxyStorage, StorageError
 
 from ...fields import ProxyStorageFileField, ProxyStorageImageField
 from ...storage import BridgeStorage
@@ -114,16 +114,26 @@ class Command(StorageCommand):
         return {key: answers[first[name]] for key, name in names.items()}
 
     async def _adopt(self, proxy: ProxyStorage, name: str, extra: Mapping[str, Any]) -> str:
-        key = name.removeprefix(proxy.prefix)
+        key, original = name.removeprefix(proxy.prefix), self._original_of(proxy)
         if self._dry:
-            await proxy.get_original(self._using or "").stat(key)
+            await proxy.get_original(original).stat(key)
+            if wrong := (await _owned(proxy, original, [key]))[1]:
+                raise wrong[key]
             return name
-        return await proxy.adopt(key, name=proxy.prefix + key, using=self._using, extra=extra)
+        try:
+            return await proxy.adopt(key, name=proxy.prefix + key, using=original, extra=extra)
+        except AlreadyExists as error:
+            if wrong := (await _owned(proxy, original, [key]))[1]:
+                raise wrong[key] from error
+            raise
+
+    def _original_of(self, proxy: ProxyStorage) -> str:
+        return self._using or next(iter(proxy.originals))
 
     # -- all files of an original
 
     async def _adopt_all(self, proxy: ProxyStorage, after: str | None, batch: int) -> None:
-        original = self._using or next(iter(proxy.originals))
+        original = self._original_of(proxy)
         keys: list[str] = []
         async for info in proxy.get_original(original).list(after=after):
             keys.append(info.key)
@@ -134,9 +144,11 @@ class Command(StorageCommand):
 
     async def _adopt_keys(self, proxy: ProxyStorage, original: str, keys: list[str]) -> None:
         """Adopt those of `keys` that no record names. They were listed first: a save in flight has its record."""
-        owned = await proxy.meta.owners(original, keys)
+        owned, wrong = await _owned(proxy, original, keys)
         self._counts["had a record"] += len(owned)
-        names = {key: proxy.prefix + key for key in keys if key not in owned}
+        for key, error in wrong.items():
+            self.failed(key, error)
+        names = {key: proxy.prefix + key for key in keys if key not in owned and key not in wrong}
         for key, answer in (await self._adopt_many(proxy, names, {})).items():
             if isinstance(answer, NotFound):
                 continue  # deleted meanwhile
@@ -146,5 +158,30 @@ class Command(StorageCommand):
                 self.failed(key, answer)
             else:
                 self._counts["adopted"] += 1
+                if answer != names[key]:
+                    self.tell(f"{key}: adopted as {answer!r}, because its name is taken")
         if keys:
             self.progress(f"{original}: {sum(self._counts.values())} files, up to {keys[-1]}")
+
+
+async def _owned(
+    proxy: ProxyStorage, original: str, keys: Sequence[str]
+) -> tuple[set[str], dict[str, ConfigurationError]]:
+    """Return those of `keys` in `original` that records of `proxy` name, and an error for each that another storage's
+    do: the records of storages that share a table tell originals apart by their names alone."""
+    owners = await proxy.meta.owners(original, keys)
+    paths = sorted({path for owning in owners.values() for path in owning})
+    records = dict(zip(paths, await proxy.meta.get_many(paths), strict=True))
+    owned: set[str] = set()
+    wrong: dict[str, ConfigurationError] = {}
+    for key, owning in owners.items():
+        names = {record.proxy_storage_name for path in owning if (record := records[path]) is not None}
+        if not names or proxy.name in names:
+            owned.add(key)
+            continue
+        wrong[key] = ConfigurationError(
+            f"storage {min(names)!r}, whose records are in the same table, has one of this key in its original"
+            f" {original!r}. If that is another directory or bucket, give one of the two storages a table of its own"
+            " (meta=) or an original of another name"
+        )
+    return owned, wrong
