@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool, exclusive: bool) -> None:
-    """Have the storage save `content` as `name`, and nothing else; what fails is deleted again.
+    """Have the storage save the whole `content` as `name`, and nothing else; what fails is deleted again.
 
     `durable`: a file of this machine is on the disk then; of a service its answer has to do. `exclusive`: the storage
     creates a file only where there is none, so that what is there after a failure is ours.
@@ -46,6 +46,12 @@ def save(storage: Any, name: str, content: Any, attempt: Attempt, durable: bool,
     if given != name:
         _remove(storage, given)
         raise AlreadyExists(f"the storage has named {name!r} otherwise: it is taken; the other file is deleted again")
+    try:
+        content.finish()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            delete(storage, name)
+        raise
     if durable:
         with contextlib.suppress(NotImplementedError):
             path = storage.path(name)

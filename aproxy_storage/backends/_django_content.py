@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from ..errors import BackendUnavailable
+
 __all__ = ["Attempt", "Held", "InterruptedContent", "Pipe"]
 
 _AHEAD = 2  # chunks that wait for the storage
@@ -48,6 +50,9 @@ class Held(_Named, io.BytesIO):
     def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
         self.seek(0)
         yield self.getvalue()
+
+    def finish(self) -> None:
+        """Nothing: its end was seen before the storage was asked."""
 
 
 class Pipe(_Named):
@@ -134,6 +139,22 @@ class Pipe(_Named):
             self._rest = b""
             self._position += len(piece)
             yield piece
+
+    def finish(self) -> None:
+        """Wait for the end of the content, which the storage has to have read up to when it has saved.
+
+        A storage that reads as much as it was told may come back before the end is known. Only with the end do size
+        and checksum exist, and only there content is found to be longer than it was declared.
+
+        Raises:
+            BackendUnavailable: there is more, which the storage has not read.
+            InterruptedContent: the content has failed.
+        """
+        if self._rest or self._next():
+            raise BackendUnavailable(
+                f"the storage has read only the first {self._position} bytes of the content, and called that saved",
+                retryable=False,
+            )
 
     def __iter__(self) -> Iterator[bytes]:
         return self.chunks()

@@ -232,18 +232,30 @@ class DjangoStorageBackend(Backend):
                 content.fail()
             await self._take_back(key, saving, ended, error)
             raise
+        finally:
+            if isinstance(content, Pipe):
+                content.fail()  # whoever still reads, a thread of the storage's own, is let go
         saving.result()
 
     async def _feed(self, feed: Callable[[], Any], saving: asyncio.Future[None]) -> None:
-        """Feed the content until it ends, or until the storage wants no more of it."""
+        """Feed the content until it ends, or until the storage has failed; then wait for the storage.
+
+        A save that has succeeded has seen the end of the content (`Pipe.finish`), so the only early signal is that of a
+        failure. Two orders are possible. The content ends first: `feed` returns, and the outcome is waited for. The
+        storage fails first, a full disk say, while `feed` waits for the caller's next chunk or for room: `stop` cancels
+        this task to wake it up, and takes that back, because it is no cancellation of the caller's; a second one that
+        came from outside meanwhile stays. `stop` may have been called for already when the content ends in the same
+        turn of the loop, so it looks whether there is still something to stop.
+        """
         feeding = asyncio.current_task()
         assert feeding is not None
-        stopped = False
+        stopped = fed = False
 
         def stop(_: Any) -> None:
             nonlocal stopped
-            stopped = True
-            feeding.cancel()
+            if not fed and (saving.cancelled() or saving.exception() is not None):
+                stopped = True
+                feeding.cancel()
 
         saving.add_done_callback(stop)
         try:
@@ -253,6 +265,7 @@ class DjangoStorageBackend(Backend):
                 raise
             return
         finally:
+            fed = True
             saving.remove_done_callback(stop)
         if stopped:
             feeding.uncancel()

@@ -1,0 +1,109 @@
+"""What a Django storage may do with the content, and with the files that it opens, without harm to the bytes."""
+
+import asyncio
+import contextlib
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aproxy_storage import BackendUnavailable, ContentError, OutOfSpace
+from aproxy_storage.backends._django_content import InterruptedContent
+from aproxy_storage.content import Source
+from tests.backends.test_django_storage import files_below
+from tests.django_support.setup import configure
+
+configure()
+
+from django.core.files.base import ContentFile  # noqa: E402
+from django.core.files.storage import FileSystemStorage  # noqa: E402
+
+from aproxy_storage.backends.django import DjangoStorageBackend  # noqa: E402
+
+
+# -- storages that do not read to the end
+
+
+class Reading(FileSystemStorage):
+    """Reads the content in its own way, and says when it has saved."""
+
+    def __init__(self, root: Path, read: Callable[[Any], bytes]) -> None:
+        super().__init__(root)
+        self._read = read
+        self.saved = threading.Event()
+
+    def _save(self, name: str, content: Any) -> str:
+        data = self._read(content)
+        given = str(super()._save(name, ContentFile(data)))
+        self.saved.set()
+        return given
+
+
+async def with_a_late_end(storage: Reading, *more: bytes) -> AsyncIterator[bytes]:
+    """Yield 900 kB, and `more` or the end only when the storage has saved."""
+    for _ in range(3):
+        yield b"x" * 300_000
+    await asyncio.to_thread(storage.saved.wait, 30)
+    for chunk in more:
+        yield chunk
+
+
+@pytest.mark.asyncio
+async def test_content_longer_than_declared_is_refused_whatever_the_storage_reads(tmp_path: Path) -> None:
+    storage = Reading(tmp_path, lambda content: content.read(content.size))
+    async with DjangoStorageBackend(storage) as backend:
+        with pytest.raises(ContentError, match="900000 as declared"):
+            await backend.write("key", with_a_late_end(storage, b"one more"), size=900_000)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.asyncio
+async def test_a_storage_that_reads_only_the_beginning_has_failed(tmp_path: Path) -> None:
+    storage = Reading(tmp_path, lambda content: content.read(100_000))
+    async with DjangoStorageBackend(storage) as backend:
+        with pytest.raises(BackendUnavailable, match="only the first 100000 bytes") as caught:
+            await backend.write("key", with_a_late_end(storage))
+    assert not caught.value.retryable
+    assert not caught.value.outcome_unknown
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.asyncio
+async def test_size_and_checksum_are_known_also_where_the_end_comes_late(tmp_path: Path) -> None:
+    storage = Reading(tmp_path, lambda content: content.read(900_000))
+    source = Source.of(with_a_late_end(storage))
+    async with DjangoStorageBackend(storage) as backend:
+        info = await backend.write("key", source)
+    assert (info.size, source.checksum) == (900_000, f"sha256:{hashlib.sha256(b'x' * 900_000).hexdigest()}")
+    assert (tmp_path / "key").read_bytes() == b"x" * 900_000
+
+
+@pytest.mark.asyncio
+async def test_whoever_still_reads_for_a_failed_save_is_let_go(tmp_path: Path) -> None:
+    """A storage whose helper goes on reading when the save itself has failed."""
+    helpers: list[threading.Thread] = []
+    begun = threading.Event()
+
+    def read(content: Any) -> bytes:
+        def go_on() -> None:
+            with contextlib.suppress(InterruptedContent):
+                while content.read(100_000):
+                    begun.set()
+
+        helpers.append(threading.Thread(target=go_on, daemon=True))
+        helpers[0].start()
+        begun.wait(30)
+        raise OSError(28, "No space left on device")
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"x" * 300_000
+        await asyncio.Event().wait()
+
+    async with DjangoStorageBackend(Reading(tmp_path, read)) as backend:
+        with pytest.raises(OutOfSpace):
+            await backend.write("key", endless())
+    await asyncio.to_thread(helpers[0].join, 30)
+    assert not helpers[0].is_alive()
