@@ -169,13 +169,25 @@ class Opened:
         wanted = min(self._chunk_bytes, self._stop - self._at)
         if wanted <= 0:
             return b""
-        if self._file.tell() != self._at:  # it begins elsewhere, or is shared with others (InMemoryStorage)
-            self._file.seek(self._at)
-        data = bytes(self._file.read(wanted))
+        data = self._read_there(wanted)
+        if data and self._file.tell() != self._at + len(data):
+            # django-storages' FTP and SFTP fetch the file with the first read, which then begins at its start, whatever
+            # was sought before.
+            data = self._read_there(wanted)
+            if self._file.tell() != self._at + len(data):
+                raise BackendUnavailable(
+                    f"{self._name!r} cannot be read from byte {self._at} on: the storage's file does not stay there",
+                    retryable=False,
+                )
         if not data:
             raise BackendUnavailable(f"{self._name!r} ended at byte {self._at}, and should have had {self._stop}")
         self._at += len(data)
         return data
+
+    def _read_there(self, wanted: int) -> bytes:
+        if self._file.tell() != self._at:  # it begins elsewhere, or is shared with others (InMemoryStorage)
+            self._file.seek(self._at)
+        return bytes(self._file.read(wanted))
 
     def _release(self) -> None:
         file, self._file = self._file, None

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from aproxy_storage import BackendUnavailable, ContentError, OutOfSpace
+from aproxy_storage import BackendUnavailable, ByteRange, ContentError, OutOfSpace
 from aproxy_storage.backends._django_content import InterruptedContent
 from aproxy_storage.content import Source
 from tests.backends.test_django_storage import files_below
@@ -18,7 +19,7 @@ from tests.django_support.setup import configure
 
 configure()
 
-from django.core.files.base import ContentFile  # noqa: E402
+from django.core.files.base import ContentFile, File  # noqa: E402
 from django.core.files.storage import FileSystemStorage  # noqa: E402
 
 from aproxy_storage.backends.django import DjangoStorageBackend  # noqa: E402
@@ -107,3 +108,57 @@ async def test_whoever_still_reads_for_a_failed_save_is_let_go(tmp_path: Path) -
             await backend.write("key", endless())
     await asyncio.to_thread(helpers[0].join, 30)
     assert not helpers[0].is_alive()
+
+
+# -- files that are fetched by their first read
+
+
+class FetchedByTheFirstRead(File):
+    """As the files of django-storages' FTP and SFTP: a placeholder until the first read, which starts at 0."""
+
+    fetches = 0
+
+    def __init__(self, data: bytes, times: int) -> None:
+        super().__init__(io.BytesIO(), "file")
+        self.size = len(data)
+        self._data = data
+        self._times = times
+
+    def read(self, size: int = -1) -> bytes:
+        if self.fetches < self._times:
+            self.fetches += 1
+            self.file = io.BytesIO(self._data)
+        return bytes(self.file.read(size))
+
+
+class Fetching(FileSystemStorage):
+    times = 1
+
+    def _open(self, name: str, mode: str = "rb") -> File:
+        return FetchedByTheFirstRead(Path(self.path(name)).read_bytes(), self.times)
+
+
+@pytest.mark.asyncio
+async def test_ranges_are_right_where_the_first_read_begins_anew(tmp_path: Path) -> None:
+    async with DjangoStorageBackend(Fetching(tmp_path)) as backend:
+        await backend.write("key", b"0123456789")
+        for byte_range, expected in (
+            (ByteRange(4, 8), b"4567"),
+            (ByteRange(9), b"9"),
+            (ByteRange(0, 4), b"0123"),
+            (None, b"0123456789"),
+        ):
+            async with backend.read("key", byte_range=byte_range, chunk_bytes=3) as reader:
+                assert b"".join([chunk async for chunk in reader]) == expected
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_does_not_stay_where_it_is_put_is_not_read(tmp_path: Path) -> None:
+    storage = Fetching(tmp_path)
+    storage.times = 1000
+    async with DjangoStorageBackend(storage) as backend:
+        await backend.write("key", b"0123456789")
+        with pytest.raises(BackendUnavailable, match="byte 4") as caught:
+            async with backend.read("key", byte_range=ByteRange(4, 8)):
+                pass
+    assert not caught.value.retryable
