@@ -52,6 +52,8 @@ def map_error(error: Exception, what: str) -> StorageError | None:
     if status in (401, 403):
         return AccessDenied(f"{failed}: access denied ({status})")
     if status == 404:
+        if "Bucket" in (code := _code(error)) or "Container" in code:
+            return ConfigurationError(f"{failed}: the service has no such bucket")
         return NotFound(f"{failed}: the service has no such object, or no such bucket")
     if status in (413, 507):
         return OutOfSpace(f"{failed}: no room, or too large ({status})")
@@ -83,3 +85,11 @@ def _status(error: Exception) -> int | None:
     for name in ("status_code", "code", "status"):
         found = found if isinstance(found, int) else getattr(error, name, None)
     return found if isinstance(found, int) and 100 <= found < 600 else None
+
+
+def _code(error: Exception) -> str:
+    """Return the word that botocore's and Azure's clients have for the error."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "error_code", ""))

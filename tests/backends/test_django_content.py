@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from django.core.files.base import ContentFile, File  # noqa: E402
 from django.core.files.storage import FileSystemStorage  # noqa: E402
 
 from aproxy_storage.backends.django import DjangoStorageBackend  # noqa: E402
-
 
 # -- storages that do not read to the end
 
@@ -108,6 +108,65 @@ async def test_whoever_still_reads_for_a_failed_save_is_let_go(tmp_path: Path) -
             await backend.write("key", endless())
     await asyncio.to_thread(helpers[0].join, 30)
     assert not helpers[0].is_alive()
+
+
+# -- storages that ask for the size
+
+
+@pytest.mark.asyncio
+async def test_the_size_can_be_asked_for_in_the_middle(tmp_path: Path) -> None:
+    def read(content: Any) -> bytes:
+        first = content.read(100_000)
+        assert (content.size, content.tell()) == (900_000, 100_000)
+        return bytes(first + b"".join(content.chunks()))
+
+    data = bytes(range(250)) * 3600
+    async with DjangoStorageBackend(Reading(tmp_path, read)) as backend:
+        await backend.write("key", iter([data[:300_000], data[300_000:700_000], data[700_000:]]))
+    assert (tmp_path / "key").read_bytes() == data
+
+
+@pytest.mark.asyncio
+async def test_content_whose_size_was_asked_for_first_can_be_read_twice(tmp_path: Path) -> None:
+    def read(content: Any) -> bytes:
+        assert len(content) == 900_000
+        assert content.seekable()
+        first = content.read()
+        content.seek(0)
+        assert b"".join(content.chunks()) == first
+        return bytes(first)
+
+    async with DjangoStorageBackend(Reading(tmp_path, read)) as backend:
+        await backend.write("key", iter([b"x" * 300_000] * 3))
+    assert (tmp_path / "key").read_bytes() == b"x" * 900_000
+
+
+@pytest.mark.asyncio
+async def test_a_storage_that_reads_a_part_of_what_was_kept_has_failed(tmp_path: Path) -> None:
+    storage = Reading(tmp_path, lambda content: content.read(content.size - 1))
+    async with DjangoStorageBackend(storage) as backend:
+        with pytest.raises(BackendUnavailable, match="only the first 899999 bytes"):
+            await backend.write("key", iter([b"x" * 300_000] * 3))
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", [-1, +1])
+@pytest.mark.asyncio
+async def test_a_file_of_another_size_than_the_storage_was_told_is_refused(tmp_path: Path, change: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(10 << 20))  # more than is ahead of the storage
+
+    def read(content: Any) -> bytes:
+        os.truncate(path, content.size + change)
+        data = b""
+        while content.tell() < content.size:  # as Dropbox's: without an end, where the end comes early
+            data += content.read(1 << 20)
+        return data
+
+    async with DjangoStorageBackend(Reading(tmp_path / "root", read)) as backend:
+        with pytest.raises(ContentError, match="changed while it was read"):
+            await backend.write("key", path)
+    assert files_below(tmp_path / "root") == []
 
 
 # -- files that are fetched by their first read

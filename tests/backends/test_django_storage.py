@@ -292,6 +292,8 @@ def test_errors_of_drivers_are_ours_and_tell_no_secret() -> None:
     def answer(status: int) -> ClientError:
         return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
 
+    gone = ClientError({"Error": {"Code": "NoSuchBucket"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "DeleteObject")
+
     class ConnectionError(OSError):
         pass
 
@@ -303,6 +305,7 @@ def test_errors_of_drivers_are_ours_and_tell_no_secret() -> None:
     for native, expected in (
         (answer(403), AccessDenied),
         (answer(404), NotFound),
+        (gone, ConfigurationError),  # for whoever discards, no word that the object is gone
         (answer(503), BackendUnavailable),
         (answer(507), OutOfSpace),
         (EndpointConnectionError(endpoint_url=secret), BackendUnavailable),
