@@ -96,7 +96,7 @@ class DjangoStorageBackend(Backend):
                 f"{type(storage).__name__} is no Django storage; give an alias of STORAGES, a dotted path, an instance"
             )
         self._given = storage
-        self._name = storage if isinstance(storage, str) else type(storage).__name__
+        self._name = storage if isinstance(storage, str) else storage.__class__.__name__
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)
         files = not isinstance(storage, str) and _is_file_system(storage)
@@ -507,7 +507,8 @@ def _resolve(given: str) -> Any:
 def _is_file_system(storage: Any) -> bool:
     from django.core.files.storage import FileSystemStorage
 
-    return isinstance(storage, FileSystemStorage) and type(storage)._save is FileSystemStorage._save
+    # Its type is another than its class where Django's lazy objects, such as default_storage, stand before it.
+    return isinstance(storage, FileSystemStorage) and storage.__class__._save is FileSystemStorage._save
 
 
 def _close_old_connections() -> None:

@@ -352,6 +352,23 @@ async def test_storages_are_named_by_alias_path_or_url(tmp_path: Path) -> None:
         DjangoStorageBackend(object())
 
 
+@pytest.mark.asyncio
+async def test_the_default_storage_is_an_instance_like_others(tmp_path: Path) -> None:
+    """``default_storage`` is a lazy object around what STORAGES says."""
+    from django.core.files.storage import default_storage
+    from django.test import override_settings
+
+    made = {"BACKEND": "django.core.files.storage.FileSystemStorage", "OPTIONS": {"location": str(tmp_path)}}
+    with override_settings(STORAGES={"default": made}):
+        backend = DjangoStorageBackend(default_storage)
+        assert backend.capabilities == files(tmp_path).capabilities
+        assert str(backend) == "DjangoStorageBackend('FileSystemStorage')"
+        await backend.write("key", b"x")
+        with pytest.raises(AlreadyExists):
+            await backend.write("key", b"y")
+    assert files_below(tmp_path) == ["key"]
+
+
 class Overtaken(FileSystemStorage):
     """Somebody else creates the file between the question and the save."""
 
