@@ -3,6 +3,7 @@ by what they have in common. None of them is imported."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,13 @@ def map_error(error: Exception, what: str) -> StorageError | None:
         return ConfigurationError(f"{failed}: the storage is not configured; see the cause")
     if isinstance(error, NotImplementedError):
         return NotSupported(f"{failed}: the storage cannot do that")
+    if isinstance(error, io.UnsupportedOperation):  # an OSError too, but nothing that a service has done
+        if what.startswith("write "):
+            return NotSupported(
+                f"{failed}: the storage reads the content more than once, which a stream allows up to 256 KiB only; "
+                "with max_workers=1 content of any size is kept in a temporary file"
+            )
+        return NotSupported(f"{failed}: the storage's files cannot do that")
     if isinstance(error, NO_FILE):
         if what.startswith("write "):
             return InvalidPath(f"{failed}: a file stands in the place of a directory, or the other way round")

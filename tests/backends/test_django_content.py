@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aproxy_storage import BackendUnavailable, ByteRange, ContentError, OutOfSpace
+from aproxy_storage import BackendUnavailable, ByteRange, ContentError, NotSupported, OutOfSpace
 from aproxy_storage.backends._django_content import InterruptedContent
 from aproxy_storage.content import Source
 from tests.backends.test_django_storage import files_below
@@ -167,6 +167,23 @@ async def test_a_file_of_another_size_than_the_storage_was_told_is_refused(tmp_p
         with pytest.raises(ContentError, match="changed while it was read"):
             await backend.write("key", path)
     assert files_below(tmp_path / "root") == []
+
+
+@pytest.mark.asyncio
+async def test_a_storage_that_reads_content_twice_is_told_so(tmp_path: Path) -> None:
+    """The service is not to blame: no circuit breaker may count it, and nothing may still appear."""
+
+    def read(content: Any) -> bytes:
+        hashlib.sha256(content.read())
+        content.seek(0)
+        return bytes(content.read())
+
+    async with DjangoStorageBackend(Reading(tmp_path, read)) as backend:
+        with pytest.raises(NotSupported, match="reads the content more than once") as caught:
+            await backend.write("key", iter([b"x" * 300_000] * 3))
+        assert not caught.value.outcome_unknown
+        await backend.write("small", b"x")
+    assert files_below(tmp_path) == ["small"]
 
 
 # -- files that are fetched by their first read
