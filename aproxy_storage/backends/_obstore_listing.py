@@ -56,6 +56,11 @@ async def list_flat(
         for entry in page:
             path = entry["path"]
             if path <= last:
+                if f"{path}/" > last and not entry["size"]:
+                    # In its place for a key with a slash at the end, which obstore has taken away: S3's console makes
+                    # such a marker of a directory. As "2024" it comes after "2024-01/x", for it was "2024/".
+                    last = f"{path}/"
+                    continue
                 raise ConfigurationError(
                     "the service does not list in the byte order of keys. If it walks directories, as SeaweedFS does, "
                     "pass flat_listings=False"

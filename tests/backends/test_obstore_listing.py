@@ -59,6 +59,18 @@ def pages_of(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, int]) -> Obst
     return ObstoreBackend(MemoryStore())
 
 
+@pytest.mark.asyncio
+async def test_a_marker_of_a_directory_is_none_of_the_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S3's console makes ``2024/``, and obstore hands it on without the slash, where it would have come earlier."""
+    entries = [("2024-01/x.jpg", 1), ("2024", 0), ("2024/y.jpg", 1), ("2024/z.jpg", 1)]
+    backend = pages_of(monkeypatch, *entries)
+    assert [info.key async for info in backend.list()] == ["2024-01/x.jpg", "2024/y.jpg", "2024/z.jpg"]
+    assert [info.key async for info in backend.list(after="2024-01/x.jpg")] == ["2024/y.jpg", "2024/z.jpg"]
+    # beside an object of the same name
+    backend = pages_of(monkeypatch, ("2024", 0), ("2024", 0), ("2024/y.jpg", 1))
+    assert [info.key async for info in backend.list()] == ["2024", "2024/y.jpg"]
+
+
 @pytest.mark.parametrize(
     "entries",
     [
