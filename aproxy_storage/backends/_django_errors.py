@@ -3,6 +3,7 @@ by what they have in common. None of them is imported."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,13 @@ def map_error(error: Exception, what: str) -> StorageError | None:
         return ConfigurationError(f"{failed}: the storage is not configured; see the cause")
     if isinstance(error, NotImplementedError):
         return NotSupported(f"{failed}: the storage cannot do that")
+    if isinstance(error, io.UnsupportedOperation):  # an OSError too, but nothing that a service has done
+        if what.startswith("write "):
+            return NotSupported(
+                f"{failed}: the storage reads the content more than once, which a stream allows up to 256 KiB only; "
+                "with max_workers=1 content of any size is kept in a temporary file"
+            )
+        return NotSupported(f"{failed}: the storage's files cannot do that")
     if isinstance(error, NO_FILE):
         if what.startswith("write "):
             return InvalidPath(f"{failed}: a file stands in the place of a directory, or the other way round")
@@ -52,6 +60,8 @@ def map_error(error: Exception, what: str) -> StorageError | None:
     if status in (401, 403):
         return AccessDenied(f"{failed}: access denied ({status})")
     if status == 404:
+        if "Bucket" in (code := _code(error)) or "Container" in code:
+            return ConfigurationError(f"{failed}: the service has no such bucket")
         return NotFound(f"{failed}: the service has no such object, or no such bucket")
     if status in (413, 507):
         return OutOfSpace(f"{failed}: no room, or too large ({status})")
@@ -83,3 +93,11 @@ def _status(error: Exception) -> int | None:
     for name in ("status_code", "code", "status"):
         found = found if isinstance(found, int) else getattr(error, name, None)
     return found if isinstance(found, int) and 100 <= found < 600 else None
+
+
+def _code(error: Exception) -> str:
+    """Return the word that botocore's and Azure's clients have for the error."""
+    response: Any = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        return str(response.get("Error", {}).get("Code", ""))
+    return str(getattr(error, "error_code", ""))

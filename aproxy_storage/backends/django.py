@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Self, TypeVar
 from urllib.parse import unquote
 
 from ..content import Source
 from ..errors import (
+    BackendUnavailable,
     ConfigurationError,
     InvalidPath,
     MissingDependency,
@@ -31,6 +32,7 @@ from .base import Backend, Reader
 
 try:
     from django.core import exceptions as django_errors
+    from django.core.files.base import File
 except ImportError as _error:
     raise MissingDependency.of("django", "django") from _error
 
@@ -52,12 +54,17 @@ class DjangoStorageBackend(Backend):
             an instance of ``FileSystemStorage`` alone; of all others a write looks first, and of two simultaneous
             writers of one key both may believe that they have won. With ``ProxyStorage(keys="token")`` no two do.
         max_workers: threads of this backend for writes, and as many for all else. A storage that hangs blocks these
-            and nothing else, above all not the one thread in which Django runs thread-sensitive code.
+            and nothing else, above all not the one thread in which Django runs thread-sensitive code. 1: one thread for
+            everything, for a storage with a single connection (django-storages' FTP); content of more than 256 KiB is
+            then kept in a temporary file before the storage is asked, and all calls wait for each other.
         max_segment_bytes: what the storage allows for one part of a name.
         timeouts: ``operation`` limits a call, ``idle`` each step of a read or a write; make that longer for a storage
             which collects the whole content before it sends it.
 
-    Content streams through the storage's thread, a few chunks ahead of it; up to 256 KiB are handed over as a whole.
+    Content streams through the storage's thread, a few chunks ahead of it; up to 256 KiB are handed over as a whole. A
+    storage that asks for the size of content that does not know it (an iterator, a file object) waits until all of it
+    lies in a temporary file. One that has not read the content to its end has failed.
+
     A storage that shows an unfinished file shows it here too (``FileSystemStorage`` does; `FileSystemBackend` on the
     same directory does not); what a failed write leaves is deleted, what a crash leaves is found by reconcile, which
     knows the key. One that gives the file another name than it was asked for has met another writer: that file is
@@ -89,7 +96,7 @@ class DjangoStorageBackend(Backend):
                 f"{type(storage).__name__} is no Django storage; give an alias of STORAGES, a dotted path, an instance"
             )
         self._given = storage
-        self._name = storage if isinstance(storage, str) else type(storage).__name__
+        self._name = storage if isinstance(storage, str) else storage.__class__.__name__
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)
         files = not isinstance(storage, str) and _is_file_system(storage)
@@ -102,8 +109,10 @@ class DjangoStorageBackend(Backend):
             max_segment_bytes=255 if files and max_segment_bytes is None else max_segment_bytes,
         )
         self._workers = Workers(f"Django storage {self._name}", max_workers, share=1)
-        # Threads of their own, because a write may wait for content that is read from this very storage.
-        self._writers = Workers(f"Django storage {self._name}, writes", max_workers, share=1)
+        # Threads of their own, because a write may wait for content that is read from this very storage; but `_keep`.
+        self._writers = (
+            self._workers if max_workers == 1 else Workers(f"Django storage {self._name}, writes", max_workers, share=1)
+        )
         self._storage: Any = None
 
     @classmethod
@@ -170,20 +179,19 @@ class DjangoStorageBackend(Backend):
         token: str | None,
         durable: bool,
     ) -> ObjectInfo:
-        name = self.prefix + key
         try:
             if source.data is not None:
                 await source.measure()
-                await self._save(key, Held(source.data, name, content_type), durable)
+                await self._save(key, Held(source.data), content_type, durable)
             else:
-                await self._stream(key, source, name, content_type, durable)
+                await self._stream(key, source, content_type, durable)
         except asyncio.CancelledError as error:
             if not hasattr(error, "outcome_unknown"):  # the storage was not asked yet
                 error.outcome_unknown = False  # type: ignore[attr-defined]
             raise
         return ObjectInfo(key, size=source.seen_size)
 
-    async def _stream(self, key: str, source: Source, name: str, content_type: str | None, durable: bool) -> None:
+    async def _stream(self, key: str, source: Source, content_type: str | None, durable: bool) -> None:
         async with contextlib.aclosing(source.chunks()) as chunks:
             head: list[bytes] = []
             count = 0
@@ -193,9 +201,9 @@ class DjangoStorageBackend(Backend):
                 if count > _SMALL:
                     break
             else:
-                await self._save(key, Held(b"".join(head), name, content_type), durable)
+                await self._save(key, Held(b"".join(head)), content_type, durable)
                 return
-            pipe = Pipe(name, content_type, source.size)
+            pipe = Pipe(source.size, source.path)
 
             async def feed() -> None:
                 while head:
@@ -204,15 +212,44 @@ class DjangoStorageBackend(Backend):
                     await pipe.put(chunk)
                 pipe.end()
 
-            await self._save(key, pipe, durable, feed)
+            try:
+                if self._writers is self._workers:
+                    await self._keep(pipe, head, chunks)
+                    await self._save(key, pipe, content_type, durable)
+                else:
+                    await self._save(key, pipe, content_type, durable, feed)
+            finally:
+                pipe.fail()  # whoever still reads, a thread of the storage's own, is let go
 
-    async def _save(self, key: str, content: Held | Pipe, durable: bool, feed: Callable[[], Any] | None = None) -> None:
+    async def _keep(self, pipe: Pipe, head: list[bytes], chunks: AsyncIterator[bytes]) -> None:
+        """Keep the content before the storage is asked: its only thread must not wait for content, which may have to
+        be read from this very storage."""
+        try:
+            while head:
+                await self._workers.call(pipe.keep, head.pop(0), timeout=self.timeouts.idle)
+            async for chunk in chunks:
+                await self._workers.call(pipe.keep, chunk, timeout=self.timeouts.idle)
+            await self._workers.call(pipe.keep_no_more, timeout=self.timeouts.idle)
+        except BaseException:
+            with contextlib.suppress(BackendUnavailable):
+                self._workers.submit(pipe.release)  # after what it still does
+            raise
+
+    async def _save(
+        self,
+        key: str,
+        content: Held | Pipe,
+        content_type: str | None,
+        durable: bool,
+        feed: Callable[[], Any] | None = None,
+    ) -> None:
         """Have the storage save `content`, which `feed` feeds; leave nothing where that fails or is cancelled."""
         attempt = Attempt()
         saving = self._call_storage(
             calls.save,
             self.prefix + key,
             content,
+            _Handed(content, self.prefix + key, content_type),
             attempt,
             durable,
             self.capabilities.conditional_create,
@@ -235,15 +272,24 @@ class DjangoStorageBackend(Backend):
         saving.result()
 
     async def _feed(self, feed: Callable[[], Any], saving: asyncio.Future[None]) -> None:
-        """Feed the content until it ends, or until the storage wants no more of it."""
+        """Feed the content until it ends, or until the storage has failed; then wait for the storage.
+
+        A save that has succeeded has seen the end of the content (`Pipe.finish`), so the only early signal is that of a
+        failure. Two orders are possible. The content ends first: `feed` returns, and the outcome is waited for. The
+        storage fails first, a full disk say, while `feed` waits for the caller's next chunk or for room: `stop` cancels
+        this task to wake it up, and takes that back, because it is no cancellation of the caller's; a second one that
+        came from outside meanwhile stays. `stop` may have been called for already when the content ends in the same
+        turn of the loop, so it looks whether there is still something to stop.
+        """
         feeding = asyncio.current_task()
         assert feeding is not None
-        stopped = False
+        stopped = fed = False
 
         def stop(_: Any) -> None:
             nonlocal stopped
-            stopped = True
-            feeding.cancel()
+            if not fed and (saving.cancelled() or saving.exception() is not None):
+                stopped = True
+                feeding.cancel()
 
         saving.add_done_callback(stop)
         try:
@@ -253,6 +299,7 @@ class DjangoStorageBackend(Backend):
                 raise
             return
         finally:
+            fed = True
             saving.remove_done_callback(stop)
         if stopped:
             feeding.uncancel()
@@ -415,6 +462,31 @@ class _OpenedReader(Reader):
 # -- Django
 
 
+class _Handed(File):  # type: ignore[misc]  # Django is untyped
+    """The content of a write as Django's contract has it: what is not said here is asked of ``file``, the size too."""
+
+    file: Held | Pipe
+
+    def __init__(self, content: Held | Pipe, name: str, content_type: str | None) -> None:
+        super().__init__(content, name)
+        if content_type is not None:  # storages guess it where there is none
+            self.content_type = content_type
+
+    def open(self, mode: str | None = None, *args: Any, **kwargs: Any) -> Self:
+        """Begin at the start; Django's own would open a file of this machine that has the same name."""
+        self.seek(0)
+        return self
+
+    def close(self) -> None:
+        """Nothing: it is closed by whoever has made it."""
+
+    def multiple_chunks(self, chunk_size: int | None = None) -> bool:
+        return isinstance(self.file, Pipe)
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        return self.file.chunks()
+
+
 def _resolve(given: str) -> Any:
     """Return the storage of an alias, or an instance of the class that a dotted path names."""
     from django.core.files.storage import InvalidStorageError, storages
@@ -435,7 +507,8 @@ def _resolve(given: str) -> Any:
 def _is_file_system(storage: Any) -> bool:
     from django.core.files.storage import FileSystemStorage
 
-    return isinstance(storage, FileSystemStorage) and type(storage)._save is FileSystemStorage._save
+    # Its type is another than its class where Django's lazy objects, such as default_storage, stand before it.
+    return isinstance(storage, FileSystemStorage) and storage.__class__._save is FileSystemStorage._save
 
 
 def _close_old_connections() -> None:

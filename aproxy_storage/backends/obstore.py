@@ -22,7 +22,7 @@ from ..timeouts import Alarm, Timeouts
 from ..urls import URL, boolean, optional
 from ._obstore_body import Body, collect
 from ._obstore_errors import NativeError, map_error
-from ._obstore_listing import list_flat, list_one_level, listed, walk
+from ._obstore_listing import CONTROLS, list_flat, list_one_level, listed, walk
 from ._obstore_reading import Download, is_beyond_the_end, range_option
 from ._obstore_stores import CLOUD, LOCAL, MEMORY, Made, kind_of, parts_of, place_of
 from ._syncing import sync_file
@@ -415,7 +415,7 @@ class ObstoreBackend(Backend):
 
     async def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
         wanted = self.prefix + prefix
-        if any(part in ("", ".", "..") for part in wanted.split("/")[:-1]) or "\0" in wanted:
+        if any(part in ("", ".", "..") for part in wanted.split("/")[:-1]) or CONTROLS.search(wanted):
             return  # obstore has no name for such a directory
         store, seconds, cut = self._made.get(), self.timeouts.operation, len(self.prefix)
         beyond = None if after is None else self.prefix + after

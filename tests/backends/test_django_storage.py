@@ -292,6 +292,8 @@ def test_errors_of_drivers_are_ours_and_tell_no_secret() -> None:
     def answer(status: int) -> ClientError:
         return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
 
+    gone = ClientError({"Error": {"Code": "NoSuchBucket"}, "ResponseMetadata": {"HTTPStatusCode": 404}}, "DeleteObject")
+
     class ConnectionError(OSError):
         pass
 
@@ -303,6 +305,7 @@ def test_errors_of_drivers_are_ours_and_tell_no_secret() -> None:
     for native, expected in (
         (answer(403), AccessDenied),
         (answer(404), NotFound),
+        (gone, ConfigurationError),  # for whoever discards, no word that the object is gone
         (answer(503), BackendUnavailable),
         (answer(507), OutOfSpace),
         (EndpointConnectionError(endpoint_url=secret), BackendUnavailable),
@@ -347,6 +350,23 @@ async def test_storages_are_named_by_alias_path_or_url(tmp_path: Path) -> None:
         assert "s3cr3t" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="no Django storage"):
         DjangoStorageBackend(object())
+
+
+@pytest.mark.asyncio
+async def test_the_default_storage_is_an_instance_like_others(tmp_path: Path) -> None:
+    """``default_storage`` is a lazy object around what STORAGES says."""
+    from django.core.files.storage import default_storage
+    from django.test import override_settings
+
+    made = {"BACKEND": "django.core.files.storage.FileSystemStorage", "OPTIONS": {"location": str(tmp_path)}}
+    with override_settings(STORAGES={"default": made}):
+        backend = DjangoStorageBackend(default_storage)
+        assert backend.capabilities == files(tmp_path).capabilities
+        assert str(backend) == "DjangoStorageBackend('FileSystemStorage')"
+        await backend.write("key", b"x")
+        with pytest.raises(AlreadyExists):
+            await backend.write("key", b"y")
+    assert files_below(tmp_path) == ["key"]
 
 
 class Overtaken(FileSystemStorage):
