@@ -11,6 +11,7 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core import checks
+from django.core.exceptions import ObjectDoesNotExist
 from django.db import models, transaction
 from django.db.models import signals
 from django.db.models.fields.files import FieldFile, FileDescriptor, ImageFieldFile, ImageFileDescriptor
@@ -209,9 +210,14 @@ class _OwnedFileMixin:
         }
 
     def delete_with(self, instance: models.Model, using: str) -> None:
-        """Delete the file of an object that has been deleted, on commit."""
-        path = getattr(instance, self.attname).name
-        if self.delete_with_object and path:
+        """Delete the file of an object that is about to be deleted, on commit."""
+        if not self.delete_with_object:
+            return
+        try:
+            path = getattr(instance, self.attname).name  # which is loaded now, where it was deferred
+        except ObjectDoesNotExist:  # somebody else was faster
+            return
+        if path:
             transaction.on_commit(partial(self._delete_unused, path, using), using=using, robust=True)
 
     def _delete_unused(self, path: str, using: str) -> None:
@@ -251,7 +257,7 @@ def _watch(sender: type[models.Model], **_: Any) -> None:
         return
     if any(isinstance(field, _OwnedFileMixin) for field in sender._meta.concrete_fields):
         signals.post_save.connect(_saved, sender=sender, dispatch_uid=_IDENTITY)
-        signals.post_delete.connect(_deleted, sender=sender, dispatch_uid=_IDENTITY)
+        signals.pre_delete.connect(_deleting, sender=sender, dispatch_uid=_IDENTITY)
 
 
 def _saved(
@@ -270,7 +276,7 @@ def _saved(
             field.remember_owner(instance, created, using, update_fields)
 
 
-def _deleted(sender: type[models.Model], instance: models.Model, using: str, **_: Any) -> None:
+def _deleting(sender: type[models.Model], instance: models.Model, using: str, **_: Any) -> None:
     # Deleting a child deletes its parents, with a signal each; a proxy's fields are those of the model behind it.
     for field in sender._meta.concrete_model._meta.local_concrete_fields:
         if isinstance(field, _OwnedFileMixin):

@@ -415,6 +415,26 @@ def test_delete_with_object(default: BridgeStorage, person: Person, how: str) ->
     assert default.exists(message.attach.name)
 
 
+@pytest.mark.parametrize("cls", [Message, Paper])
+@pytest.mark.parametrize("how", ["only", "defer", "gone"])
+def test_objects_are_deleted_whose_file_was_not_loaded(
+    default: BridgeStorage, person: Person, cls: Any, how: str
+) -> None:
+    if cls is Paper:
+        path = Paper.objects.create(owner=person, file=file()).file.name
+    else:
+        path = Message.objects.create(attach=file()).attach.name
+    if how == "only":
+        cls.objects.only("pk").delete()
+    else:
+        deferred = cls.objects.only("pk").get()
+        if how == "gone":
+            cls.objects.all().delete()
+        deferred.delete()
+    assert not cls.objects.exists()
+    assert default.exists(path) == (cls is Message)
+
+
 # -- forms, uploads
 
 
