@@ -33,7 +33,7 @@ OWNER = ("content_type_id", "object_id", "field")
 
 class ProxyFieldFile(FieldFile):
     """The file of one object. `asave`, `aopen`, `aread`, `adelete`, `asize` and `aurl` await the storage directly;
-    ``async for`` gives chunks, for a StreamingHttpResponse for example."""
+    ``async for`` gives chunks. A response takes `stream`: of a file itself Django would make a list of lines."""
 
     storage: BridgeStorage
     name: str | None
@@ -114,8 +114,12 @@ class ProxyFieldFile(FieldFile):
         """Return the URL, as `BridgeStorage.aurl`."""
         return await self.storage.aurl(self._required(), **options)
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def stream(self) -> AsyncIterator[bytes]:
+        """Return an asynchronous iterator over the chunks, for a StreamingHttpResponse; it closes itself."""
         return self.storage.astream(self._required())
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self.stream()
 
     def _required(self) -> str:
         self._require_file()

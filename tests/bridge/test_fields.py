@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import unittest
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from django.core.management import call_command
 from django.db import connections, transaction
 from django.db.migrations.writer import MigrationWriter
 from django.forms import modelform_factory
+from django.http import StreamingHttpResponse
 from django.template import Context, Template
 from django.test import RequestFactory, override_settings
 from PIL import Image
@@ -283,12 +285,28 @@ def test_the_twins_of_the_attribute(default: BridgeStorage) -> None:
         async with message.attach.aopen() as opened:
             assert await opened.read() == b"Hello"
         assert [chunk async for chunk in message.attach] == [b"Hello"]
+        assert [chunk async for chunk in message.attach.stream()] == [b"Hello"]
         assert await aget_content_object(await default.proxy.get(message.attach.name)) == message
         await message.attach.adelete()
         assert not (await Message.objects.aget()).attach
         with pytest.raises(ValueError, match="no file"):
             await message.attach.aread()
         await message.attach.adelete()
+        await default.proxy.aclose()
+
+    run(main)
+
+
+def test_a_stream_is_asynchronous_for_django_and_comes_in_chunks(default: BridgeStorage) -> None:
+    data = os.urandom(1 << 20).replace(b"\n", b"x") * 5  # one line
+    message = Message.objects.create(attach=file(data))
+
+    async def main() -> None:
+        response = StreamingHttpResponse(message.attach.stream())
+        assert response.is_async
+        chunks = [chunk async for chunk in response]
+        assert b"".join(chunks) == data
+        assert max(map(len, chunks)) <= default.proxy.chunk_bytes
         await default.proxy.aclose()
 
     run(main)
