@@ -186,7 +186,7 @@ class AsyncTwins(ConfiguredStorage):
     ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
         proxy, path = self.proxy, self._full(name)
-        if await self._ais_on_disk(path) and not await AsyncTwins.aexists(self, path):
+        if await self._ais_on_disk(path) and not await self._is_known(path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
         asks = saving or Saving()
         record = await proxy.write_to(
@@ -195,6 +195,17 @@ class AsyncTwins(ConfiguredStorage):
         if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
             record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
         return record if exclusive else await self._with_its_key(record)
+
+    async def _is_known(self, path: str) -> bool:
+        """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,
+        its bytes wait for the commit."""
+        if await AsyncTwins.aexists(self, path):
+            return True
+        try:
+            await self.proxy.meta.get(path)
+        except NotFound:
+            return False
+        return True
 
     async def _with_its_key(self, record: MetaRecord) -> MetaRecord:
         """In a directory that is published, give a file that has new bytes or a new path the key that its URL

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.files.base import ContentFile
-from django.db import connections
+from django.db import connections, transaction
 
-from aproxy_storage import DeadlineExceeded, Timeouts
+from aproxy_storage import DeadlineExceeded, StorageError, Timeouts
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
@@ -185,3 +185,25 @@ def test_a_choice_of_names_on_a_disk_that_hangs_ends(tmp_path: Path, hung: threa
 
     asyncio.run(main())
     bridge.call(storage.proxy.aclose)
+
+
+# -- a name whose file is being deleted
+
+
+@pytest.mark.parametrize("how", ["open", "save"])
+def test_a_record_that_is_going_is_a_record(media: Path, default: BridgeStorage, how: str) -> None:
+    storage = BridgeStorage(allow_overwrite=True)
+    storage.save("b.txt", ContentFile(b"old"))
+    said = ""
+    with transaction.atomic():
+        storage.delete("b.txt")
+        assert (media / "b.txt").exists(), "until the commit"
+        try:
+            if how == "save":
+                storage.save("b.txt", ContentFile(b"new"))
+            else:
+                with storage.open("b.txt", "wb") as file:
+                    file.write(b"new")
+        except (StorageError, FileExistsError) as error:
+            said = str(error)
+    assert "adopt" not in said
