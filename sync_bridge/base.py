@@ -119,7 +119,11 @@ class ConfiguredStorage(Storage):
 
     def __repr__(self) -> str:
         shown = (
-            self._given.get("name") or self._given.get("location") or self.options.name or self._given.get("storage")
+            self._given.get("name")
+            or self._given.get("location")
+            or self.options.name
+            or self._given.get("storage")
+            or self._given.get("config")
         )
         return f"<{type(self).__name__} {shown!r}>"
 
@@ -262,7 +266,10 @@ _instances: weakref.WeakSet[ConfiguredStorage] = weakref.WeakSet()
 
 
 def find_proxy(name: str) -> ProxyStorage | None:
-    """Return the ProxyStorage called `name` that a BridgeStorage describes: one in ``STORAGES``, or a live one."""
+    """Return the ProxyStorage called `name` that a BridgeStorage describes: one in ``STORAGES``, or a live one.
+
+    A TOML file without a ``name`` beside it is read for that.
+    """
     if not settings.configured:
         return None
     for alias, given in storages.backends.items():
@@ -270,9 +277,16 @@ def find_proxy(name: str) -> ProxyStorage | None:
         cls = import_string(backend) if isinstance(backend, str) else backend
         if isinstance(cls, type) and issubclass(cls, ConfiguredStorage):
             storages[alias]  # now it is an instance
-    for instance in list(_instances):
+    live = list(_instances)
+    for instance in live:
         if instance.options.name == name:  # not for those that are only known by a dotted path or a name
             return instance.proxy
+    for instance in live:
+        try:
+            if instance.options.is_named_by_file and instance.proxy.name == name:
+                return instance.proxy
+        except ImproperlyConfigured as error:
+            _log.warning("%r cannot be made, and so it is not known whether it is %r: %s", instance, name, error)
     return None
 
 

@@ -102,6 +102,40 @@ def test_a_record_finds_a_storage_that_only_an_alias_describes(tmp_path: Path) -
         assert found is storages["x"].proxy
 
 
+@pytest.fixture
+def described(tmp_path: Path) -> Iterator[str]:
+    """Return the TOML file of one storage, `of-toml`, which an alias names without a name."""
+    toml = tmp_path / "aproxy.toml"
+    toml.write_text('[storages.of-toml]\noriginals = "memory:"\nmeta = "memory:"\n')
+    options = {"config": str(toml)}
+    with override_settings(STORAGES={"x": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}):
+        yield str(toml)
+
+
+def test_a_storage_of_a_file_is_known_by_the_name_in_it(described: str) -> None:
+    assert "of-toml" not in registry.registered_names(), "nobody has used it yet"
+    assert get_storage("of-toml") is storages["x"].proxy
+    with pytest.raises(ConfigurationError, match="'default'"):
+        get_storage("default")
+    storage = BridgeStorage(config=described)
+    assert storage.options.name is None
+    assert storage.name == "of-toml"
+    assert "aproxy.toml" in repr(storage)
+    assert storage.deconstruct()[2] == {"storage": "of-toml"}
+    assert BridgeStorage(config=described, name="of-toml").options.name == "of-toml"
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_name_from_being_found(
+    described: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = BridgeStorage(config=str(tmp_path / "not-there.toml"))
+    with pytest.raises(ConfigurationError, match="no storage named 'nobody'"):
+        get_storage("nobody")
+    assert "not-there.toml" in caplog.text
+    with pytest.raises(ImproperlyConfigured, match="not-there"):
+        broken.exists("a.txt")
+
+
 def test_other_finders_are_asked_too() -> None:
     wanted = make("wanted")
     registry.add_finder(finder := lambda name: wanted if name == "wanted" else None)
