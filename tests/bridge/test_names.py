@@ -207,3 +207,23 @@ def test_a_record_that_is_going_is_a_record(media: Path, default: BridgeStorage,
         except (StorageError, FileExistsError) as error:
             said = str(error)
     assert "adopt" not in said
+
+
+# -- names that are too long in UTF-8
+
+
+def test_a_name_within_the_column_is_stored_whatever_its_letters(default: BridgeStorage) -> None:
+    name = "長" * 90 + ".pdf"
+    default.save(name, ContentFile(b"1"), max_length=100)
+    assert asyncio.run(saved(default, name)).endswith(".pdf")
+    directories, files = default.listdir("")
+    assert directories == []
+    assert len(files) == 2
+    assert all(len(one) <= 100 and len(one.encode()) <= 255 and one.startswith("長長") for one in files)
+
+
+async def saved(storage: BridgeStorage, name: str) -> str:
+    try:
+        return await storage.asave(name, ContentFile(b"2"), max_length=100)
+    finally:
+        await sync_to_async(connections.close_all)()
