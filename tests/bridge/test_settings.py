@@ -190,6 +190,62 @@ def test_mistakes_in_storages_are_found_at_start(
         assert all(message in one.msg for one in found)
 
 
+LOCAL = {"location": "{tmp}/private", "name": "private"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ({}, LOCAL, True),
+        ({}, {**LOCAL, "prefix": "private"}, True),
+        ({}, {**LOCAL, "meta": "shelf.Document"}, False),
+        ({}, {"location": "{tmp}/media", "name": "again"}, False),
+        ({}, {}, False),
+        ({}, {"originals": {"private": "file://{tmp}/private"}, "name": "private"}, False),
+        (
+            {"original": "file://{tmp}/a", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "b"},
+            True,
+        ),
+        (
+            {"original": "file://{tmp}/a", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "sqlite:///{tmp}/s.sqlite3", "name": "b"},
+            False,
+        ),
+        (
+            {"original": "memory:", "meta": "postgresql://app:secret@db.example/app", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "postgresql://app:secret@db.example/app", "name": "b"},
+            True,
+        ),
+        (
+            {"original": "file://{tmp}/a", "meta": "memory:", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "memory:", "name": "b"},
+            False,
+        ),
+    ],
+)
+def test_storages_that_share_names_by_mistake_are_found(
+    first: dict[str, Any], second: dict[str, Any], warned: bool, tmp_path: Path
+) -> None:
+    def placed(given: Any) -> Any:
+        if isinstance(given, dict):
+            return {key: placed(value) for key, value in given.items()}
+        return given.replace("{tmp}", str(tmp_path))
+
+    given = {
+        alias: {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": placed(options)}
+        for alias, options in (("default", first), ("second", second))
+    }
+    with override_settings(MEDIA_ROOT=tmp_path / "media", STORAGES=given):
+        found = check_storages()
+        assert ids(found) == ["sync_bridge.W006"] * warned
+        for message in found:
+            assert "STORAGES['default'] and STORAGES['second']" in message.msg
+            assert "one set of names" in message.msg
+            assert "secret" not in message.msg
+            assert "meta=" in (message.hint or "")
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from aproxy_storage import config
     from aproxy_storage.errors import MissingDependency
