@@ -141,9 +141,10 @@ class FileSystemBackend(Backend):
         Raises:
             BackendUnavailable, DeadlineExceeded.
         """
-        seconds = self.timeouts.operation
-        looked = self._workers.call(os.path.lexists, self.full_path(key), timeout=seconds)
-        return await self._call("is_taken", key, looked, seconds)
+        return await self._call("is_taken", key, self._is_taken(key), self.timeouts.operation)
+
+    async def _is_taken(self, key: str) -> bool:
+        return await self._workers.call(os.path.lexists, self.full_path(key), timeout=self.timeouts.operation)
 
     # -- writing
 

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import pickle
 import unittest
 import uuid
 from collections.abc import Callable
@@ -555,6 +556,22 @@ def test_several_replacements_in_one_transaction_leave_the_last(default: BridgeS
         for name in ("r2.txt", "r3.txt"):
             scan.file.save(name, file())
     assert default.listdir("shared")[1] == ["r3.txt"]
+
+
+def test_an_object_that_was_kept_elsewhere_remembers(default: BridgeStorage) -> None:
+    Scan.objects.create(file=file(b"1", "x.txt"))
+    scan = pickle.loads(pickle.dumps(Scan.objects.get()))
+    scan.file.save("y.txt", file(b"2"))
+    assert default.listdir("shared")[1] == ["y.txt"]
+
+
+def test_an_upload_that_was_not_saved_is_no_file_to_delete(default: BridgeStorage, person: Person) -> None:
+    paper = Paper.objects.create(owner=person, file=file(b"1", "a.txt"))
+    default.save("b.txt", file(b"of somebody"))
+    paper.file = SimpleUploadedFile("b.txt", b"2")
+    paper.delete()
+    assert default.exists("b.txt")
+    assert not default.exists("papers/Om/a.txt")
 
 
 def test_a_file_of_two_objects_belongs_to_the_one_that_keeps_it(default: BridgeStorage) -> None:
