@@ -296,7 +296,7 @@ class _File:
         for name, value in _flat(options):
             if not isinstance(value, str | int | float):
                 raise self._wrong((*at, *name.split(".")), f"{name} must be a text, a number, true or false")
-            text = self._with_variables(at, value) if isinstance(value, str) else str(value)
+            text = self._with_variables(at, value, quoted=False) if isinstance(value, str) else str(value)
             url += f"{'&' if '?' in url else '?'}{quote(name)}={quote(text, safe='')}"
         key = (make.__name__, url)
         if key not in self._made:
@@ -304,15 +304,15 @@ class _File:
                 self._made[key] = self._attempt(at, lambda: make(url))
         return cast(T, self._made[key])
 
-    def _with_variables(self, at: tuple[str, ...], text: str) -> str:
-        """Put environment variables in the place of ``${NAME}``; quoted, unless one is the whole text."""
+    def _with_variables(self, at: tuple[str, ...], text: str, *, quoted: bool = True) -> str:
+        """Put environment variables in the place of ``${NAME}``; `quoted`, unless one is the whole text."""
 
         def value_of(found: re.Match[str]) -> str:
             try:
                 value = os.environ[found[1]]
             except KeyError:
                 raise self._wrong(at, f"the environment variable {found[1]} is not set") from None
-            return value if found[0] == text else quote(value, safe="")
+            return quote(value, safe="") if quoted and found[0] != text else value
 
         return re.sub(r"\$\{(\w+)\}", value_of, text)
 

@@ -100,11 +100,13 @@ def alternative(
     `max_length` counts characters of the whole path, as Django's does; the stem gives way.
 
     Raises:
-        InvalidPath: nothing of the stem would be left within `max_length`.
+        InvalidPath: nothing of the stem would be left within `max_length`, or within the other limits.
     """
-    if max_length is None:
-        return _decorated(path, _random(_SUFFIX_LENGTH), max_bytes, max_segment_bytes, in_bytes=True)
-    candidate = _decorated(path, _random(_SUFFIX_LENGTH), max_length, None, in_bytes=False)
+    mark = _random(_SUFFIX_LENGTH)
+    candidate = _decorated(path, mark, max_bytes, max_segment_bytes, in_bytes=True)
+    if max_length is None or len(candidate) <= max_length:
+        return candidate
+    candidate = _decorated(path, mark, max_length, None, in_bytes=False)
     return check_path(candidate, max_bytes=max_bytes, max_segment_bytes=max_segment_bytes)
 
 

@@ -78,7 +78,8 @@ class WritingVerbs(ReadingVerbs):
         """Store `content` under `name`, or under the next free name; return the path.
 
         Args:
-            name: the wished path; None takes the name that the content carries.
+            name: the wished path; None takes the name that the content carries. A last part that is too long for the
+                original is shortened, as the next free name would be.
             content: bytes, text, a path, a sync or async file, Django's File, an iterator of bytes (see `Source`).
                 Never closed, a path never moved.
             using: the original to use, instead of what the placement says.
@@ -116,13 +117,14 @@ class WritingVerbs(ReadingVerbs):
             given = os.fspath(name) if name is not None else source.name
             if given is None:
                 raise InvalidPath("the content carries no name, so save() needs one")
-            path = self._new_path(given, exact=exact)
+            path = self._new_path(given, exact=exact, fits=exact)
             candidates = await self._candidates(given, source, using, content_type, extra or {})
-            if max_length is not None and len(path) > max_length:
-                path = self._writing.next_name(path, candidates, max_length)
+            if not exact:
+                path = self._writing.fitting(path, candidates, max_length)
             for candidate in candidates:
                 self.get_original(candidate).check_key(path.removeprefix(self.prefix))
-            own: dict[str, Any] = {"name": given}
+            # A wish of any length is no text for a column.
+            own: dict[str, Any] = {"name": given if len(given) <= self.max_path_bytes else path}
             if content_type is not None:
                 own["content_type"] = content_type
             data: Mapping[str, Any] = {}
@@ -341,13 +343,14 @@ class WritingVerbs(ReadingVerbs):
             spool_bytes=limits.spool_bytes or 0,
         )
 
-    def _new_path(self, name: str, *, exact: bool) -> str:
-        """Return the legal new path for `name`. `exact` names hold the prefix already."""
+    def _new_path(self, name: str, *, exact: bool, fits: bool = True) -> str:
+        """Return the legal new path for `name`. `exact` names hold the prefix already. Not `fits`: of any length."""
         if exact and self.prefix:
             if not name.startswith(self.prefix):
                 raise InvalidPath(f"{name!r} lies outside the prefix {self.prefix!r} of storage {self.name!r}")
             return check_path(name, max_bytes=self.max_path_bytes)
-        return check_path(self.prefix + name, max_bytes=self.max_path_bytes)
+        path = self.prefix + name
+        return check_path(path, max_bytes=self.max_path_bytes if fits else 4 * len(path))
 
     async def _candidates(
         self, name: str, source: Source, using: str | None, content_type: str | None, extra: Mapping[str, Any]

@@ -299,13 +299,27 @@ class Swapping:
 
     def next_name(self, path: str, candidates: Sequence[str], max_length: int | None) -> str:
         """Return the next name to try for `path`, legal for all `candidates`."""
-        segments = [self._storage.get_original(name).capabilities.max_segment_bytes for name in candidates]
-        return alternative(
-            path,
-            max_length=max_length,
-            max_bytes=self._storage.max_path_bytes,
-            max_segment_bytes=min((limit for limit in segments if limit is not None), default=None),
-        )
+        max_bytes, max_segment_bytes = self._limits(candidates)
+        return alternative(path, max_length=max_length, max_bytes=max_bytes, max_segment_bytes=max_segment_bytes)
+
+    def fitting(self, path: str, candidates: Sequence[str], max_length: int | None) -> str:
+        """Return `path`, or where that is too long, or its last part is, the name that would be tried next."""
+        max_bytes, max_segment_bytes = self._limits(candidates)
+        last = path[path.rfind("/") + 1 :]
+        if (
+            len(path.encode()) <= max_bytes
+            and (max_segment_bytes is None or len(last.encode()) <= max_segment_bytes)
+            and (max_length is None or len(path) <= max_length)
+        ):
+            return path
+        return self.next_name(path, candidates, max_length)
+
+    def _limits(self, candidates: Sequence[str]) -> tuple[int, int | None]:
+        """Return how many bytes a path may have, and one part of it, for its key to be legal for all `candidates`."""
+        all_of_them = [self._storage.get_original(name).capabilities for name in candidates]
+        segments = [one.max_segment_bytes for one in all_of_them if one.max_segment_bytes is not None]
+        longest = min(one.max_key_bytes for one in all_of_them) + len(self._storage.prefix.encode())
+        return min(self._storage.max_path_bytes, longest), min(segments, default=None)
 
 
 def no_lease() -> None:

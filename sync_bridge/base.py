@@ -119,7 +119,11 @@ class ConfiguredStorage(Storage):
 
     def __repr__(self) -> str:
         shown = (
-            self._given.get("name") or self._given.get("location") or self.options.name or self._given.get("storage")
+            self._given.get("name")
+            or self._given.get("location")
+            or self.options.name
+            or self._given.get("storage")
+            or self._given.get("config")
         )
         return f"<{type(self).__name__} {shown!r}>"
 
@@ -168,7 +172,7 @@ class ConfiguredStorage(Storage):
             "root": os.path.abspath(self.location),
             "file_mode": self.file_permissions_mode,
             "directory_mode": self.directory_permissions_mode,
-            "base_url": self.base_url or None,
+            "base_url": self._or_setting("base_url", "MEDIA_URL") or None,
         }
 
     @property
@@ -189,19 +193,24 @@ class ConfiguredStorage(Storage):
 
     @property
     def base_url(self) -> str | None:
-        """What `url` puts before a name; None where URLs are those of the original, and may need it to be asked."""
+        """What `url` puts before a name; None where the record has to be asked: URLs are those of the original, or
+        have a key in them that is not the name."""
         if self._base_url is _UNKNOWN:  # a page may ask for a hundred URLs
             self._base_url = self._find_base_url()
         base: str | None = self._base_url
         return base
 
     def _find_base_url(self) -> str | None:
-        if self.options.is_local or "base_url" in self._given:
-            base: str | None = self._or_setting("base_url", "MEDIA_URL")
+        base: str | None
+        if self.options.is_local:
+            given = self.options.given
+            by_name = given.get("keys", "path") == "path" and not given.get("prefix")
+            base = self._or_setting("base_url", "MEDIA_URL") if by_name else None
+        elif "base_url" in self._given:
+            base = self._given["base_url"]  # somebody else answers for it, by the name
         else:
             proxy = self.proxy
             alone = next(iter(proxy.originals.values())) if len(proxy.originals) == 1 else None
-            # The key has to be the path, or only the record knows the URL.
             base = getattr(alone, "base_url", None) if proxy.keys == "path" and not proxy.prefix else None
         return base if base is None or base.endswith("/") else base + "/"
 
@@ -219,39 +228,48 @@ class ConfiguredStorage(Storage):
         return self._given[option] if option in self._given else getattr(settings, setting)
 
     @property
-    def is_published(self) -> bool:
-        """Whether URLs are paths below a directory that a web server may publish, so that a path must be its key."""
-        return self._published_root() is not None
+    def _published(self) -> FileSystemBackend | None:
+        """The directory that a web server may publish as it is, for URLs that end with the key; None elsewhere.
 
-    def _published_root(self) -> str | None:
-        if self.proxy.keys != "path":
-            return None
-        if self.options.is_local:
-            return self.location
-        # With a base_url of this storage's own, somebody else answers for it, by the path.
-        first = self.proxy.get_original()
-        given = "base_url" in self._given or self.base_url is None
-        return first.root if isinstance(first, FileSystemBackend) and not given else None
-
-    def _needs_a_name(self, name: str, max_length: int | None) -> bool:
-        """Return whether Django's way to an available name has to be gone, before ProxyStorage goes its own."""
-        too_long = max_length is not None and len(name) > max_length
-        return self._chooses_names or (too_long if self.allow_overwrite else self._is_on_disk(name))
-
-    def _is_on_disk(self, name: str) -> bool:
-        """Return whether something has the key of `name`, with a record or without.
-
-        Without: it would get the URL, and the place in old rows, of a file that is not it.
+        There every file has the key that its path says, so that its URL stays; and a file that somebody put there by
+        hand, without a record, blocks its name: a new one of that name would get its URL, and its place in old rows.
+        A directory of Django's settings is one, and so is an original that has a `base_url`, alone. Not where keys are
+        made up, and not where a `base_url` of this storage says that somebody else answers for them.
         """
-        root = self._published_root()
-        return root is not None and os.path.lexists(os.path.join(root, name.removeprefix(self.proxy.prefix)))
+        proxy = self.proxy
+        if proxy.keys != "path" or len(proxy.originals) != 1:
+            return None
+        alone = proxy.get_original()
+        if not isinstance(alone, FileSystemBackend):
+            return None
+        has_urls = alone.base_url is not None and "base_url" not in self._given
+        return alone if self.options.is_local or has_urls else None
+
+    def _full(self, name: str) -> str:
+        """Return the path for a name that is stored at exactly: it may have the prefix already."""
+        prefix = self.proxy.prefix
+        return name if name.startswith(prefix) else prefix + name
+
+    def _has_to_choose(self, name: str, max_length: int | None) -> bool:
+        """Return whether Django's way to an available name has to be gone, whatever is on the disk, before ProxyStorage
+        goes its own."""
+        too_long = max_length is not None and len(name) > max_length
+        return self._chooses_names or (self.allow_overwrite and too_long)
+
+    async def _ais_on_disk(self, path: str) -> bool:
+        """Return whether something in a published directory has the key of `path`, with a record or without."""
+        directory = self._published
+        return directory is not None and await directory.is_taken(path.removeprefix(self.proxy.prefix))
 
 
 _instances: weakref.WeakSet[ConfiguredStorage] = weakref.WeakSet()
 
 
 def find_proxy(name: str) -> ProxyStorage | None:
-    """Return the ProxyStorage called `name` that a BridgeStorage describes: one in ``STORAGES``, or a live one."""
+    """Return the ProxyStorage called `name` that a BridgeStorage describes: one in ``STORAGES``, or a live one.
+
+    A TOML file without a ``name`` beside it is read for that.
+    """
     if not settings.configured:
         return None
     for alias, given in storages.backends.items():
@@ -259,9 +277,16 @@ def find_proxy(name: str) -> ProxyStorage | None:
         cls = import_string(backend) if isinstance(backend, str) else backend
         if isinstance(cls, type) and issubclass(cls, ConfiguredStorage):
             storages[alias]  # now it is an instance
-    for instance in list(_instances):
+    live = list(_instances)
+    for instance in live:
         if instance.options.name == name:  # not for those that are only known by a dotted path or a name
             return instance.proxy
+    for instance in live:
+        try:
+            if instance.options.is_named_by_file and instance.proxy.name == name:
+                return instance.proxy
+        except ImproperlyConfigured as error:
+            _log.warning("%r cannot be made, and so it is not known whether it is %r: %s", instance, name, error)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from django.core.files.storage import InvalidStorageError, storages
 from django.db import connections, models, router
 from django.utils.module_loading import import_string
 
-from aproxy_storage import ProxyStorage, StorageError
+from aproxy_storage import Backend, MetaBackend, ProxyStorage, StorageError
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 
 from .base import ConfiguredStorage
@@ -34,14 +35,17 @@ def check_storages(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
             proxy_storage_settings.storage(name)
         except (ImproperlyConfigured, StorageError) as error:
             found.append(Error(f"PROXY_STORAGE_CLASSES[{name!r}]: {error}", id="sync_bridge.E002"))
+    made: dict[str, ProxyStorage] = {}
     for alias in _aliases():
         try:
             storage = storages[alias]
-            proxy = storage.proxy
+            made[alias] = proxy = storage.proxy
         except (ImproperlyConfigured, InvalidStorageError, StorageError, TypeError) as error:
             found.append(Error(f"STORAGES[{alias!r}]: {error}", id="sync_bridge.E001"))
             continue
         found += _check_one(alias, storage, proxy)
+    for (alias, one), (second, other) in itertools.combinations(made.items(), 2):
+        found += _check_names(alias, one, second, other)
     return found
 
 
@@ -107,6 +111,34 @@ def _check_one(alias: str, storage: ConfiguredStorage, proxy: ProxyStorage) -> I
                 hint="Add sync_bridge.models.OriginalStorageNameMixin to the model.",
                 id="sync_bridge.E006",
             )
+
+
+def _check_names(alias: str, one: ProxyStorage, second: str, other: ProxyStorage) -> Iterator[CheckMessage]:
+    if one is other or _table_of(one.meta) != _table_of(other.meta):
+        return
+    for name in one.originals.keys() & other.originals.keys():
+        if _place_of(one.originals[name]) != _place_of(other.originals[name]):
+            yield Warning(
+                f"STORAGES[{alias!r}] and STORAGES[{second!r}] keep their records in one table, and both call an "
+                f"original {name!r}, which are two places: the storages share one set of names, so that a name that "
+                "is taken in one is taken in the other, and files that are there already may stand in each other's "
+                "way when they are adopted.",
+                hint="Give each its own meta=, or other names to the originals (originals={…}).",
+                id="sync_bridge.W006",
+            )
+            return
+
+
+def _table_of(meta: MetaBackend) -> object:
+    """Return what is equal for meta-backends that keep their records in the same table."""
+    if isinstance(meta, ORMMetaBackend) and (model := _model_of(meta)) is not None:
+        return model._meta.label, meta.using or router.db_for_write(model)
+    # SQLite by its file, PostgreSQL by database and table; of others it cannot be told.
+    return str(meta) if hasattr(meta, "path") or hasattr(meta, "table") else meta
+
+
+def _place_of(backend: Backend) -> tuple[type[Backend], str]:
+    return type(backend), backend.full_path("name")
 
 
 def check_field(field: Any) -> Iterator[CheckMessage]:

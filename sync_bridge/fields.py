@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core import checks
+from django.core.exceptions import ObjectDoesNotExist
 from django.db import models, transaction
 from django.db.models import signals
 from django.db.models.fields.files import FieldFile, FileDescriptor, ImageFieldFile, ImageFileDescriptor
 
-from aproxy_storage import NotFound, StorageError
+from aproxy_storage import MetaRecord, NotFound, StorageError
 
 from .base import ConfiguredStorage
 from .files import BridgeFile
@@ -31,7 +33,7 @@ OWNER = ("content_type_id", "object_id", "field")
 
 class ProxyFieldFile(FieldFile):
     """The file of one object. `asave`, `aopen`, `aread`, `adelete`, `asize` and `aurl` await the storage directly;
-    ``async for`` gives chunks, for a StreamingHttpResponse for example."""
+    ``async for`` gives chunks. A response takes `stream`: of a file itself Django would make a list of lines."""
 
     storage: BridgeStorage
     name: str | None
@@ -62,8 +64,20 @@ class ProxyFieldFile(FieldFile):
 
     asave.alters_data = True  # type: ignore[attr-defined]
 
-    async def adelete(self, save: bool = True) -> None:
+    def delete(self, save: bool = True) -> None:
         """Delete the file and clear the field; then, with `save`, save the object. No file: nothing is done."""
+        if not self.name:
+            return
+        gone = self.name
+        super().delete(save=False)
+        _forget(self.instance, self.field, gone)
+        if save:
+            self.instance.save()
+
+    delete.alters_data = True  # type: ignore[attr-defined]
+
+    async def adelete(self, save: bool = True) -> None:
+        """Await the deletion of the file, as `delete`."""
         if not self.name:
             return
         if hasattr(self, "_file"):
@@ -71,7 +85,9 @@ class ProxyFieldFile(FieldFile):
             del self.file
         if hasattr(self, "_dimensions_cache"):
             del self._dimensions_cache
-        await self.storage.adelete(self.name)
+        gone = self.name
+        await self.storage.adelete(gone)
+        _forget(self.instance, self.field, gone)
         self.name = None
         setattr(self.instance, self.field.attname, self.name)
         self._committed = False
@@ -98,8 +114,12 @@ class ProxyFieldFile(FieldFile):
         """Return the URL, as `BridgeStorage.aurl`."""
         return await self.storage.aurl(self._required(), **options)
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
+    def stream(self) -> AsyncIterator[bytes]:
+        """Return an asynchronous iterator over the chunks, for a StreamingHttpResponse; it closes itself."""
         return self.storage.astream(self._required())
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self.stream()
 
     def _required(self) -> str:
         self._require_file()
@@ -111,14 +131,35 @@ class ProxyImageFieldFile(ProxyFieldFile, ImageFieldFile):
     """The image of one object."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What one object knows of its file in the database.
+
+    Attributes:
+        path: with which it came from there, or was saved last. That save may have been rolled back.
+        owned: this object has written itself into the record of `path`. A record without an owner is then another.
+        former: paths that it had before, each with its `owned`, until a commit has dealt with them.
+    """
+
+    path: str = ""
+    owned: bool = False
+    former: tuple[tuple[str, bool], ...] = ()
+
+    def without(self, path: str) -> tuple[tuple[str, bool], ...]:
+        """Return what is former and not `path`."""
+        return tuple(one for one in self.former if one[0] != path)
+
+
 class _Remembering(FileDescriptor):
     """Remembers the path with which an object came from the database, to tell later whether it has changed."""
 
     def __set__(self, instance: models.Model, value: Any) -> None:
-        if self.field.attname not in instance.__dict__:  # in the constructor, or where the field was deferred
+        loaded = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
+        if loaded or _is_refreshed(self.field, instance, value):
             # Where it was deferred, the value is the file of another instance, which was loaded for it.
             path = value.name if isinstance(value, FieldFile) and value._committed else value
-            instance.__dict__[_memory(self.field)] = path if isinstance(path, str) else None
+            path = path if isinstance(path, str) else ""
+            instance.__dict__[_key(self.field)] = _Memory(path, former=_memory(instance, self.field).without(path))
         super().__set__(instance, value)
 
 
@@ -126,8 +167,34 @@ class _RememberingImage(_Remembering, ImageFileDescriptor):
     pass
 
 
-def _memory(field: Any) -> str:
+def _key(field: Any) -> str:
     return f"_{field.attname}_as_stored"
+
+
+def _memory(instance: models.Model, field: Any) -> _Memory:
+    found = instance.__dict__.get(_key(field))
+    return found if isinstance(found, _Memory) else _Memory()
+
+
+def _is_refreshed(field: Any, instance: models.Model, value: Any) -> bool:
+    """Return whether `value` is what ``refresh_from_db`` sets: the file of the same object, loaded once more."""
+    other = value.instance if isinstance(value, FieldFile) else None
+    return (
+        other is not None
+        and other is not instance
+        and other._meta.concrete_model is instance._meta.concrete_model
+        and other.pk is not None
+        and other.pk == instance.pk
+        and value._committed
+        and (value.name or "") == _memory(other, field).path
+    )
+
+
+def _forget(instance: models.Model, field: Any, path: str) -> None:
+    """Forget a file that was deleted: whatever has its path later is not it."""
+    memory = _memory(instance, field)
+    kept = memory if memory.path != path else _Memory()
+    instance.__dict__[_key(field)] = replace(kept, former=memory.without(path))
 
 
 class _OwnedFileMixin:
@@ -137,8 +204,9 @@ class _OwnedFileMixin:
         delete_on_replace: when a save of the object has given it another file, or none, the old one is deleted.
         delete_with_object: when the object is deleted its file is deleted too.
 
-    Both happen when the transaction commits, never if it rolls back, and not while another row of the model has the
-    same file.
+    Both happen when the transaction commits, never if it rolls back, not while another row of the model has the same
+    file, and not where the record says that the file is somebody else's: an object that was loaded a while ago may
+    know a path that is another's by now.
     """
 
     storage: Any
@@ -169,31 +237,44 @@ class _OwnedFileMixin:
 
     def remember_owner(self, instance: models.Model, created: bool, using: str, update_fields: Any) -> None:
         """Write into the record who owns the file, if the object has got another file by this save."""
-        values = instance.__dict__
-        if self.attname not in values or (update_fields is not None and self.name not in update_fields):
+        if self.attname not in instance.__dict__ or (update_fields is not None and self.name not in update_fields):
             return
-        file = getattr(instance, self.attname)
-        path, before = file.name or "", values.get(_memory(self)) or ""
-        if path == before and not created:
+        path, memory = getattr(instance, self.attname).name or "", _memory(instance, self)
+        if path == memory.path and not created:
             return
-        values[_memory(self)] = path
-        if path and isinstance(self.storage, ConfiguredStorage) and apps.is_installed("django.contrib.contenttypes"):
-            self._write_owner(instance, path)
-        if self.delete_on_replace and before and before != path:
-            transaction.on_commit(partial(self._delete_unused, before, using), using=using, robust=True)
+        former = memory.former
+        if memory.path and self.delete_on_replace:
+            former = (*memory.without(memory.path), (memory.path, memory.owned))
+        owned = bool(path) and self._write_owner(instance, path)
+        now = _Memory(path, owned, former)
+        instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
+        if now.former:
+            work = partial(self._delete_former, instance, self._owner(instance), using)
+            transaction.on_commit(work, using=using, robust=True)
 
-    def _write_owner(self, instance: models.Model, path: str) -> None:
+    def _write_owner(self, instance: models.Model, path: str) -> bool:
+        """Write `instance` into the record of `path`; return whether it is there."""
+        owner = self._owner(instance)
+        if not owner:
+            return False
         storage: BridgeStorage = self.storage
-        owner = self.owner_of(instance)
         try:
             record = storage.get(path)
-            if any(str(record.get(key)) != str(value) for key, value in owner.items()):
+            if not _is_owned_by(record, owner):
                 storage.update(path, extra={**record.extra, **owner})
+            return True
         except NotFound:
             _log.warning("%s.%s of %r is %r, of which %r has no record", *_label(self), instance.pk, path, storage)
         except StorageError:
             # The object is saved, and its file too; who owns it is written at the next change.
             _log.warning("the owner of %r could not be recorded", path, exc_info=True)
+        return False
+
+    def _owner(self, instance: models.Model) -> dict[str, Any]:
+        """Return what records say of `instance`, {} where they can say nothing."""
+        if not isinstance(self.storage, ConfiguredStorage) or not apps.is_installed("django.contrib.contenttypes"):
+            return {}
+        return self.owner_of(instance)
 
     def owner_of(self, instance: models.Model) -> dict[str, Any]:
         """Return what the record is told: the model in whose table the column is, whatever the class of the object,
@@ -208,15 +289,47 @@ class _OwnedFileMixin:
             "field": self.name,
         }
 
-    def delete_with(self, instance: models.Model, using: str) -> None:
-        """Delete the file of an object that has been deleted, on commit."""
-        path = getattr(instance, self.attname).name
-        if self.delete_with_object and path:
-            transaction.on_commit(partial(self._delete_unused, path, using), using=using, robust=True)
+    # -- what is not wanted any more
 
-    def _delete_unused(self, path: str, using: str) -> None:
-        if not self.model._base_manager.using(using).filter(**{self.attname: path}).exists():
+    def delete_with(self, instance: models.Model, using: str) -> None:
+        """Delete the file of an object that is about to be deleted, on commit."""
+        if not self.delete_with_object:
+            return
+        try:
+            file = getattr(instance, self.attname)  # which is loaded now, where it was deferred
+        except ObjectDoesNotExist:  # somebody else was faster
+            return
+        memory = _memory(instance, self)
+        path = (file.name or "") if file._committed else memory.path
+        if path:
+            owned = memory.owned and path == memory.path
+            work = partial(self._delete_unused, path, self._owner(instance), owned, using)
+            transaction.on_commit(work, using=using, robust=True)
+
+    def _delete_former(self, instance: models.Model, owner: Mapping[str, Any], using: str) -> None:
+        for path, owned in _memory(instance, self).former:
+            self._delete_unused(path, owner, owned, using)
+            memory = _memory(instance, self)
+            instance.__dict__[_key(self)] = replace(memory, former=memory.without(path))
+
+    def _delete_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> None:
+        """Delete the file of `owner`, unless it is somebody else's by now.
+
+        A record that names nobody may be older than this field; not so where `owner` was written into it (`owned`).
+        """
+        record: MetaRecord | None = None
+        if owner:
+            try:
+                record = self.storage.get(path)
+            except NotFound:
+                return
+            if not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
+                return
+        other = self.model._base_manager.using(using).filter(**{self.attname: path}).first()
+        if other is None:
             self.storage.delete(path)
+        elif record is not None and not _has_no_owner(record):
+            self._write_owner(other, path)
 
 
 class ProxyStorageFileField(_OwnedFileMixin, models.FileField):
@@ -237,6 +350,14 @@ class ProxyStorageImageField(_OwnedFileMixin, models.ImageField):
     descriptor_class = _RememberingImage
 
 
+def _is_owned_by(record: MetaRecord, owner: Mapping[str, Any]) -> bool:
+    return all(str(record.get(key)) == str(value) for key, value in owner.items())
+
+
+def _has_no_owner(record: MetaRecord) -> bool:
+    return record.get("content_type_id") is None or record.get("object_id") is None
+
+
 def _label(field: Any) -> tuple[str, str]:
     return field.model._meta.label, field.name
 
@@ -251,7 +372,7 @@ def _watch(sender: type[models.Model], **_: Any) -> None:
         return
     if any(isinstance(field, _OwnedFileMixin) for field in sender._meta.concrete_fields):
         signals.post_save.connect(_saved, sender=sender, dispatch_uid=_IDENTITY)
-        signals.post_delete.connect(_deleted, sender=sender, dispatch_uid=_IDENTITY)
+        signals.pre_delete.connect(_deleting, sender=sender, dispatch_uid=_IDENTITY)
 
 
 def _saved(
@@ -270,7 +391,7 @@ def _saved(
             field.remember_owner(instance, created, using, update_fields)
 
 
-def _deleted(sender: type[models.Model], instance: models.Model, using: str, **_: Any) -> None:
+def _deleting(sender: type[models.Model], instance: models.Model, using: str, **_: Any) -> None:
     # Deleting a child deletes its parents, with a signal each; a proxy's fields are those of the model behind it.
     for field in sender._meta.concrete_model._meta.local_concrete_fields:
         if isinstance(field, _OwnedFileMixin):

@@ -84,8 +84,13 @@ class Options:
             return self.storage.name
         if self.storage is not None:
             return None
-        name: str = self.given.get("name") or "default"
-        return name
+        name: str | None = self.given.get("name")
+        return name or (None if self.is_named_by_file else "default")
+
+    @property
+    def is_named_by_file(self) -> bool:
+        """Whether the name is the one in a TOML file, which has not been read yet."""
+        return "config" in self.given and not self.given.get("name")
 
 
 def proxy_of(options: Options, local: Mapping[str, Any]) -> ProxyStorage:

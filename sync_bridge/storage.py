@@ -31,7 +31,7 @@ from .files import (
     read_whole,
 )
 from .records import SyncMetaBackend
-from .twins import AsyncTwins, as_set
+from .twins import AsyncTwins, as_set, awaited
 
 __all__ = ["BridgeStorage", "SuspiciousPath"]
 
@@ -111,7 +111,9 @@ class BridgeStorage(AsyncTwins):
         if original_storage_path:
             return self.adopt(original_storage_path, name=name, using=using, content_type=content_type, extra=extra)
         target, content = named(name, content)
-        if self._needs_a_name(target, max_length):
+        if self._has_to_choose(target, max_length) or (
+            not self.allow_overwrite and self._is_on_disk(self.proxy.prefix + target)
+        ):
             target = self.get_available_name(target, max_length=max_length)
             validate_file_name(target, allow_relative_path=True)
         token = saving.set(Saving(max_length, using, content_type, extra))
@@ -168,7 +170,7 @@ class BridgeStorage(AsyncTwins):
         if kind == "r" and "+" not in mode:
             return ReadingFile(self, self._opened(self._known(name)), name, mode)
         validate_file_name(name, allow_relative_path=True)
-        return WritingFile(self, name, mode)
+        return WritingFile(self, self._full(name), mode)
 
     def _opened(self, found: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
         if isinstance(found, MetaRecord) and found.size is not None and found.size <= FIRST_BYTES and self._works_here:
@@ -268,6 +270,9 @@ class BridgeStorage(AsyncTwins):
     def url(self, name: str | os.PathLike[str] | None, **options: Any) -> str:
         """Return the URL of a file. With a `base_url` that is it and the path, without any I/O, in any thread.
 
+        Below a directory of Django's settings that holds where keys are paths. With a `prefix`, or keys of another
+        kind, the record is asked, as it is where the original makes the URLs.
+
         `options`: as `ProxyStorage.url` (``expires_in``), which is asked where there is no `base_url`.
 
         Raises:
@@ -322,7 +327,16 @@ class BridgeStorage(AsyncTwins):
     def is_name_available(self, name: str, max_length: int | None = None) -> bool:
         if max_length and len(name) > max_length:
             return False
-        return self.allow_overwrite or not (self._is_on_disk(name) or self.exists(name))
+        path = self.proxy.prefix + name
+        return self.allow_overwrite or not (self._is_on_disk(path) or self.exists(path))
+
+    def _is_on_disk(self, path: str) -> bool:
+        directory = self._published
+        if directory is None:
+            return False
+        if self._works_here and not awaited.get():
+            return os.path.lexists(directory.full_path(path.removeprefix(self.proxy.prefix)))
+        return self.bridge.call(self._ais_on_disk, path)
 
     def get_alternative_name(self, file_root: str, file_ext: str) -> str:
         if self.allow_overwrite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,9 +18,12 @@ from aproxy_storage.files import Opening
 
 from .base import ConfiguredStorage, Saving, asked, suspicious, url_below
 
-__all__ = ["AsyncTwins", "as_set"]
+__all__ = ["AsyncTwins", "as_set", "awaited"]
 
 _log = logging.getLogger(__name__)
+
+#: Whether synchronous code is called for a coroutine, which has a deadline and whose thread others wait for.
+awaited: ContextVar[bool] = ContextVar("sync_bridge.awaited", default=False)
 
 
 class AsyncTwins(ConfiguredStorage):
@@ -50,8 +54,14 @@ class AsyncTwins(ConfiguredStorage):
             )
         target = os.fspath(content.name if name is None else name).replace("\\", "/")
         validate_file_name(target, allow_relative_path=True)
-        if self._needs_a_name(target, max_length):
-            target = await sync_to_async(self.get_available_name)(target, max_length=max_length)
+        if self._has_to_choose(target, max_length) or (
+            not self.allow_overwrite and await self._ais_on_disk(self.proxy.prefix + target)
+        ):
+            token = awaited.set(True)
+            try:
+                target = await sync_to_async(self.get_available_name)(target, max_length=max_length)
+            finally:
+                awaited.reset(token)
             validate_file_name(target, allow_relative_path=True)
         try:
             path = await self._store(target, content, Saving(max_length, using, content_type, extra))
@@ -63,6 +73,8 @@ class AsyncTwins(ConfiguredStorage):
     def aopen(self, name: str | os.PathLike[str], mode: str = "rb") -> Opening[Any]:
         """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`."""
         text = asked(name)
+        if mode != "rb":
+            text = self._full(text)
         if not self.read_through:
             return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
 
@@ -108,7 +120,10 @@ class AsyncTwins(ConfiguredStorage):
     async def alistdir(self, path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         """Return the names of the directories and of the files in a directory."""
         text = asked(path).strip("/")
-        prefix = self.proxy.prefix if text in ("", ".") else f"{text}/"
+        prefix, own = "" if text in ("", ".") else f"{text}/", self.proxy.prefix
+        if len(prefix) < len(own) and own.startswith(prefix):  # there the way to the files is all that there is
+            found = [record async for record in self.proxy.list(own, limit=1)]
+            return [own[len(prefix) :].partition("/")[0] for _ in found], []
         directories: list[str] = []
         files: list[str] = []
         async for entry in self.proxy.list(prefix, delimiter="/"):
@@ -170,9 +185,8 @@ class AsyncTwins(ConfiguredStorage):
         self, name: str, content: Any, *, exclusive: bool = False, saving: Saving | None = None
     ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
-        proxy = self.proxy
-        path = name if name.startswith(proxy.prefix) else proxy.prefix + name
-        if self._is_on_disk(path) and not await AsyncTwins.aexists(self, path):
+        proxy, path = self.proxy, self._full(name)
+        if await self._ais_on_disk(path) and not await self._is_known(path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
         asks = saving or Saving()
         record = await proxy.write_to(
@@ -182,10 +196,21 @@ class AsyncTwins(ConfiguredStorage):
             record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
         return record if exclusive else await self._with_its_key(record)
 
+    async def _is_known(self, path: str) -> bool:
+        """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,
+        its bytes wait for the commit."""
+        if await AsyncTwins.aexists(self, path):
+            return True
+        try:
+            await self.proxy.meta.get(path)
+        except NotFound:
+            return False
+        return True
+
     async def _with_its_key(self, record: MetaRecord) -> MetaRecord:
-        """In a directory that may be published, give a file that has new bytes or a new path the key that its URL
+        """In a directory that is published, give a file that has new bytes or a new path the key that its URL
         says; inside a transaction when that commits. Return its record."""
-        if not self.is_published or record.original_storage_path == record.path.removeprefix(self.proxy.prefix):
+        if self._published is None or record.original_storage_path == record.path.removeprefix(self.proxy.prefix):
             return record
         latest = record
 

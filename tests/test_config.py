@@ -360,6 +360,17 @@ def test_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_variable_in_an_option_of_a_table_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SITE", "https://x.org:8000/a b?c=1&d=2")
+    for option in ("${SITE}", "${SITE}/media/", "and ${SITE}, ${SITE}"):
+        given = f'originals = {{ url = "file:media", base_url = "{option}" }}'
+        (storage,) = load(written(f'[storages.a]\n{given}\nmeta = "memory:"')).values()
+        original = storage.get_original()
+        assert isinstance(original, FileSystemBackend)
+        plain = option.replace("${SITE}", "https://x.org:8000/a b?c=1&d=2")
+        assert original.base_url == (plain if plain.endswith("/") else plain + "/")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [

@@ -135,6 +135,17 @@ class FileSystemBackend(Backend):
     def full_path(self, key: str) -> str:
         return os.path.join(self.root, key)
 
+    async def is_taken(self, key: str) -> bool:
+        """Return whether anything is at `key`: an object, but also a directory, a link or whatever else is in its way.
+
+        Raises:
+            BackendUnavailable, DeadlineExceeded.
+        """
+        return await self._call("is_taken", key, self._is_taken(key), self.timeouts.operation)
+
+    async def _is_taken(self, key: str) -> bool:
+        return await self._workers.call(os.path.lexists, self.full_path(key), timeout=self.timeouts.operation)
+
     # -- writing
 
     async def _write(

@@ -194,6 +194,17 @@ async def test_special_files_are_neither_opened_nor_removed(backend: FileSystemB
     assert [info.key async for info in backend.list()] == ["dir/file"]
 
 
+async def test_whatever_lies_at_a_key_takes_it(backend: FileSystemBackend) -> None:
+    root = Path(backend.root)
+    await backend.write("d/a", b"x")
+    (root / "link").symlink_to("nowhere")
+    os.mkfifo(root / "fifo")
+    for key in ("d/a", "d", "link", "fifo"):
+        assert await backend.is_taken(key), key
+    for key in ("b", "d/b", "d/a/b", "n" * 300, "a\0b"):
+        assert not await backend.is_taken(key), key
+
+
 async def test_file_where_a_directory_is_needed(backend: FileSystemBackend) -> None:
     await backend.write("a", b"x")
     for body in (b"y", pieces(pattern(BIG))):

@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import os
+import pickle
 import unittest
 import uuid
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from django.core.management import call_command
 from django.db import connections, transaction
 from django.db.migrations.writer import MigrationWriter
 from django.forms import modelform_factory
+from django.http import StreamingHttpResponse
 from django.template import Context, Template
 from django.test import RequestFactory, override_settings
 from PIL import Image
@@ -32,7 +35,7 @@ from sync_bridge import (
     aget_content_object,
     get_content_object,
 )
-from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain
+from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain, Scan
 
 pytestmark = pytest.mark.usefixtures("default")
 
@@ -283,12 +286,28 @@ def test_the_twins_of_the_attribute(default: BridgeStorage) -> None:
         async with message.attach.aopen() as opened:
             assert await opened.read() == b"Hello"
         assert [chunk async for chunk in message.attach] == [b"Hello"]
+        assert [chunk async for chunk in message.attach.stream()] == [b"Hello"]
         assert await aget_content_object(await default.proxy.get(message.attach.name)) == message
         await message.attach.adelete()
         assert not (await Message.objects.aget()).attach
         with pytest.raises(ValueError, match="no file"):
             await message.attach.aread()
         await message.attach.adelete()
+        await default.proxy.aclose()
+
+    run(main)
+
+
+def test_a_stream_is_asynchronous_for_django_and_comes_in_chunks(default: BridgeStorage) -> None:
+    data = os.urandom(1 << 20).replace(b"\n", b"x") * 5  # one line
+    message = Message.objects.create(attach=file(data))
+
+    async def main() -> None:
+        response = StreamingHttpResponse(message.attach.stream())
+        assert response.is_async
+        chunks = [chunk async for chunk in response]
+        assert b"".join(chunks) == data
+        assert max(map(len, chunks)) <= default.proxy.chunk_bytes
         await default.proxy.aclose()
 
     run(main)
@@ -413,6 +432,157 @@ def test_delete_with_object(default: BridgeStorage, person: Person, how: str) ->
     message = Message.objects.create(attach=file())
     message.delete()
     assert default.exists(message.attach.name)
+
+
+@pytest.mark.parametrize("cls", [Message, Paper])
+@pytest.mark.parametrize("how", ["only", "defer", "gone"])
+def test_objects_are_deleted_whose_file_was_not_loaded(
+    default: BridgeStorage, person: Person, cls: Any, how: str
+) -> None:
+    if cls is Paper:
+        path = Paper.objects.create(owner=person, file=file()).file.name
+    else:
+        path = Message.objects.create(attach=file()).attach.name
+    if how == "only":
+        cls.objects.only("pk").delete()
+    else:
+        deferred = cls.objects.only("pk").get()
+        if how == "gone":
+            cls.objects.all().delete()
+        deferred.delete()
+    assert not cls.objects.exists()
+    assert default.exists(path) == (cls is Message)
+
+
+# -- a former file is deleted only while it is this object's
+
+
+def changed_elsewhere() -> Scan:
+    """Return a scan as it was loaded before another request gave it another file, and a message its old name."""
+    Scan.objects.create(file=file(b"scan", "x.txt"))
+    held = Scan.objects.get()
+    elsewhere = Scan.objects.get()
+    elsewhere.file.save("y.txt", file(b"new scan"))
+    message = Message()
+    message.attach.storage.save("shared/x.txt", file(b"of the message"))
+    message.attach = "shared/x.txt"
+    message.save()
+    return held
+
+
+def test_a_file_that_is_somebody_elses_by_now_is_not_deleted(default: BridgeStorage) -> None:
+    held = changed_elsewhere()
+    held.file.save("z.txt", file(b"newest"))
+    assert default.open("shared/x.txt").read() == b"of the message"
+    assert get_content_object(default.get("shared/x.txt")) == Message.objects.get()
+
+
+def test_what_is_remembered_follows_a_refresh(default: BridgeStorage) -> None:
+    held = changed_elsewhere()
+    held.refresh_from_db()
+    held.subject = "changed"
+    held.save()
+    assert default.open("shared/x.txt").read() == b"of the message"
+    held.file.save("z.txt", file(b"newest"))
+    assert not default.exists("shared/y.txt"), "which the refresh has brought"
+    assert default.exists("shared/x.txt")
+
+
+def test_deleting_an_object_that_is_out_of_date_leaves_what_is_somebody_elses(
+    default: BridgeStorage, person: Person
+) -> None:
+    Paper.objects.create(owner=person, file=file(b"1", "a.txt"))
+    held = Paper.objects.get()
+    Paper.objects.get().file.save("b.txt", file(b"2"))
+    taken = Message.objects.create(attach=default.save("papers/Om/a.txt", file(b"of the message")))
+    held.delete()
+    assert default.open(taken.attach.name).read() == b"of the message"
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_a_deleted_file_is_not_remembered(default: BridgeStorage, how: str) -> None:
+    scan = Scan.objects.create(file=file(b"first", "x.txt"))
+    if how == "sync":
+        scan.file.delete(save=False)
+    else:
+        run(lambda: scan.file.adelete(save=False))
+    # Another request, which has saved and has not yet said whose it is.
+    default.save("shared/x.txt", file(b"of another"))
+    scan.save()
+    assert default.open("shared/x.txt").read() == b"of another"
+    assert not Scan.objects.get().file
+
+
+def test_a_file_without_an_owner_in_its_record_is_deleted(default: BridgeStorage) -> None:
+    Scan.objects.create(file=file(b"1", "x.txt"))
+    default.update("shared/x.txt", extra={})
+    Scan.objects.get().file.save("y.txt", file(b"2"))
+    assert not default.exists("shared/x.txt")
+
+
+def test_a_rollback_loses_no_former_file_from_memory(default: BridgeStorage) -> None:
+    Scan.objects.create(file=file(b"1", "r1.txt"))
+    scan = Scan.objects.get()
+    with pytest.raises(Rollback), transaction.atomic():
+        scan.file.save("r2.txt", file(b"2"))
+        raise Rollback
+    assert default.exists("shared/r1.txt")
+    taken = default.save("taken.txt", file(b"of somebody without a word in the record"))
+    default.rename(taken, scan.file.name)
+    scan.file.save("r3.txt", file(b"3"))
+    assert not default.exists("shared/r1.txt")
+    assert default.exists("shared/r2.txt"), "the one that was rolled back is no file of this object"
+    scan.file.save("r4.txt", file(b"4"))
+    assert default.listdir("shared")[1] == ["r2.txt", "r4.txt"]
+
+
+def test_a_refresh_after_a_rollback_keeps_what_the_row_has(default: BridgeStorage) -> None:
+    Scan.objects.create(file=file(b"1", "r1.txt"))
+    scan = Scan.objects.get()
+    with pytest.raises(Rollback), transaction.atomic():
+        scan.file.save("r2.txt", file(b"2"))
+        raise Rollback
+    scan.refresh_from_db()
+    assert scan.file.name == "shared/r1.txt"
+    scan.save()
+    assert default.exists("shared/r1.txt")
+    scan.file.save("r3.txt", file(b"3"))
+    assert default.listdir("shared")[1] == ["r3.txt"]
+
+
+def test_several_replacements_in_one_transaction_leave_the_last(default: BridgeStorage) -> None:
+    scan = Scan.objects.create(file=file(b"1", "r1.txt"))
+    with transaction.atomic():
+        for name in ("r2.txt", "r3.txt"):
+            scan.file.save(name, file())
+    assert default.listdir("shared")[1] == ["r3.txt"]
+
+
+def test_an_object_that_was_kept_elsewhere_remembers(default: BridgeStorage) -> None:
+    Scan.objects.create(file=file(b"1", "x.txt"))
+    scan = pickle.loads(pickle.dumps(Scan.objects.get()))
+    scan.file.save("y.txt", file(b"2"))
+    assert default.listdir("shared")[1] == ["y.txt"]
+
+
+def test_an_upload_that_was_not_saved_is_no_file_to_delete(default: BridgeStorage, person: Person) -> None:
+    paper = Paper.objects.create(owner=person, file=file(b"1", "a.txt"))
+    default.save("b.txt", file(b"of somebody"))
+    paper.file = SimpleUploadedFile("b.txt", b"2")
+    paper.delete()
+    assert default.exists("b.txt")
+    assert not default.exists("papers/Om/a.txt")
+
+
+def test_a_file_of_two_objects_belongs_to_the_one_that_keeps_it(default: BridgeStorage) -> None:
+    scan = Scan.objects.create(file=file(b"1", "x.txt"))
+    copy = Scan.objects.create(file=scan.file.name)
+    assert get_content_object(default.get("shared/x.txt")) == copy
+    copy.file.save("y.txt", file(b"2"))
+    assert get_content_object(default.get("shared/x.txt")) == scan
+    scan.file = ""
+    scan.save()
+    assert default.listdir("shared")[1] == ["y.txt"]
 
 
 # -- forms, uploads

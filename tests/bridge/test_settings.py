@@ -102,6 +102,40 @@ def test_a_record_finds_a_storage_that_only_an_alias_describes(tmp_path: Path) -
         assert found is storages["x"].proxy
 
 
+@pytest.fixture
+def described(tmp_path: Path) -> Iterator[str]:
+    """Return the TOML file of one storage, `of-toml`, which an alias names without a name."""
+    toml = tmp_path / "aproxy.toml"
+    toml.write_text('[storages.of-toml]\noriginals = "memory:"\nmeta = "memory:"\n')
+    options = {"config": str(toml)}
+    with override_settings(STORAGES={"x": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}):
+        yield str(toml)
+
+
+def test_a_storage_of_a_file_is_known_by_the_name_in_it(described: str) -> None:
+    assert "of-toml" not in registry.registered_names(), "nobody has used it yet"
+    assert get_storage("of-toml") is storages["x"].proxy
+    with pytest.raises(ConfigurationError, match="'default'"):
+        get_storage("default")
+    storage = BridgeStorage(config=described)
+    assert storage.options.name is None
+    assert storage.name == "of-toml"
+    assert "aproxy.toml" in repr(storage)
+    assert storage.deconstruct()[2] == {"storage": "of-toml"}
+    assert BridgeStorage(config=described, name="of-toml").options.name == "of-toml"
+
+
+def test_a_file_that_cannot_be_read_keeps_no_other_name_from_being_found(
+    described: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = BridgeStorage(config=str(tmp_path / "not-there.toml"))
+    with pytest.raises(ConfigurationError, match="no storage named 'nobody'"):
+        get_storage("nobody")
+    assert "not-there.toml" in caplog.text
+    with pytest.raises(ImproperlyConfigured, match="not-there"):
+        broken.exists("a.txt")
+
+
 def test_other_finders_are_asked_too() -> None:
     wanted = make("wanted")
     registry.add_finder(finder := lambda name: wanted if name == "wanted" else None)
@@ -154,6 +188,62 @@ def test_mistakes_in_storages_are_found_at_start(
         found = check_storages()
         assert ids(found) == expected
         assert all(message in one.msg for one in found)
+
+
+LOCAL = {"location": "{tmp}/private", "name": "private"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ({}, LOCAL, True),
+        ({}, {**LOCAL, "prefix": "private"}, True),
+        ({}, {**LOCAL, "meta": "shelf.Document"}, False),
+        ({}, {"location": "{tmp}/media", "name": "again"}, False),
+        ({}, {}, False),
+        ({}, {"originals": {"private": "file://{tmp}/private"}, "name": "private"}, False),
+        (
+            {"original": "file://{tmp}/a", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "b"},
+            True,
+        ),
+        (
+            {"original": "file://{tmp}/a", "meta": "sqlite:///{tmp}/r.sqlite3", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "sqlite:///{tmp}/s.sqlite3", "name": "b"},
+            False,
+        ),
+        (
+            {"original": "memory:", "meta": "postgresql://app:secret@db.example/app", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "postgresql://app:secret@db.example/app", "name": "b"},
+            True,
+        ),
+        (
+            {"original": "file://{tmp}/a", "meta": "memory:", "name": "a"},
+            {"original": "file://{tmp}/b", "meta": "memory:", "name": "b"},
+            False,
+        ),
+    ],
+)
+def test_storages_that_share_names_by_mistake_are_found(
+    first: dict[str, Any], second: dict[str, Any], warned: bool, tmp_path: Path
+) -> None:
+    def placed(given: Any) -> Any:
+        if isinstance(given, dict):
+            return {key: placed(value) for key, value in given.items()}
+        return given.replace("{tmp}", str(tmp_path))
+
+    given = {
+        alias: {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": placed(options)}
+        for alias, options in (("default", first), ("second", second))
+    }
+    with override_settings(MEDIA_ROOT=tmp_path / "media", STORAGES=given):
+        found = check_storages()
+        assert ids(found) == ["sync_bridge.W006"] * warned
+        for message in found:
+            assert "STORAGES['default'] and STORAGES['second']" in message.msg
+            assert "one set of names" in message.msg
+            assert "secret" not in message.msg
+            assert "meta=" in (message.hint or "")
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from aproxy_storage import (
     ProxyStorage,
     Source,
 )
+from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.conftest import Make, content_of, keys_of
 
@@ -81,6 +83,38 @@ async def test_max_length_counts_characters_of_the_whole_path(storage: ProxyStor
     assert first != second
     with pytest.raises(InvalidPath):
         await storage.save("d/" + "x" * 30 + ".txt", b"", max_length=9)
+
+
+@pytest.mark.parametrize("limits", [{}, {"prefix": "of/us"}, {"keys": "token"}, {"max_path_bytes": 200}])
+@pytest.mark.parametrize("max_length", [None, 100])
+async def test_a_name_that_is_too_long_is_shortened(make: Make, limits: dict[str, Any], max_length: int | None) -> None:
+    """As an upload has it: within 100 characters, and in UTF-8 longer than a part of a path or a whole one may be."""
+    storage = make(originals={"a": Narrow()}, **limits)
+    for name in ("d/" + "日" * 90 + ".pdf", "d/" + "x" * 96 + ".pdf", "d/" + "日" * 500 + ".pdf"):
+        paths = [await storage.save(name, b"%PDF-1.7", max_length=max_length) for _ in range(2)]
+        for path in paths:
+            directory, _, last = path.rpartition("/")
+            assert directory == storage.prefix + "d"
+            assert last.endswith(".pdf")
+            assert last[0] == name[2]
+            assert len(last.encode()) <= 90
+            assert len(path.encode()) <= storage.max_path_bytes
+            assert max_length is None or len(path) <= max_length
+            assert await content_of(storage, path) == b"%PDF-1.7"
+            assert len((await storage.get(path)).name or "") <= storage.max_path_bytes
+        assert paths[0] != paths[1]
+    for name in ("日" * 40 + "/a.pdf", "/".join(["d" * 90] * 12) + "/a.pdf", "日" * 400 + "\n.pdf", "日" * 400 + "/"):
+        with pytest.raises(InvalidPath):
+            await storage.save(name, b"", max_length=max_length)
+    with pytest.raises(InvalidPath):  # no wish, but a name
+        async with storage.open(storage.prefix + "日" * 90 + ".pdf", "xb") as file:
+            await file.write(b"x")
+
+
+class Narrow(MemoryBackend):
+    def __init__(self) -> None:
+        super().__init__()
+        self.capabilities = replace(self.capabilities, max_segment_bytes=90, max_key_bytes=300)
 
 
 async def test_the_name_may_come_from_the_content(storage: ProxyStorage, tmp_path: Path) -> None:

@@ -66,3 +66,10 @@ class Plain(models.Model):
     """With Django's own field, over the same storage."""
 
     file = models.FileField(upload_to="plain")
+
+
+class Scan(models.Model):
+    """Its file is wholly its own: a former one goes when it gets another."""
+
+    subject = models.CharField(max_length=50, blank=True)
+    file = ProxyStorageFileField(upload_to="shared", delete_on_replace=True, blank=True)
