@@ -39,6 +39,8 @@ class AsyncFile:
     last, and raises Conflict when they are gone; never a mixture. Holds one chunk in memory. Not to be shared
     between tasks. ``async for`` gives chunks.
 
+    A read that fails or is cancelled has read nothing: the next one begins where it began, with ``verify=True`` too.
+
     Attributes:
         record: the record as it was when the file was opened.
         size: bytes of the opened range.
@@ -68,9 +70,9 @@ class AsyncFile:
         self._start = start
         self.size = stop - start
         self._position = 0  # where the next read begins
-        self._at = 0  # where the next chunk of `_reading` begins
+        self._at = 0  # where the next chunk of `_reading` begins; -1: nothing of it can be used any more
         self._buffer = b""  # what was taken from `_reading`, from `_position` on
-        self._hash = _hasher(record) if verify else None
+        self._hash = _hasher(record) if verify else None  # of what was read, up to `_position`
 
     async def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes, to the end if negative; fewer only at the end.
@@ -83,29 +85,39 @@ class AsyncFile:
         left = max(0, self.size - self._position)
         wanted = left if size < 0 else min(size, left)
         parts: list[bytes] = []
-        while wanted > 0:
-            chunk = self._buffer or await self._next_chunk()
-            if len(chunk) > wanted:
-                chunk, self._buffer = chunk[:wanted], chunk[wanted:]
-            else:
-                self._buffer = b""
-            parts.append(chunk)
-            wanted -= len(chunk)
-            self._position += len(chunk)
-        if self._position >= self.size:
-            self._verify_end()
+        position, hashed = self._position, self._hash
+        try:
+            while wanted > 0:
+                chunk = self._buffer or await self._next_chunk()
+                if len(chunk) > wanted:
+                    chunk, self._buffer = chunk[:wanted], chunk[wanted:]
+                else:
+                    self._buffer = b""
+                parts.append(chunk)
+                wanted -= len(chunk)
+                await self._advance(chunk)
+            if self._position >= self.size:
+                self._verify_end()
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def readinto(self, buffer: Any) -> int:
         """Read into a writable buffer; return the number of bytes, fewer than its length only at the end."""
         view = memoryview(buffer).cast("B")
         done = 0
-        while done < len(view):
-            data = await self.read(min(len(view) - done, self._chunk_bytes))
-            if not data:
-                break
-            view[done : done + len(data)] = data
-            done += len(data)
+        position, hashed = self._position, self._hash
+        try:
+            while done < len(view):
+                data = await self.read(min(len(view) - done, self._chunk_bytes))
+                if not data:
+                    break
+                view[done : done + len(data)] = data
+                done += len(data)
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return done
 
     async def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -141,9 +153,14 @@ class AsyncFile:
         if self._position >= self.size:
             self._verify_end()
             raise StopAsyncIteration
-        chunk = self._buffer or await self._next_chunk()
-        self._buffer = b""
-        self._position += len(chunk)
+        position, hashed = self._position, self._hash
+        try:
+            chunk = self._buffer or await self._next_chunk()
+            self._buffer = b""
+            await self._advance(chunk)
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return chunk
 
     async def aclose(self) -> None:
@@ -157,6 +174,18 @@ class AsyncFile:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    async def _advance(self, chunk: bytes) -> None:
+        """Take note that `chunk` was read."""
+        if self._hash is not None:
+            self._hash = await self._hash.updated(chunk)
+        self._position += len(chunk)
+
+    def _set_back(self, position: int, hashed: _Verifier | None) -> None:
+        """Forget what a call that fails has read since `position`, and have the next one read anew: of a reading that
+        has failed nobody knows where it is, and it may say from now on that it is at its end."""
+        self._position, self._hash = position, hashed
+        self._buffer, self._at = b"", -1
 
     async def _next_chunk(self) -> bytes:
         """Return the next non-empty bytes at `_position`; called only where the size says that there are some."""
@@ -182,8 +211,6 @@ class AsyncFile:
                 operation="read", path=self.name, backend=str(self._backend),
             )  # fmt: skip
         self._at += len(chunk)
-        if self._hash is not None:
-            await self._hash.update(chunk)
         return chunk
 
     async def _chunk_of(self, reading: Reading) -> bytes:
@@ -245,17 +272,22 @@ class AsyncFile:
 
 
 class _Verifier:
-    def __init__(self, algorithm: str, expected: str) -> None:
-        self._hash = hashlib.new(algorithm)
+    """The hash of what was read so far; never changed, so that a read that fails can go back to it."""
+
+    def __init__(self, hashed: Any, expected: str) -> None:
+        self._hash = hashed
         self._expected = expected
 
-    async def update(self, chunk: bytes) -> None:
+    async def updated(self, chunk: bytes) -> _Verifier:
+        """Return the one after `chunk`."""
+        hashed = self._hash.copy()
         if len(chunk) <= INLINE_BYTES:
-            self._hash.update(chunk)
+            hashed.update(chunk)
         else:
             from .content import hash_workers
 
-            await hash_workers.call(self._hash.update, chunk, timeout=None)
+            await hash_workers.call(hashed.update, chunk, timeout=None)
+        return _Verifier(hashed, self._expected)
 
     def check(self, name: str) -> None:
         if self._hash.hexdigest() != self._expected:
@@ -273,7 +305,7 @@ def _hasher(record: MetaRecord) -> _Verifier:
             f"{record.path!r} cannot be verified: its record holds no checksum (saved with checksum=None, or adopted)",
             operation="open", path=record.path,
         )  # fmt: skip
-    return _Verifier(algorithm, expected)
+    return _Verifier(hashlib.new(algorithm), expected)
 
 
 class AsyncWriter:
