@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .digest import INLINE_BYTES
 from .errors import BackendUnavailable, Conflict, DeadlineExceeded, IntegrityError, NotFound, NotSupported, StorageError
+from .futures import outcome_of
 from .records import ByteRange, MetaRecord, Place
 from .timeouts import Alarm
 
@@ -338,7 +339,7 @@ class AsyncWriter:
         """Add `data` (bytes-like); return its length in bytes. Waits while the original is slower than the caller.
 
         Raises:
-            The error of the save, as soon as it is known.
+            The error of the save, as soon as it is known. BackendUnavailable: the storage was closed meanwhile.
         """
         if self.closed:
             raise ValueError(f"{self.name!r} is closed")
@@ -373,7 +374,7 @@ class AsyncWriter:
         except BaseException:
             await self.abort()
             raise
-        self.record = self._task.result()
+        self.record = outcome_of(self._task)
 
     async def abort(self) -> None:
         """Publish nothing; idempotent."""
@@ -397,7 +398,7 @@ class AsyncWriter:
             self._moved.clear()
             await self._moved.wait()
         if self._task.done():
-            self._task.result()  # raises: it cannot be finished before the end of the content
+            outcome_of(self._task)  # raises: it cannot be finished before the end of the content
             raise IntegrityError(f"the writing of {self.name!r} ended before its content did")
         self._chunks.append(chunk)
         self._moved.set()
