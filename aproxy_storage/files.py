@@ -19,12 +19,14 @@ from .records import ByteRange, MetaRecord, Place
 from .timeouts import Alarm
 
 if TYPE_CHECKING:
-    from .backends.base import Backend, Reading
+    from .backends.base import Reading
     from .openings import Opened
     from .proxy_writing import WritingVerbs
 
     #: Opens the rest of a file at another copy than those that have failed; None: there is no other.
     Elsewhere = Callable[[Sequence[Place], ByteRange], Awaitable[Opened | None]]
+    #: Says whether the bytes of the file are certainly at a place where something was opened before it was asked.
+    StillAt = Callable[[Place], Awaitable[bool]]
 
 __all__ = ["AsyncFile", "AsyncWriter", "Opening"]
 
@@ -37,8 +39,10 @@ class AsyncFile:
     """A stored file, open for reading. Positions count from the start of the opened range.
 
     Pinned to one version of the file: replaced or deleted meanwhile, it goes on reading the old bytes while they
-    last, and raises Conflict when they are gone; never a mixture. Holds one chunk in memory. Not to be shared
-    between tasks. ``async for`` gives chunks.
+    last, and raises Conflict when they are gone; never a mixture. Where the original knows no ETags (Django's
+    storages), a read that has to open the bytes anew (after a `seek` or a failure) asks for the record, and raises
+    Conflict also where the old bytes may still be there. Holds one chunk in memory. Not to be shared between tasks.
+    ``async for`` gives chunks.
 
     A read that fails or is cancelled has read nothing: the next one begins where it began, with ``verify=True`` too.
 
@@ -49,9 +53,10 @@ class AsyncFile:
     """
 
     def __init__(
-        self, record: MetaRecord, backend: Backend, reading: Reading, byte_range: ByteRange | None, chunk_bytes: int,
-        verify: bool, elsewhere: Elsewhere | None = None, patience: float | None = None,
+        self, record: MetaRecord, opened: Opened, byte_range: ByteRange | None, chunk_bytes: int, verify: bool,
+        still_at: StillAt, elsewhere: Elsewhere | None = None, patience: float | None = None,
     ) -> None:  # fmt: skip
+        self._still_at = still_at
         self._elsewhere = elsewhere
         self._patience = patience  # seconds for each chunk, where there is another copy to go to
         self._failed: list[Place] = []  # copies that broke off
@@ -59,14 +64,14 @@ class AsyncFile:
         self.name = record.path
         self.mode = "rb"
         self.closed = False
-        self._backend = backend
-        self._key = record.original_storage_path
+        self._backend, self._place = opened.backend, opened.place
         self._chunk_bytes = chunk_bytes
-        self._reading: Reading | None = reading
-        self._etag = reading.info.etag
-        total = reading.info.size if reading.info.size is not None else record.size
+        self._reading: Reading | None = opened.reading
+        info = opened.reading.info
+        self._etag = info.etag
+        total = info.size if info.size is not None else record.size
         if total is None:
-            raise IntegrityError(f"neither the record nor {backend} knows the size of {record.path!r}")
+            raise IntegrityError(f"neither the record nor {opened.backend} knows the size of {record.path!r}")
         start, stop = (byte_range or ByteRange()).resolve(total)
         self._start = start
         self.size = stop - start
@@ -236,20 +241,21 @@ class AsyncFile:
             return False
         _log.warning("the reading of %r broke off, and goes on in %s: %s", self.name, opened.backend, error)
         self._failed.append(opened.place)
-        self._backend, self._key = opened.backend, opened.place.key
+        self._backend, self._place = opened.backend, opened.place
         self._reading, self._etag, self._at = opened.reading, opened.reading.info.etag, self._position
         return True
 
     async def _read_from(self, position: int) -> None:
         await self._stop_reading()
         part = ByteRange(self._start + position, self._start + self.size)
-        reading = self._backend.read(self._key, byte_range=part, chunk_bytes=self._chunk_bytes)
+        reading = self._backend.read(self._place.key, byte_range=part, chunk_bytes=self._chunk_bytes)
         try:
             await reading.__aenter__()
         except NotFound as error:
             raise self._vanished() from error
         self._reading, self._at = reading, position
-        if reading.info.etag != self._etag:
+        etag = reading.info.etag
+        if etag != self._etag or (etag is None and not await self._still_at(self._place)):
             await self._stop_reading()
             raise self._vanished()
 
