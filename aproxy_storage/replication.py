@@ -87,7 +87,8 @@ class _Copies:
         except ContentError as error:
             raise job.write.failure or error from error
         written = await write.written()
-        await self.stop()
+        async with job.naming:  # none is cut short in the middle of a change of the record
+            await self.stop()
         order = {place.original: index for index, place in enumerate(places)}
         return Placed(tuple(sorted(self._good, key=lambda place: order[place.original])), written)
 

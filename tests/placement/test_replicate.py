@@ -177,6 +177,37 @@ def test_a_save_returns_at_the_deadline_if_the_quorum_has_it() -> None:
     run(main())
 
 
+class AnswersLate(Fault):
+    """The service does its work at once, and says so after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        answer = await call()
+        await asyncio.sleep(self.seconds)
+        return answer
+
+
+def test_the_deadline_cuts_no_change_of_the_record_short() -> None:
+    """Else the record has moved on without the save knowing, and its commit is a Conflict."""
+
+    async def main() -> None:
+        async with World(Replicate(2, quorum=1, deadline=4, attempt_timeout=100, breaker=None)) as world:
+            await world.inner["b"].write("x", b"foreign")
+            world.plan["b"].set(write=[None, Hang()])  # taken; then under a key that was named meanwhile
+            world.meta_plan.set(update=[AnswersLate(10)])
+            assert await world.storage.save("x", b"1") == "x"
+            assert await copies(world, "x") == ["a"]
+            await world.inner["b"].discard("x")
+            world.heal()
+            await world.reconcile()
+            await world.assert_clean()
+            assert await copies(world, "x") == ["a", "b"]
+
+    run(main())
+
+
 class TakesChunks(Fault):
     """Stands for an original that takes `seconds` for each chunk, or no more than `most`."""
 
