@@ -637,7 +637,9 @@ async def test_what_is_handed_over_together_and_finds_no_thread_is_answered(
         ran: list[int] = []
         rest = [writer.call(ran.append, number, timeout=None) for number in range(3)]
         release.set()
+        until = time.monotonic() + 30
         while writer._count:  # the loop stands still meanwhile, and has not handed the rest over
+            assert time.monotonic() < until
             time.sleep(0.005)
         no_threads.append("-writer-")
         for answer in await asyncio.wait_for(asyncio.gather(*rest, return_exceptions=True), 10):
@@ -724,6 +726,39 @@ async def test_nothing_is_left_after_aclose(tmp_path: Path) -> None:
                 break
             await asyncio.sleep(0.01)
         assert ours() == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+async def test_an_aclose_that_nobody_waits_for_any_more_goes_on_quietly(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    await meta.create(make_record("x"))
+    engine = meta._engine
+    go_on = threading.Event()
+    close_all = engine._close_all
+
+    def wait_first(until: float) -> None:
+        go_on.wait(30)
+        close_all(until)
+
+    monkeypatch.setattr(engine, "_close_all", wait_first)
+    try:
+        closing = asyncio.create_task(engine.close(-1.0 if how == "late" else 30.0))
+        await asyncio.sleep(0)  # its thread runs
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == f"{engine.name}-closer"]
+        if how == "cancelled":
+            closing.cancel()
+        await asyncio.wait({closing})
+        assert closing.cancelled() == (how == "cancelled")
+    finally:
+        go_on.set()
+    await asyncio.to_thread(thread.join, 30)
+    assert not failures
+    assert all(held.cursor is None for held in engine._held)
 
 
 @pytest.mark.asyncio
