@@ -28,6 +28,7 @@ from .errors import (
     outcome_unknown,
 )
 from .fallback import is_outage, names
+from .futures import outcome_of
 from .gates import Admission, Gate, Kind, Outcome
 from .records import Place
 from .timeouts import Alarm, IdleWatch
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .proxy_reading import ReadingVerbs
     from .proxy_writing import WritingVerbs
 
-__all__ = ["Attempt", "Attempts", "Job", "Placed", "Try", "note", "outcome_of", "tell"]
+__all__ = ["Attempt", "Attempts", "Job", "Placed", "Try", "note", "tell", "verdict_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -260,9 +261,11 @@ class Attempts:
                 for task in [task for task in running if task in done]:
                     one = running.pop(task)
                     try:
-                        answer = task.result()
+                        answer = outcome_of(task)
                     except StorageError as error:
-                        if placed is None and not self.falls_back(job, one.place, error):
+                        # After one that was cut short by an `aclose` no other is begun.
+                        goes_on = not task.cancelled() and self.falls_back(job, one.place, error)
+                        if placed is None and not goes_on:
                             raise note(error, job.errors)  # noqa: B904  it is the error itself
                         job.errors.append(error)
                         continue
@@ -327,7 +330,7 @@ class Attempts:
         except StorageError as error:
             failure = error
             own = error is job.fatal or error is job.write.failure
-            outcome = "aborted" if own else outcome_of(error, one, gate.fallback_on)
+            outcome = "aborted" if own else verdict_of(error, one, gate.fallback_on)
             raise
         except BaseException as error:
             failure = error
@@ -419,7 +422,7 @@ class Attempts:
             watch.go_on()
 
 
-def outcome_of(error: StorageError, one: Try | None, fallback_on: tuple[type[BaseException], ...]) -> Outcome:
+def verdict_of(error: StorageError, one: Try | None, fallback_on: tuple[type[BaseException], ...]) -> Outcome:
     """Return what `error` of an attempt says about its original."""
     if one is not None and one.waiting:
         return "crowded"

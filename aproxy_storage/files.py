@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from .digest import INLINE_BYTES
 from .errors import BackendUnavailable, Conflict, DeadlineExceeded, IntegrityError, NotFound, NotSupported, StorageError
+from .futures import outcome_of
 from .records import ByteRange, MetaRecord, Place
 from .timeouts import Alarm
 
 if TYPE_CHECKING:
-    from .backends.base import Backend, Reading
+    from .backends.base import Reading
     from .openings import Opened
     from .proxy_writing import WritingVerbs
 
     #: Opens the rest of a file at another copy than those that have failed; None: there is no other.
     Elsewhere = Callable[[Sequence[Place], ByteRange], Awaitable[Opened | None]]
+    #: Says whether the bytes of the file are certainly at a place where something was opened before it was asked.
+    StillAt = Callable[[Place], Awaitable[bool]]
 
 __all__ = ["AsyncFile", "AsyncWriter", "Opening"]
 
@@ -36,8 +39,12 @@ class AsyncFile:
     """A stored file, open for reading. Positions count from the start of the opened range.
 
     Pinned to one version of the file: replaced or deleted meanwhile, it goes on reading the old bytes while they
-    last, and raises Conflict when they are gone; never a mixture. Holds one chunk in memory. Not to be shared
-    between tasks. ``async for`` gives chunks.
+    last, and raises Conflict when they are gone; never a mixture. Where the original knows no ETags (Django's
+    storages), a read that has to open the bytes anew (after a `seek` or a failure) asks for the record, and raises
+    Conflict also where the old bytes may still be there. Holds one chunk in memory. Not to be shared between tasks.
+    ``async for`` gives chunks.
+
+    A read that fails or is cancelled has read nothing: the next one begins where it began, with ``verify=True`` too.
 
     Attributes:
         record: the record as it was when the file was opened.
@@ -46,9 +53,10 @@ class AsyncFile:
     """
 
     def __init__(
-        self, record: MetaRecord, backend: Backend, reading: Reading, byte_range: ByteRange | None, chunk_bytes: int,
-        verify: bool, elsewhere: Elsewhere | None = None, patience: float | None = None,
+        self, record: MetaRecord, opened: Opened, byte_range: ByteRange | None, chunk_bytes: int, verify: bool,
+        still_at: StillAt, elsewhere: Elsewhere | None = None, patience: float | None = None,
     ) -> None:  # fmt: skip
+        self._still_at = still_at
         self._elsewhere = elsewhere
         self._patience = patience  # seconds for each chunk, where there is another copy to go to
         self._failed: list[Place] = []  # copies that broke off
@@ -56,21 +64,21 @@ class AsyncFile:
         self.name = record.path
         self.mode = "rb"
         self.closed = False
-        self._backend = backend
-        self._key = record.original_storage_path
+        self._backend, self._place = opened.backend, opened.place
         self._chunk_bytes = chunk_bytes
-        self._reading: Reading | None = reading
-        self._etag = reading.info.etag
-        total = reading.info.size if reading.info.size is not None else record.size
+        self._reading: Reading | None = opened.reading
+        info = opened.reading.info
+        self._etag = info.etag
+        total = info.size if info.size is not None else record.size
         if total is None:
-            raise IntegrityError(f"neither the record nor {backend} knows the size of {record.path!r}")
+            raise IntegrityError(f"neither the record nor {opened.backend} knows the size of {record.path!r}")
         start, stop = (byte_range or ByteRange()).resolve(total)
         self._start = start
         self.size = stop - start
         self._position = 0  # where the next read begins
-        self._at = 0  # where the next chunk of `_reading` begins
+        self._at = 0  # where the next chunk of `_reading` begins; -1: nothing of it can be used any more
         self._buffer = b""  # what was taken from `_reading`, from `_position` on
-        self._hash = _hasher(record) if verify else None
+        self._hash = _hasher(record) if verify else None  # of what was read, up to `_position`
 
     async def read(self, size: int = -1) -> bytes:
         """Read up to `size` bytes, to the end if negative; fewer only at the end.
@@ -83,29 +91,39 @@ class AsyncFile:
         left = max(0, self.size - self._position)
         wanted = left if size < 0 else min(size, left)
         parts: list[bytes] = []
-        while wanted > 0:
-            chunk = self._buffer or await self._next_chunk()
-            if len(chunk) > wanted:
-                chunk, self._buffer = chunk[:wanted], chunk[wanted:]
-            else:
-                self._buffer = b""
-            parts.append(chunk)
-            wanted -= len(chunk)
-            self._position += len(chunk)
-        if self._position >= self.size:
-            self._verify_end()
+        position, hashed = self._position, self._hash
+        try:
+            while wanted > 0:
+                chunk = self._buffer or await self._next_chunk()
+                if len(chunk) > wanted:
+                    chunk, self._buffer = chunk[:wanted], chunk[wanted:]
+                else:
+                    self._buffer = b""
+                parts.append(chunk)
+                wanted -= len(chunk)
+                await self._advance(chunk)
+            if self._position >= self.size:
+                self._verify_end()
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def readinto(self, buffer: Any) -> int:
         """Read into a writable buffer; return the number of bytes, fewer than its length only at the end."""
         view = memoryview(buffer).cast("B")
         done = 0
-        while done < len(view):
-            data = await self.read(min(len(view) - done, self._chunk_bytes))
-            if not data:
-                break
-            view[done : done + len(data)] = data
-            done += len(data)
+        position, hashed = self._position, self._hash
+        try:
+            while done < len(view):
+                data = await self.read(min(len(view) - done, self._chunk_bytes))
+                if not data:
+                    break
+                view[done : done + len(data)] = data
+                done += len(data)
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return done
 
     async def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -141,9 +159,14 @@ class AsyncFile:
         if self._position >= self.size:
             self._verify_end()
             raise StopAsyncIteration
-        chunk = self._buffer or await self._next_chunk()
-        self._buffer = b""
-        self._position += len(chunk)
+        position, hashed = self._position, self._hash
+        try:
+            chunk = self._buffer or await self._next_chunk()
+            self._buffer = b""
+            await self._advance(chunk)
+        except BaseException:
+            self._set_back(position, hashed)
+            raise
         return chunk
 
     async def aclose(self) -> None:
@@ -157,6 +180,18 @@ class AsyncFile:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+    async def _advance(self, chunk: bytes) -> None:
+        """Take note that `chunk` was read."""
+        if self._hash is not None:
+            self._hash = await self._hash.updated(chunk)
+        self._position += len(chunk)
+
+    def _set_back(self, position: int, hashed: _Verifier | None) -> None:
+        """Forget what a call that fails has read since `position`, and have the next one read anew: of a reading that
+        has failed nobody knows where it is, and it may say from now on that it is at its end."""
+        self._position, self._hash = position, hashed
+        self._buffer, self._at = b"", -1
 
     async def _next_chunk(self) -> bytes:
         """Return the next non-empty bytes at `_position`; called only where the size says that there are some."""
@@ -182,8 +217,6 @@ class AsyncFile:
                 operation="read", path=self.name, backend=str(self._backend),
             )  # fmt: skip
         self._at += len(chunk)
-        if self._hash is not None:
-            await self._hash.update(chunk)
         return chunk
 
     async def _chunk_of(self, reading: Reading) -> bytes:
@@ -208,20 +241,21 @@ class AsyncFile:
             return False
         _log.warning("the reading of %r broke off, and goes on in %s: %s", self.name, opened.backend, error)
         self._failed.append(opened.place)
-        self._backend, self._key = opened.backend, opened.place.key
+        self._backend, self._place = opened.backend, opened.place
         self._reading, self._etag, self._at = opened.reading, opened.reading.info.etag, self._position
         return True
 
     async def _read_from(self, position: int) -> None:
         await self._stop_reading()
         part = ByteRange(self._start + position, self._start + self.size)
-        reading = self._backend.read(self._key, byte_range=part, chunk_bytes=self._chunk_bytes)
+        reading = self._backend.read(self._place.key, byte_range=part, chunk_bytes=self._chunk_bytes)
         try:
             await reading.__aenter__()
         except NotFound as error:
             raise self._vanished() from error
         self._reading, self._at = reading, position
-        if reading.info.etag != self._etag:
+        etag = reading.info.etag
+        if etag != self._etag or (etag is None and not await self._still_at(self._place)):
             await self._stop_reading()
             raise self._vanished()
 
@@ -245,17 +279,22 @@ class AsyncFile:
 
 
 class _Verifier:
-    def __init__(self, algorithm: str, expected: str) -> None:
-        self._hash = hashlib.new(algorithm)
+    """The hash of what was read so far; never changed, so that a read that fails can go back to it."""
+
+    def __init__(self, hashed: Any, expected: str) -> None:
+        self._hash = hashed
         self._expected = expected
 
-    async def update(self, chunk: bytes) -> None:
+    async def updated(self, chunk: bytes) -> _Verifier:
+        """Return the one after `chunk`."""
+        hashed = self._hash.copy()
         if len(chunk) <= INLINE_BYTES:
-            self._hash.update(chunk)
+            hashed.update(chunk)
         else:
             from .content import hash_workers
 
-            await hash_workers.call(self._hash.update, chunk, timeout=None)
+            await hash_workers.call(hashed.update, chunk, timeout=None)
+        return _Verifier(hashed, self._expected)
 
     def check(self, name: str) -> None:
         if self._hash.hexdigest() != self._expected:
@@ -273,7 +312,7 @@ def _hasher(record: MetaRecord) -> _Verifier:
             f"{record.path!r} cannot be verified: its record holds no checksum (saved with checksum=None, or adopted)",
             operation="open", path=record.path,
         )  # fmt: skip
-    return _Verifier(algorithm, expected)
+    return _Verifier(hashlib.new(algorithm), expected)
 
 
 class AsyncWriter:
@@ -306,7 +345,7 @@ class AsyncWriter:
         """Add `data` (bytes-like); return its length in bytes. Waits while the original is slower than the caller.
 
         Raises:
-            The error of the save, as soon as it is known.
+            The error of the save, as soon as it is known. BackendUnavailable: the storage was closed meanwhile.
         """
         if self.closed:
             raise ValueError(f"{self.name!r} is closed")
@@ -341,7 +380,7 @@ class AsyncWriter:
         except BaseException:
             await self.abort()
             raise
-        self.record = self._task.result()
+        self.record = outcome_of(self._task)
 
     async def abort(self) -> None:
         """Publish nothing; idempotent."""
@@ -365,7 +404,7 @@ class AsyncWriter:
             self._moved.clear()
             await self._moved.wait()
         if self._task.done():
-            self._task.result()  # raises: it cannot be finished before the end of the content
+            outcome_of(self._task)  # raises: it cannot be finished before the end of the content
             raise IntegrityError(f"the writing of {self.name!r} ended before its content did")
         self._chunks.append(chunk)
         self._moved.set()

@@ -140,10 +140,20 @@ class Gate:
             kind: deque(maxlen=_KEPT) for kind in self._in_flight
         }
 
+    def _forget_parent(self) -> bool:
+        """Begin anew and return True where this is the first call after a fork: what is in flight is the parent's, and
+        so is the thread that may have had the lock."""
+        if self._pid == os.getpid():
+            return False
+        self._fresh()
+        return True
+
     def allows(self, kind: Kind) -> bool:
         """Return whether `start` would let a call in now."""
         breaker = self._breakers.get(kind)
         if breaker is None or breaker.state == "closed":
+            return True
+        if self._forget_parent():
             return True
         with self._lock:
             return breaker.allows(self._clock())
@@ -154,8 +164,7 @@ class Gate:
         Raises:
             BackendUnavailable: the circuit is open, and the call is not `forced`.
         """
-        if self._pid != os.getpid():
-            self._fresh()  # nothing crosses a fork: what is in flight is the parent's
+        self._forget_parent()
         now = self._clock()
         breaker = self._breakers.get(kind)
         with self._lock:
@@ -202,7 +211,7 @@ class Gate:
         now = self._clock()
         kind, ticket = admission.kind, admission.ticket
         seconds = now - admission.since
-        if admission.pid != self._pid:
+        if admission.pid != os.getpid():
             return seconds  # begun before a fork
         breaker = self._breakers.get(kind)
         opened = closed = False
@@ -260,6 +269,7 @@ class Gate:
 
     def traffic(self, kind: Kind) -> Traffic:
         """Return what is known of the calls of one kind."""
+        self._forget_parent()
         since = self._clock() - 60 * _MINUTES
         breaker = self._breakers.get(kind)
         with self._lock:

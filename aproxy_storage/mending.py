@@ -23,7 +23,8 @@ __all__ = ["Mended", "mend"]
 @dataclass(frozen=True, slots=True)
 class Mended:
     """What was done, or would be, about one copy: ``copied``, ``dropped`` (surplus), ``missing`` (its bytes are gone),
-    ``damaged``, ``failed`` (see `error`), ``moved on`` (somebody has changed the file meanwhile).
+    ``damaged``, ``failed`` (see `error`); or about the file: ``lost`` (no copy of it is left), ``moved on`` (somebody
+    has changed it meanwhile).
     """
 
     action: str
@@ -42,8 +43,11 @@ async def mend(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool) -> l
         return []
     work = _Mender(storage, record)
     good = await work.look()
-    if not good:
+    if not await work.confirm():
         return work.done
+    if not good:
+        error = IntegrityError(f"every copy of {record.path!r} is gone or damaged", path=record.path)
+        return [*work.done, Mended("lost", record.original_storage_name, error)]
     targets = placement.targets(list(storage.originals))
     todo = what_is_to_do(record, good, targets, placement.limits.copies)
     if work.out_of_reach:
@@ -91,6 +95,24 @@ class _Mender:
                     continue
             good.append(place)
         return good
+
+    async def confirm(self) -> bool:
+        """Return whether the record is still the one that was looked at: of a file that was replaced or deleted since,
+        nothing is missing."""
+        if not self._lost:
+            return True
+        record = self.record
+        try:
+            current = await self.storage.get(record.path)
+            if current.token == record.token and current.good_places() == record.good_places():
+                return True
+        except NotFound:
+            pass
+        except StorageError as error:
+            self.done = [Mended("failed", error.backend or "", error)]
+            return False
+        self.done = [Mended("moved on", record.original_storage_name)]
+        return False
 
     def _lose(self, place: Place, what: str, error: StorageError | None) -> None:
         self._lost.append(place)

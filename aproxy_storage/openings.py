@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .attempts import note, outcome_of, tell
+from .attempts import note, tell, verdict_of
 from .backends.base import Backend, Reading
 from .errors import BackendUnavailable, DeadlineExceeded, NotFound, StorageError
+from .futures import outcome_of
 from .gates import Outcome
 from .records import ByteRange, MetaRecord, Place
 from .timeouts import Alarm
@@ -124,7 +125,7 @@ async def _hedged(
             done, _ = await asyncio.wait(running, timeout=after if left else None, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in running if task in done]:
                 try:
-                    opened = task.result()
+                    opened = outcome_of(task)
                 except StorageError as error:
                     _goes_on(storage, running.pop(task), error)
                     errors.append(error)
@@ -145,7 +146,7 @@ def _close_late(storage: ReadingVerbs, task: asyncio.Task[Opened]) -> None:
 
 def _goes_on(storage: ReadingVerbs, place: Place, error: StorageError) -> None:
     """Log that a copy could not be opened; raise what no other copy would mend."""
-    outage = outcome_of(error, None, storage.gate_of(place.original).fallback_on) in ("failed", "timeout")
+    outage = verdict_of(error, None, storage.gate_of(place.original).fallback_on) in ("failed", "timeout")
     if not outage and not isinstance(error, NotFound):
         raise error
     _log.warning(
@@ -192,7 +193,7 @@ async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | 
         outcome, size = "ok", reading.info.size
     except StorageError as error:
         failure = error
-        outcome = "crowded" if waiting else outcome_of(error, None, gate.fallback_on)
+        outcome = "crowded" if waiting else verdict_of(error, None, gate.fallback_on)
         raise
     except BaseException as error:
         failure = error

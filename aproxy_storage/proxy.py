@@ -194,14 +194,21 @@ class ProxyStorage(ArrangingVerbs):
 
         A small `tools.reconcile.reconcile`; `save_many` and `aclose` call it too, and every `tidy_every` seconds
         a verb that writes does. Begins no further record after ``timeouts.cleanup`` seconds: with an original out
-        of reach, each may take as long as its deadline.
+        of reach, each may take as long as its deadline. A record that cannot be finished is logged and passed over.
+
+        Raises:
+            BackendUnavailable, DeadlineExceeded: the meta-backend cannot list them.
         """
         done, until = 0, time.monotonic() + self.timeouts.cleanup
         for record in await self.meta.list_unfinished(proxy_storage_name=self.name, limit=limit):
             if time.monotonic() >= until:
                 break
-            await self.journal.finish(record)
-            done += 1
+            try:
+                await self.journal.finish(record)
+            except StorageError as error:
+                _log.warning("storage %r: what is left of %r could not be finished: %s", self.name, record.path, error)
+            else:
+                done += 1
         return done
 
     async def _tidy_quietly(self) -> None:

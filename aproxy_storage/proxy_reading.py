@@ -125,10 +125,11 @@ class ReadingVerbs(abc.ABC):
                 if not current.has_bytes_of(record):
                     record = current
                 elif not differs:
+                    still_at = partial(self._still_at, record)
                     elsewhere = partial(self._elsewhere, record, opened.place) if len(places) > 1 else None
                     patience = self.gate_of(opened.place.original).attempt_timeout
                     return AsyncFile(
-                        record, backend, reading, byte_range, self.chunk_bytes, verify, elsewhere, patience
+                        record, opened, byte_range, self.chunk_bytes, verify, still_at, elsewhere, patience
                     )
                 elif len(places) > 1:
                     avoided.append(opened.place)
@@ -155,8 +156,7 @@ class ReadingVerbs(abc.ABC):
             opened = await open_bytes(self, record, places, byte_range)
             try:
                 whole = None in (record.size, opened.reading.info.size) or record.size == opened.reading.info.size
-                current = await self.get(record.path)
-                if current.token != record.token or opened.place not in current.good_places():
+                if not await self._still_at(record, opened.place):
                     raise NotFound(f"{record.path!r} was replaced", operation="read", path=record.path)
             except BaseException:
                 await opened.aclose()
@@ -166,6 +166,22 @@ class ReadingVerbs(abc.ABC):
             await opened.aclose()
             places = [place for place in places if place != opened.place]
         return None
+
+    async def _still_at(self, record: MetaRecord, place: Place) -> bool:
+        """Return whether what was opened at `place` before this was asked is certainly the bytes of `record`.
+
+        A key alone does not say so: deleted and saved anew, a file may have the key of the one before; and the key of
+        replaced bytes may be that of the new ones, once it was restored. A version does not say so either: other
+        places of the record may have come and gone.
+        """
+        try:
+            current = await self.get(record.path)
+        except NotFound:
+            return False
+        same = current.version == record.version or (
+            record.checksum is not None and current.checksum == record.checksum
+        )
+        return same and current.token == record.token and place in current.good_places()
 
     async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.

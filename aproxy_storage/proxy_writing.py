@@ -167,7 +167,9 @@ class WritingVerbs(ReadingVerbs):
 
         Readers get the old or the new file, never a mixture: the new bytes go under a new key, the record changes
         over in one step, the old ones go after `keep_replaced` seconds. Of simultaneous replacements the last to
-        finish wins, unless `expect_version` (the ``version`` of the record that was looked at) pins one.
+        finish wins, unless `expect_version` (the ``version`` of the record that was looked at) pins one. The version
+        moves with the places of the bytes too, as when `tidy` forgets replaced ones: a Conflict need not be a change
+        of the file, so get the record again and compare what matters, its ``checksum`` above all.
 
         Raises:
             NotFound: there is no such file. Conflict: it was deleted meanwhile, or is not at `expect_version`.

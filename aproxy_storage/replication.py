@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from .attempts import Attempts, Job, Placed, Try, note
 from .content import Source
 from .errors import AlreadyExists, BackendUnavailable, ContentError, StorageError
+from .futures import outcome_of
 from .placement import Limits
 from .records import Place
 from .writes import Write
@@ -86,7 +87,8 @@ class _Copies:
         except ContentError as error:
             raise job.write.failure or error from error
         written = await write.written()
-        await self.stop()
+        async with job.naming:  # none is cut short in the middle of a change of the record
+            await self.stop()
         order = {place.original: index for index, place in enumerate(places)}
         return Placed(tuple(sorted(self._good, key=lambda place: order[place.original])), written)
 
@@ -128,7 +130,7 @@ class _Copies:
         for task in [task for task in self._running if task.done()]:
             one = self._running.pop(task)
             try:
-                self._good += task.result().good
+                self._good += outcome_of(task).good
             except AlreadyExists as error:  # between the look and the write; its content is spent
                 job.errors.append(error)
             except StorageError as error:

@@ -156,6 +156,11 @@ class Workers(concurrent.futures.Executor):
         share: jobs that one worker takes in one go at most.
 
     Also a ``concurrent.futures.Executor``, for libraries that take one, such as aiofiles.
+
+    What keeps a job from being forgotten: while jobs wait, some worker is awake, and a worker looks for jobs before it
+    falls asleep or ends, under the lock. Awake are ``_count`` less the sleepers; of these, those of ``_running`` are at
+    their batches, those of ``_looking`` are about to look again, and the rest have just been started or roused. So
+    only threads that live may be counted, and a job that nobody would look at is not left in the queue.
     """
 
     def __init__(self, name: str, max_workers: int, *, max_waiting: int = 10_000, share: int = 16) -> None:
@@ -190,7 +195,8 @@ class Workers(concurrent.futures.Executor):
         In a thread that may block (see `blocking`) it is called there, now, without any limit.
 
         Raises:
-            BackendUnavailable: too many jobs wait already.
+            BackendUnavailable: too many jobs wait already, or there is no worker and none can be started; nothing is
+                done then.
         """
         if (here := blocking_loop()) is not None:
             return here.perform(function, *args)
@@ -213,7 +219,7 @@ class Workers(concurrent.futures.Executor):
                 )
             self._jobs.append(job)
             if job.answers is None or self._share == 1 or self._is_slow():  # nobody would come back to rouse later
-                self._rouse()
+                self._rouse_for(1)
 
     def _is_slow(self) -> bool:
         """Return whether no worker will look at the jobs soon.
@@ -228,7 +234,25 @@ class Workers(concurrent.futures.Executor):
         late = time.monotonic() - _PATIENCE
         return all(began < late for began, _ in self._running.values())
 
+    def _rouse_for(self, new: int) -> None:
+        """Rouse a worker for the last so many jobs, which were just put; take them back if there is none for them.
+
+        Raises:
+            BackendUnavailable: they were taken back.
+        """
+        try:
+            self._rouse()
+        except BackendUnavailable:
+            for _ in range(new):
+                self._jobs.pop()
+            raise
+
     def _rouse(self) -> None:
+        """Have one more worker look at the jobs, if one is to be had; called with the lock held.
+
+        Raises:
+            BackendUnavailable: there is no worker at all, and none can be started; never while another one lives.
+        """
         if len(self._jobs) <= len(self._looking):
             return  # whoever puts a job because of an answer is often faster than the worker that gave the answer
         if self._sleepers:
@@ -236,9 +260,15 @@ class Workers(concurrent.futures.Executor):
             # with the workers in turn, which is what a condition variable would do.
             self._sleepers.pop().signal.release()
         elif self._count < self._max_workers:
-            self._count += 1
             self._serial += 1
-            threading.Thread(target=self._serve, name=f"{self._name}-{self._serial}", daemon=True).start()
+            thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._serial}", daemon=True)
+            self._count += 1
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError) as error:  # the limit of the system, perhaps for a moment only
+                self._count -= 1
+                if self._count == 0:
+                    raise BackendUnavailable(f"{self._name}: no worker thread could be started: {error}") from error
 
     # -- the worker side
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from aproxy_storage.futures import over
+from aproxy_storage.errors import BackendUnavailable
+from aproxy_storage.futures import outcome_of, over
 
 
 @pytest.mark.asyncio
@@ -57,3 +58,22 @@ async def test_a_waiter_cancelled_as_the_answer_comes_is_cancelled() -> None:
     waiter.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiter
+
+
+@pytest.mark.asyncio
+async def test_the_outcome_of_a_task_is_its_result_its_error_or_that_it_was_cut_short() -> None:
+    async def fail() -> None:
+        raise OSError("no")
+
+    result = asyncio.create_task(asyncio.sleep(0, 7))
+    failed = asyncio.create_task(fail())
+    cut_short = asyncio.create_task(asyncio.Event().wait(), name="a long work")
+    await asyncio.wait({result, failed})
+    cut_short.cancel()
+    await asyncio.wait({cut_short})
+    assert outcome_of(result) == 7
+    with pytest.raises(OSError, match="no"):
+        outcome_of(failed)
+    with pytest.raises(BackendUnavailable, match="a long work") as caught:
+        outcome_of(cut_short)
+    assert caught.value.outcome_unknown

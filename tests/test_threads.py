@@ -299,6 +299,65 @@ async def test_worker_lost_to_a_bug_is_replaced(monkeypatch: pytest.MonkeyPatch)
     assert workers._count == 0
 
 
+class NoThreads:
+    """Keeps the pool `name` from starting threads while `failing` is set; counts what it has kept back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.failing: Exception | None = RuntimeError("can't start new thread")
+        self.refused = 0
+        start = threading.Thread.start
+
+        def refuse(thread: threading.Thread) -> None:
+            if self.failing is not None and thread.name.startswith(name):
+                self.refused += 1
+                raise self.failing
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+@pytest.mark.parametrize("share", [1, 16])
+async def test_thread_that_cannot_be_started_is_told_and_tried_again(
+    share: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_threads = NoThreads(monkeypatch, "t-unstarted")
+    no_threads.failing = error
+    workers = Workers("t-unstarted", 2, share=share)
+    ran: list[int] = []
+    for put in (lambda: workers.call(ran.append, 1, timeout=None), lambda: workers.submit(ran.append, 1)):
+        with pytest.raises(BackendUnavailable, match="t-unstarted: no worker thread could be started") as caught:
+            put()
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+    no_threads.failing = None
+    await workers.call(ran.append, 2, timeout=5)
+    assert ran == [2], "who was told that nothing was done is not done after all"
+
+
+@pytest.mark.asyncio
+async def test_thread_that_cannot_be_started_beside_others_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_threads = NoThreads(monkeypatch, "t-beside")
+    no_threads.failing = None
+    workers = Workers("t-beside", 3, share=2)
+    with blocker() as free:
+        held = workers.call(free.wait, timeout=None)
+        await _until(lambda: not workers._jobs)
+        no_threads.failing = RuntimeError("can't start new thread")
+        rest = [workers.call(int, str(n), timeout=None) for n in range(6)]
+        await _until(lambda: no_threads.refused > 0)  # at a tick: the one worker is seen to be slow
+        free.set()
+        assert await asyncio.wait_for(asyncio.gather(*rest), 10) == list(range(6))
+        await held
+    no_threads.failing = None
+    with blocker() as free:
+        jobs = [workers.call(free.wait, timeout=None) for _ in range(3)]
+        await _until(lambda: len(_threads_of("t-beside")) == 3)  # all of them are still to be had
+        free.set()
+        await asyncio.gather(*jobs)
+
+
 @pytest.mark.asyncio
 async def test_aiofiles_runs_on_it(tmp_path: Path) -> None:
     workers = Workers("t-aiofiles", 1)

@@ -27,6 +27,7 @@ _WORDS = {
     "dropped": "copies more than wanted",
     "missing": "copies whose bytes are gone",
     "damaged": "copies whose bytes are not the file",
+    "lost": "files of which no copy is left",
     "removed": "bytes that no record names",
     "young": "bytes without a record, left because they may belong to a save in flight",
     "foreign": "bytes without a record, left because nothing says that this library wrote them",
@@ -116,7 +117,7 @@ def _tell(session: Session, report: Report) -> None:
             session.out.json({"action": finding.action, "path": finding.path, "original": finding.original})
         elif not session.out.quiet:
             session.out.line(f"{finding.action:<9} {printable(finding.path)}")
-    session.tally.failed = report.counts.get("failed", 0)
+    session.tally.failed = report.counts.get("failed", 0) + report.counts.get("lost", 0)
     for action, count in sorted(report.counts.items()):
         session.out.note(f"{count:>6,}  {_WORDS[action]}")
     if not report.counts:

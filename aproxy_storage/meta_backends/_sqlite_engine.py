@@ -218,6 +218,7 @@ class Engine:
     async def close(self, within: float) -> None:
         """Close the connections that are not in use within `within` seconds, and let the threads end."""
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        done.set_running_or_notify_cancel()  # it cannot be cancelled: only who waits for it can
         # A thread of its own: the last one to close moves the log into the database, which takes its time.
         name = f"{self.name}-closer"
         threading.Thread(target=self._close, args=(done, time.monotonic() + within), name=name, daemon=True).start()

@@ -64,7 +64,10 @@ class _Gathered:
 
     def hand_over(self) -> None:
         jobs, self.jobs = self.jobs, []
-        self.workers.put_all(jobs)
+        try:
+            self.workers.put_all(jobs)
+        except BackendUnavailable as error:  # nobody is there to raise it to
+            _fail(deque(jobs), error)
 
 
 class _Gathering(Workers):
@@ -100,11 +103,16 @@ class _Gathering(Workers):
         return future
 
     def put_all(self, jobs: list[Job]) -> None:
+        """Put `jobs` into the queue.
+
+        Raises:
+            BackendUnavailable: there is no worker and none can be started; none of them is done.
+        """
         if self._pid != os.getpid():
             self._fresh()
         with self._lock:
             self._jobs.extend(jobs)
-            self._rouse()
+            self._rouse_for(len(jobs))
 
 
 class _JobHere(Job):

@@ -53,7 +53,7 @@ class Report:
     @property
     def clean(self) -> bool:
         """Nothing was found that still wants something done."""
-        return not self.counts.keys() & {"failed", "settling", "foreign", "damaged"}
+        return not self.counts.keys() & {"failed", "settling", "foreign", "damaged", "lost"}
 
 
 async def reconcile(

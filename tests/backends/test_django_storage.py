@@ -16,15 +16,18 @@ from aproxy_storage import (
     AlreadyExists,
     BackendUnavailable,
     ConfigurationError,
+    Conflict,
     ContentError,
     DeadlineExceeded,
     NotFound,
     NotSupported,
     OutOfSpace,
+    ProxyStorage,
     StorageError,
     Timeouts,
 )
 from aproxy_storage.config import original_from_url
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing._backend_hooks import BackendHooks
 from aproxy_storage.testing.backends import (
@@ -35,6 +38,7 @@ from aproxy_storage.testing.backends import (
     ReadTests,
     WriteTests,
 )
+from aproxy_storage.tools.reconcile import reconcile
 from tests.backends.test_s3 import ObjectsBehind
 from tests.django_support.setup import configure
 
@@ -391,3 +395,59 @@ async def test_a_failed_write_never_deletes_the_file_of_the_winner(tmp_path: Pat
         await backend.write("cv.pdf", failing())
     await backend.aclose()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"cv.pdf": b"the winner's"}
+
+
+# -- handles: there is no ETag that would tell one object from the next at the same key
+
+
+OLD, NEW = b"A" * 1000, b"B" * 1000
+
+
+def proxy(tmp_path: Path, **options: Any) -> ProxyStorage:
+    return ProxyStorage("media", originals=files(tmp_path), meta=MemoryMetaBackend(), chunk_bytes=100, **options)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("checksum", ["sha256", None])
+@pytest.mark.parametrize("how", ["saved anew", "key restored"])
+async def test_a_handle_never_mixes_two_files(tmp_path: Path, how: str, checksum: str | None) -> None:
+    async with proxy(tmp_path, checksum=checksum) as storage:
+        await storage.save("a.bin", OLD)
+        async with storage.open("a.bin") as file:
+            assert await file.read(100) == OLD[:100]
+            if how == "saved anew":
+                await storage.delete("a.bin")
+                await storage.save("a.bin", NEW)
+            else:
+                await storage.replace("a.bin", NEW)
+                await reconcile(storage, dry_run=False, force=True)
+                await storage.restore_key("a.bin")
+            assert (await storage.get("a.bin")).original_storage_path == "a.bin"
+            await file.seek(500)
+            for _ in range(2):
+                with pytest.raises(Conflict, match="open it again"):
+                    await file.read(100)
+
+
+@pytest.mark.asyncio
+async def test_a_handle_reads_on_while_its_file_is_there(tmp_path: Path) -> None:
+    async with proxy(tmp_path) as storage:
+        await storage.save("a.bin", OLD)
+        await storage.replace("a.bin", NEW)
+        async with storage.open("a.bin") as file:
+            version = file.record.version
+            await reconcile(storage, dry_run=False, force=True)  # the record moves on, the bytes do not
+            assert (await storage.get("a.bin")).version > version
+            await file.seek(500)
+            assert await file.read(100) == NEW[500:600]
+
+
+@pytest.mark.asyncio
+async def test_a_handle_whose_file_was_deleted_says_so(tmp_path: Path) -> None:
+    async with proxy(tmp_path) as storage:
+        await storage.save("a.bin", OLD)
+        async with storage.open("a.bin") as file:
+            await storage.delete("a.bin")
+            await file.seek(500)
+            with pytest.raises(Conflict):
+                await file.read(100)

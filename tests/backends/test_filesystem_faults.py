@@ -55,6 +55,34 @@ def remount_read_only(directory: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
 
 
+@pytest.mark.parametrize("kind", ["bytes", "large", "stream"])
+async def test_a_thread_that_cannot_be_started(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(pattern(BIG))
+    backend = FileSystemBackend(tmp_path / "root")
+    refused: list[str] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if backend.root in thread.name and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for expected in (BackendUnavailable, None):
+        body = {"bytes": b"x", "large": large, "stream": pieces(pattern(BIG))}[kind]
+        with pytest.raises(expected) if expected else contextlib.nullcontext() as caught:
+            await asyncio.wait_for(backend.write("x", body), 30)
+        if expected:
+            assert refused
+            assert caught.value.retryable
+            assert not caught.value.outcome_unknown
+            assert everything_below(backend.root) == []
+    assert everything_below(backend.root) == ["x"]
+    await backend.aclose()
+
+
 async def test_full_disk(backend: FileSystemBackend, tmp_path: Path) -> None:
     big = tmp_path / "big"
     big.write_bytes(pattern(BIG))

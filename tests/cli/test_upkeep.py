@@ -97,3 +97,21 @@ def test_times_are_checked(run: Run) -> None:
 def test_nothing_is_done_to_live_files(run: Run) -> None:
     run("reconcile", "--apply", "--scan", "--min-age", "0s")
     assert len(stored()) == 4
+
+
+def test_a_lost_file_is_a_failure(run: Run) -> None:
+    Path("aproxy.toml").write_text(
+        """
+        [storages.twice]
+        originals = { a = "file:a", b = "file:b" }
+        placement = { policy = "replicate", copies = 2 }
+        meta = "sqlite:twice.sqlite3"
+        """
+    )
+    run("put", "t/a.txt", "t/b/c.txt")
+    os.unlink("a/a.txt")
+    assert "1  copies whose bytes are gone" in run("reconcile").err
+    os.unlink("b/a.txt")
+    done = run("reconcile", code=1)
+    assert "failed  a.txt: every copy of 'a.txt' is gone or damaged" in done.err
+    assert "1  files of which no copy is left" in done.err

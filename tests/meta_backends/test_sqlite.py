@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from aproxy_storage import threads
 from aproxy_storage.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -595,6 +596,61 @@ async def test_fork_amid_a_statement_is_refused_in_the_child(tmp_path: Path) -> 
 # -- several tables, leases, plans, leaks
 
 
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list: while it is not empty, no thread can be started whose name ends as one of its items says."""
+    endings: list[str] = []
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if any(ending in thread.name for ending in endings):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    return endings
+
+
+@pytest.mark.asyncio
+async def test_a_thread_that_cannot_be_started_is_tried_again(tmp_path: Path, no_threads: list[str]) -> None:
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    for ending, ask in (("-writer-", meta.create), ("-lookup-", lambda record: meta.get(record.path))):
+        no_threads.append(ending)
+        with pytest.raises(BackendUnavailable) as caught:
+            await ask(make_record("x"))
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+        no_threads.clear()
+        assert (await asyncio.wait_for(ask(make_record("x")), 10)).path == "x"
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_what_is_handed_over_together_and_finds_no_thread_is_answered(
+    tmp_path: Path, no_threads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_IDLE", 0.02)
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        writer = meta._engine.writer
+        release = threading.Event()
+        first = writer.call(release.wait, timeout=None)
+        ran: list[int] = []
+        rest = [writer.call(ran.append, number, timeout=None) for number in range(3)]
+        release.set()
+        until = time.monotonic() + 30
+        while writer._count:  # the loop stands still meanwhile, and has not handed the rest over
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        no_threads.append("-writer-")
+        for answer in await asyncio.wait_for(asyncio.gather(*rest, return_exceptions=True), 10):
+            assert isinstance(answer, BackendUnavailable)
+            assert not answer.outcome_unknown
+        no_threads.clear()
+        assert await first
+        await meta.create(make_record("x"))
+        assert not ran
+
+
 @pytest.mark.asyncio
 async def test_two_tables_in_one_file(tmp_path: Path) -> None:
     path = tmp_path / "meta.db"
@@ -670,6 +726,39 @@ async def test_nothing_is_left_after_aclose(tmp_path: Path) -> None:
                 break
             await asyncio.sleep(0.01)
         assert ours() == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("how", ["cancelled", "late"])
+async def test_an_aclose_that_nobody_waits_for_any_more_goes_on_quietly(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    await meta.create(make_record("x"))
+    engine = meta._engine
+    go_on = threading.Event()
+    close_all = engine._close_all
+
+    def wait_first(until: float) -> None:
+        go_on.wait(30)
+        close_all(until)
+
+    monkeypatch.setattr(engine, "_close_all", wait_first)
+    try:
+        closing = asyncio.create_task(engine.close(-1.0 if how == "late" else 30.0))
+        await asyncio.sleep(0)  # its thread runs
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == f"{engine.name}-closer"]
+        if how == "cancelled":
+            closing.cancel()
+        await asyncio.wait({closing})
+        assert closing.cancelled() == (how == "cancelled")
+    finally:
+        go_on.set()
+    await asyncio.to_thread(thread.join, 30)
+    assert not failures
+    assert all(held.cursor is None for held in engine._held)
 
 
 @pytest.mark.asyncio

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import threading
 
 import pytest
@@ -254,3 +255,27 @@ def test_spans_need_a_package_and_say_which(monkeypatch: pytest.MonkeyPatch) -> 
                 instrument(world.storage)
 
     run(main())
+
+
+@pytest.mark.parametrize("ask", ["allows", "traffic", "finish"])
+def test_a_child_does_not_wait_for_a_thread_of_its_parent(ask: str) -> None:
+    gate = Gate("a", breaker=Breaker(failures=1))
+    gate.finish(gate.start("write"), "failed")
+    admission = gate.start("read")
+    with gate._lock:  # as another thread of the parent would hold it at the moment of the fork
+        pid = os.fork()
+        if pid == 0:
+            ok = False
+            try:
+                signal.alarm(20)
+                if ask == "allows":
+                    ok = gate.allows("write")
+                elif ask == "traffic":
+                    ok = gate.traffic("write") == Traffic("closed")
+                else:
+                    ok = gate.finish(admission, "ok") >= 0
+            finally:
+                os._exit(0 if ok else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    assert not gate.allows("write")
+    gate.finish(admission, "ok")

@@ -232,6 +232,23 @@ def test_an_open_file_whose_copies_are_replaced_and_gone_is_a_conflict() -> None
     run(main())
 
 
+def test_a_copy_under_another_key_is_read_there_after_a_seek() -> None:
+    async def main() -> None:
+        async with World(Replicate(order=["a", "b"]), chunk_bytes=1000) as world:
+            await world.storage.save("x", DATA)
+            await world.inner["a"].discard("x")
+            assert (await world.reconcile()).counts["copied"] == 1
+            asked = world.meta_plan.calls["get"]
+            async with world.storage.open("x") as reader:
+                assert world.outcomes("read")[-1] == ("a", "ok")
+                assert await world.keys("a") != ["x"]
+                await reader.seek(5000)
+                assert await reader.read() == DATA[5000:]
+            assert world.meta_plan.calls["get"] == asked + 1, "only for opening it: an ETag tells what is there"
+
+    run(main())
+
+
 def test_urls_and_sizes_are_those_of_a_copy_that_is_in_order() -> None:
     async def main() -> None:
         async with World(Replicate(2, breaker=Breaker(failures=1, reset_after=60))) as world:

@@ -15,6 +15,7 @@ from aproxy_storage import (
     Breaker,
     ConfigurationError,
     ContentError,
+    IntegrityError,
     NotFound,
     OutOfSpace,
     ProxyStorage,
@@ -22,8 +23,9 @@ from aproxy_storage import (
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
+from aproxy_storage.mending import mend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from aproxy_storage.testing.faults import Fail, Fault, Hang, Late, Lie, Slow
+from aproxy_storage.testing.faults import Fail, Fault, Hang, Late, Lie, Slow, at
 from aproxy_storage.tools.reconcile import reconcile
 from tests.placement.support import World, content_of, once, run
 from tests.placement.test_limits import slowly, taken
@@ -171,6 +173,37 @@ def test_a_save_returns_at_the_deadline_if_the_quorum_has_it() -> None:
                 await world.storage.save("y", b"1")
             await world.assert_clean()
             assert await world.meta.count() == 1
+
+    run(main())
+
+
+class AnswersLate(Fault):
+    """The service does its work at once, and says so after `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        answer = await call()
+        await asyncio.sleep(self.seconds)
+        return answer
+
+
+def test_the_deadline_cuts_no_change_of_the_record_short() -> None:
+    """Else the record has moved on without the save knowing, and its commit is a Conflict."""
+
+    async def main() -> None:
+        async with World(Replicate(2, quorum=1, deadline=4, attempt_timeout=100, breaker=None)) as world:
+            await world.inner["b"].write("x", b"foreign")
+            world.plan["b"].set(write=[None, Hang()])  # taken; then under a key that was named meanwhile
+            world.meta_plan.set(update=[AnswersLate(10)])
+            assert await world.storage.save("x", b"1") == "x"
+            assert await copies(world, "x") == ["a"]
+            await world.inner["b"].discard("x")
+            world.heal()
+            await world.reconcile()
+            await world.assert_clean()
+            assert await copies(world, "x") == ["a", "b"]
 
     run(main())
 
@@ -382,8 +415,68 @@ def test_reconcile_without_a_whole_copy_throws_nothing_away() -> None:
             assert report.counts == {"damaged": 1, "failed": 1}
             assert (await world.keys("a"), await world.keys("b")) == (["x"], [])
             await world.inner["a"].discard("x")
-            assert (await world.reconcile(force=False)).counts == {"missing": 1}
+            assert (await world.reconcile(force=False)).counts == {"missing": 1, "lost": 1}
             assert await copies(world, "x") == ["a"], "the record still says where it was"
+
+    run(main())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_reconcile_says_that_a_file_is_lost(how: str, dry_run: bool) -> None:
+    async def main() -> None:
+        async with World(Replicate(2)) as world:
+            await world.storage.save("x", b"1")
+            await world.storage.save("y", b"22")
+            for name in "ab":
+                await world.inner[name].discard("y")
+                if how == "cut":
+                    await world.inner[name].write("y", b"2")
+            report = await reconcile(world.storage, dry_run=dry_run)
+            assert report.counts == {"missing" if how == "gone" else "damaged": 2, "lost": 1}
+            assert not report.clean
+            (lost,) = [finding for finding in report.findings if finding.action == "lost"]
+            assert lost.path == "y"
+            assert isinstance(lost.error, IntegrityError)
+            world.plan["b"].set(stat=DOWN)
+            report = await reconcile(world.storage, dry_run=dry_run)
+            assert "lost" not in report.counts, "the copy that is out of reach may be there"
+
+    run(main())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("lost", ["a", "ab"])
+@pytest.mark.parametrize("what", ["deleted", "replaced", "saved anew"])
+def test_reconcile_misses_nothing_of_a_file_that_was_changed_meanwhile(what: str, lost: str, dry_run: bool) -> None:
+    async def main() -> None:
+        async with World(Replicate(2), keep_replaced=0.0) as world:
+            await world.storage.save("x", b"1")
+            record = await world.storage.get("x")
+            if what == "replaced":
+                await world.storage.replace("x", b"2")
+            else:
+                await world.storage.delete("x")
+            if lost == "a":  # it has been looked at before the other copy was removed
+                await world.inner["b"].write("x", b"1")
+            elif what == "saved anew":
+                await world.storage.save("x", b"2")
+                for name in "ab":
+                    await world.inner[name].discard("x")
+            assert [each.action for each in await mend(world.storage, record, dry_run=dry_run)] == ["moved on"]
+
+    run(main())
+
+
+def test_reconcile_that_cannot_ask_whether_a_file_is_still_there_goes_on() -> None:
+    async def main() -> None:
+        async with World(Replicate(2)) as world:
+            for name in "xy":
+                await world.storage.save(name, b"1")
+                await world.inner["a"].discard(name)
+            world.meta_plan.set(get=at(1, DOWN))
+            report = await world.reconcile(force=False)
+            assert report.counts == {"failed": 1, "missing": 1, "copied": 1}
 
     run(main())
 

@@ -2,11 +2,26 @@
 
 import asyncio
 import io
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from aproxy_storage import AlreadyExists, Conflict, IntegrityError, InvalidPath, NotFound, NotSupported, ProxyStorage
+from aproxy_storage import (
+    AlreadyExists,
+    ByteRange,
+    Conflict,
+    DeadlineExceeded,
+    IntegrityError,
+    InvalidPath,
+    NotFound,
+    NotSupported,
+    ProxyStorage,
+)
+from aproxy_storage.backends.base import Reader
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.testing.faults import Fail, Fault, Hang
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.conftest import Make, content_of, keys_of
 
@@ -154,3 +169,104 @@ async def test_a_failing_original_is_reported_to_the_writer(make: Make, tmp_path
             await file.write(bytes(1_000_000))
         await file.aclose()
     await file.abort()
+
+
+class _ThirdFails:
+    """Chunks with a fault before the third one."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], fault: Fault) -> None:
+        self._chunks = chunks
+        self._fault = fault
+        self._count = 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._count += 1
+        if self._count != 3:
+            return await anext(self._chunks)
+        return await self._fault(lambda: anext(self._chunks))
+
+
+async def _third_fails(chunks: AsyncIterator[bytes], fault: Fault) -> AsyncIterator[bytes]:
+    async for chunk in _ThirdFails(chunks, fault):
+        yield chunk
+
+
+class FailsOnce(MemoryBackend):
+    """The first reading fails at its third chunk: an iterator of it could go on, a generator is at its end then."""
+
+    def __init__(self, kind: Callable[[AsyncIterator[bytes], Fault], AsyncIterator[bytes]]) -> None:
+        super().__init__()
+        self._kind = kind
+        self.fault: Fault = Fail(DeadlineExceeded("no answer"))
+        self.healthy = False
+
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+        reader = await super()._read(key, byte_range, chunk_bytes)
+        if not self.healthy:
+            self.healthy = True
+            reader = Reader(reader.info, self._kind(reader, self.fault))
+        return reader
+
+
+@pytest.fixture(params=[_ThirdFails, _third_fails])
+def fails_once(request: pytest.FixtureRequest) -> FailsOnce:
+    return FailsOnce(request.param)
+
+
+SIXTEEN = b"0123456789abcdef"
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("way", ["read", "readinto", "in parts", "chunks"])
+async def test_a_read_that_fails_loses_nothing(fails_once: FailsOnce, verify: bool, way: str) -> None:
+    async def whole() -> bytes:
+        if way == "read":
+            return await file.read()
+        if way == "readinto":
+            buffer = bytearray(len(SIXTEEN))
+            return bytes(buffer[: await file.readinto(buffer)])
+        parts = [part async for part in file] if way == "chunks" else [await file.read(5) for _ in range(4)]
+        return b"".join(parts)
+
+    storage = ProxyStorage("media", originals=fails_once, meta=MemoryMetaBackend(), chunk_bytes=4)
+    await storage.save("x", SIXTEEN)
+    async with storage.open("x", verify=verify) as file:
+        got = b""
+        with pytest.raises(DeadlineExceeded):
+            got = await whole()
+        at = await file.tell()
+        assert at == {"read": 0, "readinto": 0, "in parts": 5, "chunks": 8}[way]
+        got = await whole()
+        assert got == SIXTEEN[at:]
+        assert await file.tell() == len(SIXTEEN)
+
+
+async def test_a_read_whose_caller_gave_up_loses_nothing(fails_once: FailsOnce) -> None:
+    fails_once.fault = hang = Hang()
+    storage = ProxyStorage("media", originals=fails_once, meta=MemoryMetaBackend(), chunk_bytes=4)
+    await storage.save("x", SIXTEEN)
+    async with storage.open("x", verify=True) as file:
+        assert await file.read(2) == SIXTEEN[:2]
+        reading = asyncio.ensure_future(file.read())
+        await asyncio.wait_for(hang.reached.wait(), 10)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert await file.tell() == 2
+        assert await file.read() == SIXTEEN[2:]
+
+
+async def test_a_verified_file_is_still_verified_after_a_failure(fails_once: FailsOnce) -> None:
+    storage = ProxyStorage("media", originals=fails_once, meta=MemoryMetaBackend(), chunk_bytes=4)
+    await storage.save("x", SIXTEEN)
+    await fails_once.discard("x")
+    await fails_once.write("x", b"0123456789abcdeF")
+    async with storage.open("x", verify=True) as file:
+        with pytest.raises(DeadlineExceeded):
+            await file.read()
+        for _ in range(2):
+            with pytest.raises(IntegrityError, match="differ"):
+                await file.read()

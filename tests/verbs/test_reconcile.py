@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -332,6 +333,35 @@ async def test_tidy_begins_nothing_when_its_time_is_over(make: Make) -> None:
     assert await storage.tidy() == 0
     assert await keys_of(storage.get_original("a")) == ["x"]
     assert await make().tidy() == 1
+
+
+async def test_tidy_goes_on_after_a_record_that_it_cannot_finish(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = make()
+    for path in ("first", "second", "third"):
+        await leave_pending(storage, path, lease=0.0)
+    finish = storage.journal.finish
+
+    async def refuse(record: MetaRecord) -> str:
+        if record.path == "first":
+            raise ConfigurationError("there is no such original any more")
+        return await finish(record)
+
+    monkeypatch.setattr(storage.journal, "finish", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert await storage.tidy() == 2
+    assert "'first' could not be finished: there is no such original any more" in caplog.text
+    assert await keys_of(storage.get_original("a")) == ["first"]
+
+
+async def test_tidy_goes_on_after_a_record_of_an_original_that_was_removed(make: Make) -> None:
+    storage = make()
+    left = await leave_pending(storage, "first", lease=0.0)
+    await storage.meta.update("first", {"original_storage_name": "removed"}, expect=left.revision)
+    await leave_pending(storage, "second", lease=0.0)
+    await storage.tidy()
+    assert await keys_of(storage.get_original("a")) == ["first"], "the second one was undone"
 
 
 @pytest.mark.parametrize("verb", ["save", "replace", "delete"])
