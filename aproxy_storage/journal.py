@@ -28,6 +28,7 @@ from .cleanup import Cleanup
 from .errors import Conflict, NotFound, StorageError
 from .leases import Leases
 from .meta_backends.base import UNCHANGED, MetaBackend, Unchanged
+from .paths import MAX_PATH_BYTES, alternative
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
 
 __all__ = ["Journal", "Marked"]
@@ -54,6 +55,7 @@ class Journal:
         cleanup: the owner's; renewals of leases run in it.
         lease, settle, keep_replaced: in seconds, see `ProxyStorage`.
         durable: bytes stay removed after the loss of power, before their name leaves the record.
+        max_path_bytes: of a path, in UTF-8.
     """
 
     def __init__(
@@ -66,12 +68,14 @@ class Journal:
         settle: float,
         keep_replaced: float,
         durable: bool = False,
+        max_path_bytes: int = MAX_PATH_BYTES,
     ) -> None:
         self.meta = meta
         self.lease = lease
         self.settle = settle
         self.keep_replaced = keep_replaced
         self._durable = durable
+        self._max_path_bytes = max_path_bytes
         self._original = original
         self.leases = Leases(meta, cleanup, lease)
 
@@ -146,12 +150,13 @@ class Journal:
             places = ()  # what an empty list means in a deleting record
         return Marked(await self.change(record, {"state": DELETING, "places": places}, lease=seconds), until)
 
-    async def sweep(self, marked: Marked, *, certain: bool | None = None, force: bool = False) -> bool:
-        """Discard the bytes of a record that this caller has marked, then the record; return whether it is gone.
+    async def sweep(self, marked: Marked, *, certain: bool | None = None, force: bool = False) -> str:
+        """Discard the bytes of a record that this caller has marked, then the record; return ``"gone"``,
+        ``"settling"``, ``"failed"`` (said in the log) or ``"moved on"``, as `finish`.
 
         `certain`: nobody else's operation, nor a lost one of ours, can still land on its places. By default that is
         so when all are good; on a surplus one somebody's discard may be under way. Otherwise the record stays until
-        `settle` is over (`force`: it is).
+        `settle` is over (`force`: it is): under another path, where nothing could make it a file again.
         """
         record = marked.record
         places = record.all_places()
@@ -159,15 +164,18 @@ class Journal:
             certain = all(place.state == "good" for place in places)
         settled = force or all(place.state == "settling" for place in places)
         if not await self.discard(places, record, until=marked.until):
-            return False  # said in the log; the lease runs out and reconcile tries again
+            return "failed"  # the lease runs out and reconcile tries again
         if certain or settled:
             try:
                 await self.meta.delete(record.path, expect=record.revision)
             except Conflict:
-                return all(place.state == "good" for place in places) and await self._follow(record)
-            return True
-        await self.change(record, {"places": _as_settling(places)}, lease=self.settle)
-        return False
+                return "gone" if await self._follow(record) else "moved on"
+            return "gone"
+        changes: dict[str, Any] = {"places": _as_settling(places)}
+        if _is_without_doubt(record):
+            changes["path"] = self._other_path(record.path)
+        await self.change(record, changes, lease=self.settle)
+        return "settling"
 
     async def _follow(self, record: MetaRecord) -> bool:
         """Remove a record that has only stepped aside since it was marked; return whether it is gone."""
@@ -181,24 +189,24 @@ class Journal:
                 return True
         return False
 
-    async def step_aside(self, record: MetaRecord, other: str) -> bool:
+    async def step_aside(self, record: MetaRecord) -> bool:
         """Let a file that is being deleted give its path up to a new one; return whether the path may be free now.
 
-        Its record goes on under the path `other`, and still names its keys, so that nobody else gets them; whoever is
-        at its removal finds it changed and leaves it, or follows. Not where bytes are told apart by nothing but the
-        records that name their key.
+        Its record goes on under another path, and still names its keys, so that nobody else gets them; whoever is at
+        its removal finds it changed and leaves it, or follows. Only where nothing that was sent for it is unanswered:
+        a reservation or a commit that lands once more would make it a file again, under a path that is another's.
 
         Raises:
             As `MetaBackend.update`.
         """
-        if record.state != DELETING or not all(map(self._tells_apart, record.all_places())):
+        if record.state != DELETING or not _is_without_doubt(record):
             return False
         with contextlib.suppress(Conflict):
-            await self.change(record, {"path": other})
+            await self.change(record, {"path": self._other_path(record.path)})
         return True
 
-    def _tells_apart(self, place: Place) -> bool:
-        return place.state in _CERTAIN or self._original(place.original).capabilities.tokens
+    def _other_path(self, path: str) -> str:
+        return alternative(path, max_bytes=self._max_path_bytes)
 
     async def discard(self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None) -> bool:
         """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.
@@ -249,17 +257,12 @@ class Journal:
         await self.sweep(marked, certain=certain)
 
     async def _is_anothers(self, place: Place, record: MetaRecord) -> bool:
-        """Return whether bytes with our token at `place` are to be spared: ours may have been committed and then
-        renamed, so that a record of another path and our token names them. Where the original cannot tell by the token
-        what is ours, every other record that names the place counts, and a later file of our path."""
+        """Return whether another file's record names `place`: one of another path, because ours may have been committed
+        and then renamed; or, where the original cannot tell by our token what is ours, a later file of our path."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
-        others = [owner for owner in owners if owner != record.path]
-        if self._original(place.original).capabilities.tokens:
-            found = await self.meta.get_many(others) if others else ()
-            return any(other is not None and other.token == record.token for other in found)
-        if others:
+        if any(owner != record.path for owner in owners):
             return True
-        if not owners:
+        if not owners or self._original(place.original).capabilities.tokens:
             return False
         try:
             return (await self.meta.get(record.path)).token != record.token
@@ -283,12 +286,8 @@ class Journal:
             # For `settle`, not for a lease: should this reconcile stop amid its discards, the next one has to wait
             # as long for them as for anybody else's.
             marked = await self.mark(record, lease=max(self.settle, self.lease))
-            if await self.sweep(marked, certain=False, force=force):
-                return verb
-            left = await self.meta.get(record.path)
-            if left.token != record.token:
-                return "moved on"
-            return "settling" if left.version > marked.record.version else "failed"
+            done = await self.sweep(marked, certain=False, force=force)
+            return verb if done == "gone" else done
         except (Conflict, NotFound):
             return "moved on"
 
@@ -329,6 +328,11 @@ class Journal:
         places = (*others, *_as_settling(place for place in record.places if place.state == "surplus"))
         with contextlib.suppress(Conflict):
             await self.change(record, {"places": places}, lease=self.lease_for(places))
+
+
+def _is_without_doubt(record: MetaRecord) -> bool:
+    """Return whether all that was sent for a file was answered, as far as its record knows."""
+    return all(place.state in _CERTAIN for place in record.all_places())
 
 
 def _as_settling(places: Iterable[Place]) -> tuple[Place, ...]:

@@ -132,6 +132,7 @@ class ProxyStorage(ArrangingVerbs):
             settle=settle,
             keep_replaced=keep_replaced,
             durable=self.durable,
+            max_path_bytes=self.max_path_bytes,
         )
         self._writing = Writing(self)
 

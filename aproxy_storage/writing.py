@@ -63,7 +63,7 @@ class Writing(Swapping):
             except AlreadyExists:
                 if not exact:
                     path = self.next_name(path, candidates, max_length)
-                elif not await self._is_left(path, candidates):
+                elif not await self._is_left(path):
                     raise
                 continue
             except BaseException as error:
@@ -147,7 +147,7 @@ class Writing(Swapping):
         held.record = await self._storage.journal.change(record, changes)
         return fresh
 
-    async def _is_left(self, path: str, candidates: Sequence[str]) -> bool:
+    async def _is_left(self, path: str) -> bool:
         """Return whether `path` may be free by now, because whoever had it is gone, or is being deleted and has
         stepped aside."""
         storage = self._storage
@@ -155,9 +155,7 @@ class Writing(Swapping):
             record = await storage.meta.get(path)
         except NotFound:
             return True
-        if record.proxy_storage_name != storage.name:
-            return False
-        return await storage.journal.step_aside(record, self.next_name(path, candidates, None))
+        return record.proxy_storage_name == storage.name and await storage.journal.step_aside(record)
 
     # -- J8: inside a caller's transaction
 
@@ -182,7 +180,7 @@ class Writing(Swapping):
             if (exact or source.data is None) and await storage.meta.exists(path):
                 if not exact:
                     path = self.next_name(path, candidates, max_length)
-                elif not await self._is_left(path, candidates):
+                elif not await self._is_left(path):
                     raise AlreadyExists(f"there is a file {path!r} already", operation="save", path=path)
                 continue
             keys = await self._keys_without_owner(path, candidates)

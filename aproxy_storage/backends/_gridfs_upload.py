@@ -10,6 +10,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import ConnectionFailure, DuplicateKeyError, PyMongoError
 
 from ..errors import AlreadyExists
+from ..futures import outcome_of
 
 __all__ = ["Upload"]
 
@@ -76,7 +77,7 @@ class Upload:
         publishing = self._start(lambda: self._publish(document))
         self._in_flight.add(publishing)
         await self._until(0)
-        published: dict[str, Any] = publishing.result()
+        published: dict[str, Any] = outcome_of(publishing)
         return published
 
     async def undo(self) -> None:
@@ -109,7 +110,7 @@ class Upload:
         while len(self._in_flight) > count:
             done, self._in_flight = await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if task.result() is not None and task is self._taken:
+                if outcome_of(task) is not None and task is self._taken:
                     raise self._already_exists()
 
     async def _publish(self, document: dict[str, Any]) -> dict[str, Any]:

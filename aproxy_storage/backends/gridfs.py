@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, is_storable, mongo_error
 from ..content import Source
 from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, NotFound, StorageError
-from ..futures import over
+from ..futures import outcome_of, over
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
@@ -114,7 +114,7 @@ class GridFSBackend(Backend):
     async def _on(self, work: Callable[Concatenate[_Bucket, P], Awaitable[A]], *args: P.args, **options: P.kwargs) -> A:
         task = self._start(lambda: self._prepared(work, *args, **options))
         await over(task)
-        return task.result()
+        return outcome_of(task)
 
     async def _prepared(
         self, work: Callable[Concatenate[_Bucket, P], Awaitable[A]], *args: P.args, **options: P.kwargs

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from ..clients.postgres import Database, map_error, storable
 from ..content import Source
 from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError
-from ..futures import over
+from ..futures import outcome_of, over
 from ..loops import PerLoop
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
@@ -237,7 +237,7 @@ class PostgresBackend(Backend):
             undone = undoing.done() and undoing.exception() is None and undoing.result()
             error.outcome_unknown = not undone  # type: ignore[attr-defined]
             raise
-        row = task.result()
+        row = outcome_of(task)
         if row is None:
             raise AlreadyExists(f"{draft.key!r} exists already")
         return draft.info(size, row["id"], row["modified_at"])

@@ -231,3 +231,27 @@ async def test_every_lost_answer_of_a_write(own_mongo: MongoServer, retry: str) 
             left = [one.key async for one in backend.list()]
         async with AsyncMongoClient(own_mongo.url) as client:
             assert sorted(await everything_in(client["app"])) == left == ["warm.up"]
+
+
+@pytest.mark.asyncio
+async def test_what_aclose_cuts_short_is_no_cancellation(
+    backend: GridFSBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def hang(work: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(backend, "_limited", hang)
+    for verb in (backend.stat("key"), backend.write("key", b"small")):
+        begun.clear()
+        asked = asyncio.ensure_future(verb)
+        await begun.wait()
+        await backend.cleanup.drain(within=0.01)
+        monkeypatch.undo()
+        with pytest.raises(BackendUnavailable, match="closed") as caught:
+            await asked
+        assert caught.value.outcome_unknown
+        monkeypatch.setattr(backend, "_limited", hang)
+    monkeypatch.undo()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 
 import asyncpg
 import pytest
@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from aproxy_storage.backends import postgres
 from aproxy_storage.backends.postgres import PostgresBackend
-from aproxy_storage.errors import ConfigurationError, IntegrityError, NotFound, outcome_unknown
+from aproxy_storage.errors import BackendUnavailable, ConfigurationError, IntegrityError, NotFound, outcome_unknown
 from aproxy_storage.futures import over
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
@@ -164,3 +164,23 @@ async def test_tables_of_others_and_of_tomorrow_are_refused(
         await backends[0].aclose()
     with pytest.raises(ConfigurationError):
         PostgresBackend(postgres_url, table="x" * 60)  # there would be no room for _chunks
+
+
+@pytest.mark.asyncio
+async def test_a_write_that_aclose_cuts_short_is_no_cancellation(
+    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = asyncio.Event()
+
+    async def hang(work: Coroutine[object, object, object]) -> None:
+        work.close()
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(backend, "_in_time", hang)
+    write = asyncio.ensure_future(backend.write("key", b"small"))
+    await begun.wait()
+    await backend.cleanup.drain(within=0.01)
+    with pytest.raises(BackendUnavailable, match="closed") as caught:
+        await write
+    assert caught.value.outcome_unknown

@@ -64,6 +64,11 @@ class Arena:
     def expire_leases(self) -> None:
         """Let time pass: every lease, settle and keep time is over by the database's clock."""
         self.sql("UPDATE aproxy_files SET lease = lease - 1000000 WHERE lease IS NOT NULL")
+        earlier = "json_set(value, '$[3]', json_extract(value, '$[3]') - 1000000)"
+        self.sql(
+            "UPDATE aproxy_files SET places = (SELECT json_group_array(json(CASE json_array_length(value) WHEN 4 THEN "
+            f"{earlier} ELSE value END)) FROM json_each(places)) WHERE places <> '[]'"
+        )
 
     def on_disk(self) -> tuple[set[tuple[str, str]], list[str]]:
         """Return the files in the originals as (original, key), and the directories that are empty."""

@@ -224,8 +224,8 @@ class Model(World):
     def j4_next_place(self, state: State, who: int, actor: Actor) -> list[Plan]:
         """(b) start to discard the next place, unless the lease has run out.
 
-        At a place that was never good, only bytes that carry the record's token go, and none if a record of another
-        path and the same token names the key: the save was committed after all, and its file renamed.
+        At a place that was never good, only bytes that carry the record's token go, and
+        none if another record names the key.
         """
         if not actor.left:
             return [Plan("J4 all places gone", {"": [actor._replace(step=actor.then) if actor.then else _end(actor)]})]
@@ -234,9 +234,7 @@ class Model(World):
         key = actor.left[0]
         never_good = next(place.role for place in actor.places if place.key == key) in ("doubtful", "abandoned")
         ours = "~" in key or state.content(key) in (None, f"c{actor.token[1:3]}")  # a token key is nobody else's
-        mine = self.rules.spare_own_only
-        others = [r for r in state.records if r.path != actor.path and (r.token == actor.token or not mine)]
-        named = any(record.names(key) for record in others)
+        named = any(record.names(key) for record in state.records if record.path != actor.path)
         if never_good and ((not ours and self.rules.look_at_bytes) or (named and self.rules.ask_owners_again)):
             return [Plan(f"J4 spare {key!r}, not ours", {"": [actor._replace(left=actor.left[1:])]})]
         return [Plan(f"J4 start to discard {key!r}", {"": [actor._replace(step="dropping", key=key)]})]
@@ -256,14 +254,10 @@ class Model(World):
         return [Plan(f"J4 remove the record {actor.token}", on, send)]
 
     def j4_follow(self, state: State, who: int, actor: Actor) -> list[Plan]:
-        """(c) of a record that has stepped aside since, and nothing else: delete it where it is.
-
-        Not where a place was spared: what names its key may be this very record, under its other path.
-        """
+        """(c) of a record that has stepped aside since, and nothing else: delete it where it is."""
         aside = next((record for record in state.records if record.token == actor.token), None)
         moved = aside is not None and aside.path != actor.path and aside.state == "deleting"
-        spared = any(place.role != "good" for place in actor.places) and self.rules.follow_plain
-        if aside is None or not moved or spared or (aside.version != actor.version + 1 and self.rules.follow_compares):
+        if aside is None or not moved or (aside.version != actor.version + 1 and self.rules.follow_compares):
             return [Plan("J4 moved on: leave it", {"": [_end(actor)]})]
         me = actor._replace(path=aside.path, version=aside.version)
         return [Plan(f"J4 follow {actor.token} to {aside.path!r}", {"": [me._replace(step="remove")]})]
@@ -351,11 +345,16 @@ class Model(World):
     # ---- a name is wanted that a file on its way out still has ----
 
     def aside_look(self, state: State, who: int, actor: Actor) -> list[Plan]:
-        """Let a `deleting` record give up its path by a rename; its keys stay named, and its lease stays."""
+        """Let a `deleting` record give up its path by a rename; its keys stay named, and its lease stays.
+
+        Only where nothing that was sent for it is unanswered: of a save which is undone the reservation, sent twice,
+        could land once more where it was, and commit.
+        """
         _, path, other = actor.todo[actor.turn].split()
         found = state.record(path)
-        if found is None or found.state != "deleting":
-            return [Plan(f"aside {path!r}: nothing in the way", {"": [_end(actor)]})]
+        doubt = found is None or any(p.role not in ("good", "surplus") or p.hot for p in found.places)
+        if found is None or found.state != "deleting" or (doubt and self.rules.aside_without_doubt):
+            return [Plan(f"aside {path!r}: nothing that could give way", {"": [_end(actor)]})]
         me = actor._replace(path=path, token=found.token, version=found.version)
         on = {"ok": [_end(me)], "taken": [_end(me)], "conflict": [_end(me)], "lost": [_end(me)]}
         return [Plan(f"aside {path!r} of {found.token}", on, self._update(me, "step aside", new_path=other))]

@@ -31,13 +31,12 @@ class Rules:
     compare_token: bool = True  # J3: comparing versions alone is not enough, for they start again at zero
     mark_first: bool = True  # J4: compare-and-set to `deleting` before any byte is discarded
     second_deleter_waits: bool = True  # J4: a deleter touches nothing of a record that is `deleting` already
-    follow_plain: bool = True  # J4: a record that has stepped aside goes at once only if none of its places was spared
-    follow_compares: bool = True  # J4: ... and nothing else became of it
+    aside_without_doubt: bool = True  # J4: only a record of which nothing is unanswered steps aside
+    follow_compares: bool = True  # J4: one that has stepped aside goes at once only if nothing else became of it
     takeover_moves_version: bool = True  # J4: taking over a `deleting` record is a change of version
     ask_owners: bool = True  # J5: after the reservation, ask whether another record names the key
     look_at_bytes: bool = True  # J4: at a place that was never good only bytes that carry the token are discarded ...
-    ask_owners_again: bool = True  # J4: ... and none if the same file, under another path, names the key
-    spare_own_only: bool = True  # J4: a stranger that names the key for a moment does not make bytes of ours his
+    ask_owners_again: bool = True  # J4: ... and none if another record names the key
     settle_again: bool = True  # J2: whoever finishes a record takes it for settle: its own discard may be lost too
     leave_what_is_lost: bool = True  # J4: a client whose record is no longer there discards nothing unasked
     surplus_waits: bool = True  # J2: a surplus place may be under somebody's discard: not plain

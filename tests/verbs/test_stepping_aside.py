@@ -48,19 +48,45 @@ async def test_an_exclusive_write_too(make: Make) -> None:
 async def test_the_file_of_another_storage_does_not_step_aside(make: Make) -> None:
     one, other = make("one"), make("other")
     await overwrite(one, b"1")
-    await overwrite(one, b"2")
-    await one.delete("a.txt")
+    await one.journal.mark(await one.get("a.txt"))  # and then the process dies
     with pytest.raises(AlreadyExists):
-        await overwrite(other, b"3")
+        await overwrite(other, b"2")
+    await overwrite(one, b"3")
+    assert await content_of(one, "a.txt") == b"3"
 
 
-async def test_bytes_that_nothing_tells_apart_do_not_step_aside() -> None:
+async def test_a_save_finds_its_name_free_too(make: Make) -> None:
+    storage = make(keep_replaced=60.0)
+    await overwrite(storage, b"1")
+    await overwrite(storage, b"2")
+    await storage.delete("a.txt")
+    assert await storage.save("a.txt", b"3") == "a.txt"
+    assert (await storage.get("a.txt")).original_storage_path != "a.txt"  # a removal may be under way there
+
+
+async def test_where_bytes_carry_no_token() -> None:
     storage = ProxyStorage("media", originals=TokenlessBackend(), meta=MemoryMetaBackend())
     await overwrite(storage, b"1")
     await overwrite(storage, b"2")
     await storage.delete("a.txt")
+    await overwrite(storage, b"3")
+    for _ in range(3):
+        await reconcile(storage, dry_run=False, force=True)
+    assert await read(storage, "a.txt") == b"3"
+    assert len(await keys(storage)) == 1
+    await storage.aclose()
+
+
+async def test_a_save_that_is_undone_does_not_step_aside() -> None:
+    """Its reservation, sent twice, could land once more."""
+    lost = BackendUnavailable("no answer", outcome_unknown=True)
+    backend = FaultyBackend(MemoryBackend(), Plan(write=at(1, Fail(lost))))
+    storage = ProxyStorage("media", originals=backend, meta=MemoryMetaBackend())
+    with pytest.raises(BackendUnavailable):
+        await storage.save("a.txt", b"1")
+    assert (await storage.meta.get("a.txt")).state == "deleting"
     with pytest.raises(AlreadyExists):
-        await overwrite(storage, b"3")
+        await overwrite(storage, b"2")
     await storage.aclose()
 
 
