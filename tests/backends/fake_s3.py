@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +32,8 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once."""
+    """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once; -2: end
+    it with a reset, as a balancer does whose server has died."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -89,7 +92,11 @@ class FakeS3:
         answer = self._answer(asked)
         if not isinstance(answer, Answer):
             answer = await answer
-        if answer.cut == -1:
+        if answer.cut == -2:
+            lingering = struct.pack("ii", 1, 0)  # for no time at all
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingering)
+            writer.transport.abort()
+        if answer.cut in (-1, -2):
             return False
         lengths = {"Content-Length": str(len(answer.body))} | answer.headers
         writer.write(f"HTTP/1.1 {answer.status} X\r\n".encode())

@@ -2,15 +2,20 @@
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import pickle
 import socket
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
+from aproxy_storage import Fallback, ProxyStorage
 from aproxy_storage.backends import _s3_client
+from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.s3 import S3Backend
 from aproxy_storage.errors import (
     AccessDenied,
@@ -24,6 +29,7 @@ from aproxy_storage.errors import (
     OutOfSpace,
     StorageError,
 )
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import ByteRange
 from aproxy_storage.timeouts import Timeouts
 from tests.backends.fake_s3 import Answer, Asked, FakeS3, error
@@ -203,7 +209,11 @@ async def test_taken_by_somebody_else_is_not(size: int) -> None:
     assert service.uploads == 0, "everything was sent for nothing"
 
 
-async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
+ENDED = pytest.mark.parametrize("cut", [pytest.param(-1, id="closed"), pytest.param(-2, id="reset")])
+
+
+@ENDED
+async def test_upload_whose_beginning_was_lost_is_not_begun_again(cut: int) -> None:
     """It would leave an upload that nobody knows of."""
     begun = 0
 
@@ -211,7 +221,7 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
         nonlocal begun
         if asked.method == "POST":
             begun += 1
-            return Answer(cut=-1)
+            return Answer(cut=cut)
         return Answer(404)
 
     async with FakeS3(answer).backend(multipart_bytes=1 << 16) as backend:
@@ -220,11 +230,61 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
     assert begun == 1
 
 
-async def test_lost_answers_leave_the_outcome_unknown() -> None:
-    async with FakeS3(lambda asked: Answer(cut=-1)).backend() as backend:
+@ENDED
+async def test_lost_answers_leave_the_outcome_unknown(cut: int) -> None:
+    async with FakeS3(lambda asked: Answer(cut=cut)).backend() as backend:
         with pytest.raises(BackendUnavailable) as caught:
             await backend.write("key", b"x")
         assert caught.value.outcome_unknown
+        assert caught.value.retryable
+
+
+async def test_what_was_lost_once_stays_unknown_when_the_server_is_gone() -> None:
+    """Whether the first try was carried out is not told by a second one that met nobody."""
+    reset = aiohttp.ClientOSError(errno.ECONNRESET, "reset by peer")
+    refused = aiohttp.ClientConnectorError(None, ConnectionRefusedError())  # type: ignore[arg-type]
+
+    class Client:
+        errors = (EndpointConnectionError(endpoint_url="", error=error) for error in (reset, *[refused] * 3))
+
+        async def put_object(self, **params: Any) -> None:
+            raise next(self.errors)
+
+    async with S3Backend("bucket", client=Client()) as backend:
+        with pytest.raises(BackendUnavailable, match="cannot be reached") as caught:
+            await backend.write("key", b"x")
+        assert caught.value.outcome_unknown
+
+
+@ENDED
+async def test_lost_answers_fall_back(cut: int) -> None:
+    async with FakeS3(lambda asked: Answer(cut=cut)).backend() as backend:
+        originals = {"s3": backend, "memory": MemoryBackend()}
+        async with ProxyStorage("m", originals=originals, meta=MemoryMetaBackend(), placement=Fallback()) as storage:
+            path = await storage.save("key", b"x")
+            assert await originals["memory"].stat(path)
+
+
+async def test_proxy_that_reaches_nobody_has_sent_nothing() -> None:
+    """Its answer to CONNECT comes before anything of the request has left."""
+    proxy = await asyncio.start_server(_bad_gateway, "127.0.0.1", 0)
+    async with proxy, S3Backend(
+        "bucket", endpoint_url="https://s3.example.org", access_key="a", secret_key="b", region="x", verify=False,
+        proxies={"https": f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"},
+    ) as backend:  # fmt: skip
+        with pytest.raises(BackendUnavailable, match="cannot be reached") as caught:
+            await backend.write("key", b"x")
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+
+
+async def _bad_gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 async def test_no_server_leaves_it_known() -> None:
