@@ -135,6 +135,7 @@ class Connection:
         self._signer: Any = None
         self._session: Any = options.session
         self._slots = asyncio.Semaphore(options.pool_size)
+        self._closed = False
         self.bucket_seen = False  # an answer has shown that the bucket exists
 
     async def client(self) -> Any:
@@ -142,6 +143,7 @@ class Connection:
         if self._client is None:
             async with self._making:
                 if self._client is None:
+                    self._refuse_closed()
                     self._client = self._options.client or await self._open(self._options.endpoint_url)
         return self._client
 
@@ -156,6 +158,7 @@ class Connection:
         return self._signer
 
     async def _open(self, endpoint_url: str | None) -> Any:
+        self._refuse_closed()
         options = self._options
         if self._session is None:
             self._session = _new_session(options.profile)
@@ -178,11 +181,21 @@ class Connection:
         # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         remember_endpoints(client, _loader_of(self._session))
+        if self._closed:  # meanwhile
+            await self._stack.aclose()
+            self._refuse_closed()
         return client
 
     async def aclose(self) -> None:
+        """End what is under way, and let nothing begin: who still has this one would make a client that nobody closes.
+        Those who come after have a new connection."""
+        self._closed = True
         self._client = self._signer = None
         await self._stack.aclose()
+
+    def _refuse_closed(self, what: str = "make a client") -> None:
+        if self._closed:
+            raise BackendUnavailable(f"could not {what}: the backend was closed meanwhile")
 
     # -- requests
 
@@ -225,7 +238,11 @@ class Connection:
         client = await self._client_for(what)
         unsure = False
         for retries_left in reversed(range(_RETRIES + 1)):
-            slot = await self.slot(what)
+            try:
+                slot = await self.slot(what)
+            except StorageError as error:
+                error.outcome_unknown = error.outcome_unknown or unsure
+                raise
             try:
                 answer = await getattr(client, operation)(**params)
                 self.bucket_seen = True
@@ -277,7 +294,7 @@ class Connection:
         Without this aiohttp would let us wait for ever, when as many answers as there are connections are not read.
 
         Raises:
-            BackendUnavailable: none became free within `pool_timeout`; nothing was sent.
+            BackendUnavailable: none became free within `pool_timeout`, or this was closed; nothing was sent.
         """
         if self._slots.locked():
             try:
@@ -291,7 +308,11 @@ class Connection:
                 ) from error
         else:
             await self._slots.acquire()
-        return Slot(self._slots)
+        slot = Slot(self._slots)
+        if self._closed:
+            slot.release()
+            self._refuse_closed(what)
+        return slot
 
     async def _client_for(self, what: str) -> Any:
         if self._client is not None:

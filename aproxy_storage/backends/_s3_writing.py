@@ -18,6 +18,7 @@ from ..content import Source
 from ..errors import (
     AccessDenied,
     AlreadyExists,
+    BackendUnavailable,
     Conflict,
     ContentError,
     NotFound,
@@ -367,7 +368,11 @@ async def _owned(
     name: str,
 ) -> Any:
     """Run `work` in a task of the backend's. If the caller is cancelled, `undo` is given that task, and returns whether
-    it is certain now that nothing becomes visible; the CancelledError says so."""
+    it is certain now that nothing becomes visible; the CancelledError says so.
+
+    Raises:
+        BackendUnavailable: the backend was closed, which has cut `work` short; the outcome is unknown.
+    """
     task = target.cleanup.start(work, name=name, context=contextvars.copy_context(), log=False)
     task.add_done_callback(seen)
     try:
@@ -384,6 +389,8 @@ async def _owned(
             await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
         error.outcome_unknown = not certain  # type: ignore[attr-defined]
         raise
+    if task.cancelled():  # and we were not: to raise its CancelledError would end a caller whom nobody has cancelled
+        raise BackendUnavailable(f"could not {target.what}: the backend was closed meanwhile", outcome_unknown=True)
     return task.result()
 
 
