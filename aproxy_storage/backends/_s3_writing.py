@@ -128,6 +128,8 @@ class Upload:
                         UploadId=upload_id, PartNumber=number, **target.at,
                     )  # fmt: skip
                     etags[number] = answer["ETag"]
+                except Exception as error:
+                    pieces.end_with(error)
                 finally:
                     body.close()
                     slots.release()
@@ -158,7 +160,15 @@ class _Pieces:
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
         self._chunks = chunks
         self._rest = b""
+        self._failure: Exception | None = None
         self.waiting = False
+
+    def end_with(self, error: Exception) -> None:
+        """Raise `error`, which ends the upload: here, or where the content is waited for, once that has given its next
+        chunk. A generator that is interrupted is over, and could not be read for another original any more."""
+        if not self.waiting:
+            raise error
+        self._failure = self._failure or error
 
     async def take(self, size: int, body: Body | None = None) -> Body:
         """Return the next `size` bytes, fewer at the end; what `body` holds comes first."""
@@ -168,8 +178,12 @@ class _Pieces:
             chunk = self._rest
             if not chunk:
                 self.waiting = True
-                chunk = await anext(self._chunks, b"")
-                self.waiting = False
+                try:
+                    chunk = await anext(self._chunks, b"")
+                finally:
+                    self.waiting = False
+                if self._failure is not None:
+                    raise self._failure
             if not chunk:
                 break
             body.write(chunk if len(chunk) <= room else memoryview(chunk)[:room])
