@@ -57,7 +57,7 @@ class _Flat:
         self._bucket = bucket
         self._prefix = prefix
         self._start = after
-        self._last = ""
+        self._last: str | None = None
         self._entries: deque[Any] = deque()
         self._ended = False
 
@@ -72,7 +72,7 @@ class _Flat:
                 self._start = self._bucket.key(self._entries[-1]["Key"])
         entry = self._entries.popleft()
         key = self._bucket.key(entry["Key"])
-        if key <= self._last:
+        if self._last is not None and key <= self._last:
             raise ConfigurationError(
                 f"could not {self._bucket.what}: the service does not list in the byte order of keys. If it walks "
                 "directories, as SeaweedFS does, pass flat_listings=False"
@@ -178,7 +178,7 @@ def _start_in(prefix: str, after: str | None) -> str | None:
 async def list_objects(
     bucket: Bucket, prefix: str, *, after: str | None, delimiter: str | None, flat: bool
 ) -> AsyncIterator[ObjectInfo]:
-    """Yield what lies below `prefix`. See `Backend.list`."""
+    """Yield what lies below `prefix`, but no folders that were made in a console. See `Backend.list`."""
     # Groups are made here: services differ in what they make of a delimiter together with a place to start at, and
     # some know the slash only.
     order: _Order
@@ -193,12 +193,19 @@ async def list_objects(
             continue
         at = key.find(delimiter, len(prefix)) if delimiter else -1
         if at < 0:
-            yield listed(key, entry)
+            if not _is_marker(key, entry):
+                yield listed(key, entry)
             continue
         group = key[: at + len(delimiter or "")]
         order.pass_over(group)
         if group != after:  # else it has been given
             yield ObjectInfo(group, is_prefix=True)
+
+
+def _is_marker(key: str, entry: Any) -> bool:
+    """Return whether it is the empty object that a console makes of a folder. No file can have such a name, so it could
+    be neither read nor copied, and a scan would report it for ever. That of the prefix itself has no name at all."""
+    return not key or (key.endswith("/") and not entry.get("Size"))
 
 
 async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[str]:
