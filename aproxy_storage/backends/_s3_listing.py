@@ -155,11 +155,19 @@ class _Directory:
 
 
 def _start_in(prefix: str, after: str | None) -> str | None:
-    """Return a place to start at from which on, by names, lies all that comes after `after`, by bytes.
+    """Return a place to start at from which on, by names, lies all that comes after `after`, by bytes. None: the start.
 
-    After the file ``b!`` comes the directory ``b``, whose name is less. So the name is cut before the first such
-    character, and what is left stepped back from.
+    What is found there too early is left out by `_Walk`.
     """
+    # The service orders a directory by its name without the slash. So the orders differ only where one name begins with
+    # another: the directory `b` comes before the file `b!` by names, but what is in it, `b/…`, comes after it by
+    # bytes, because "!" is less than "/". To go on after `b!` by names would skip all of `b`.
+    #
+    # The directories that would be skipped have names that `after`'s begins with, followed by a character less than
+    # "/". The shortest of them ends before the first such character: `b` of `b!x-y`. We start right before that one:
+    # after all that begins with the character below its last, `a\U0010ffff`. The others are longer, and come later.
+    # A file `b` may have a directory of the same name beside it, and is stepped back from as a whole. `b/c`, whose
+    # name has no such character, is met on the way into `b`, and exact.
     directory, _, _ = prefix.rpartition("/")
     below = f"{directory}/" if directory else ""
     if after is None or not after.startswith(below) or after <= prefix:
