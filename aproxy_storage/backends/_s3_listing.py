@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, StorageError
@@ -216,17 +218,32 @@ def _is_marker(key: str, entry: Any) -> bool:
     return not key or (key.endswith("/") and not entry.get("Size"))
 
 
-async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[str]:
-    """Return the ids of the multipart uploads of exactly this key."""
-    found: list[str] = []
+async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[tuple[str, float]]:
+    """Return the ids of the multipart uploads of exactly this key, each with its age in seconds, by the service's clock
+    where that is told; 0 where the beginning is not."""
+    found: list[tuple[str, float]] = []
     marker: dict[str, Any] = {}
     while True:
         page = await connection.call("list_multipart_uploads", what, Bucket=bucket, Prefix=key, **marker)
-        found += [upload["UploadId"] for upload in page.get("Uploads") or () if upload["Key"] == key]
+        now = _time_of(page)
+        for upload in page.get("Uploads") or ():
+            if upload["Key"] == key:
+                begun = upload.get("Initiated")
+                found.append((upload["UploadId"], (now - begun).total_seconds() if begun is not None else 0.0))
         # They come in the order of keys, and `key` is the first that begins with itself.
         if not page.get("IsTruncated") or page.get("NextKeyMarker", "") > key:
             return found
         marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+
+def _time_of(answer: Any) -> datetime:
+    """Return when the service has sent `answer`."""
+    text = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return datetime.now(UTC)
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 async def delete_objects(

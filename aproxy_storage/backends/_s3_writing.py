@@ -233,14 +233,14 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
     try:
         parts = await send_parts(upload_id)
         await refuse_taken(target)
-        return await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
+        answer = await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:
         _nothing_was_decided(error)
         with _as_unknown_as(error):
             await target.cleanup.finish(abort(target, upload_id), within=target.undo_within, name="abort of an upload")
         raise
-    finally:
-        target.uploads.pop(upload_id, None)
+    target.uploads.pop(upload_id, None)
+    return answer
 
 
 async def _begin(target: Target) -> str:
@@ -257,9 +257,10 @@ async def _begin(target: Target) -> str:
 
 
 async def abort(target: Target, upload_id: str) -> None:
-    """End an unfinished upload; one that is gone is fine."""
+    """End an unfinished upload; one that is gone is fine. Until that has succeeded it stays known, for a discard."""
     with contextlib.suppress(Conflict, NotFound):
         await target.connection.call("abort_multipart_upload", target.what, UploadId=upload_id, **target.at)
+    target.uploads.pop(upload_id, None)
 
 
 # -- the request that decides

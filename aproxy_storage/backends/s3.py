@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -38,8 +40,10 @@ __all__ = ["CloudFrontKey", "ObjectParameters", "S3Backend"]
 
 _log = logging.getLogger(__name__)
 
-#: Codes of credentials, or of a clock, that somebody will set right.
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed"}
+#: Codes by which a service says that uploads will not be listed. Others are of credentials that somebody sets right.
+_NEVER_LISTED = {"AccessDenied", "403", "NotImplemented", "501"}
+_YOUNG = 900.0  # seconds; an upload of somebody else's that began later than this may still be under way
+_KEPT = 1000  # tokens of the latest writes of this process that failed
 
 MIN_PART_BYTES = 5 << 20  # of a multipart upload, but its last: a rule of S3
 
@@ -216,6 +220,7 @@ class S3Backend(Backend):
         self._connections: PerLoop[Connection] = PerLoop(self._connect)
         self._lent_to: weakref.ref[asyncio.AbstractEventLoop] | None = None  # the loop of a borrowed client
         self._uploads: dict[str, str] = {}  # unfinished ones of this process -> token
+        self._failed: deque[str] = deque(maxlen=_KEPT)  # tokens of writes of this process
         self._may_list_uploads = True
 
     @classmethod
@@ -267,7 +272,8 @@ class S3Backend(Backend):
             parts=self._parts,
             multipart_bytes=self._multipart_bytes,
         )
-        size, etag = await upload.run()
+        with self._noting_failure(token):
+            size, etag = await upload.run()
         return ObjectInfo(
             key, size=size, etag=etag, content_type=params.get("ContentType"), metadata=dict(metadata), token=token
         )
@@ -308,7 +314,8 @@ class S3Backend(Backend):
         params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
         target = self._target(what, new_key, token, params)
         try:
-            answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
+            with self._noting_failure(token):
+                answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
         except AlreadyExists as error:
             # The same answer says that the original is not the one any more that we have looked at.
             if not await is_taken(target):
@@ -325,6 +332,14 @@ class S3Backend(Backend):
             )
             return answer.get("CopyObjectResult", answer)
         return await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, token: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._failed.append(token)
+            raise
 
     # -- reading
 
@@ -413,14 +428,15 @@ class S3Backend(Backend):
         await remove(target, token)
 
     async def _abort_uploads(self, target: Target) -> None:
-        """End the unfinished uploads of the key; not those of another write of this process."""
+        """End the unfinished uploads of the key; not those of another write of this process, and after a failed write
+        of this process not those that another process may just be making."""
         if not self._may_list_uploads:
             return
         try:
             found = await unfinished_uploads(target.connection, target.what, self.bucket, target.key)
         except (AccessDenied, NotSupported) as error:
-            if code_of(error) in _EXPIRED:
-                raise  # with other credentials it can
+            if code_of(error) not in _NEVER_LISTED:
+                raise
             self._may_list_uploads = False
             _log.warning(
                 "%s cannot find unfinished uploads of processes that died: give it s3:ListBucketMultipartUploads, or "
@@ -428,8 +444,12 @@ class S3Backend(Backend):
                 self, error,
             )  # fmt: skip
             return
-        for upload_id in found:
-            if self._uploads.get(upload_id, target.token) == target.token:
+        # Whose write an upload is, the service does not tell. All that this process has begun it knows, but for one
+        # whose answer was lost: that is aborted when the journal comes again, after `settle`.
+        ours = target.token in self._failed
+        for upload_id, age in found:
+            known = self._uploads.get(upload_id)
+            if known == target.token or (known is None and not (ours and age < _YOUNG)):
                 await abort(target, upload_id)
 
     async def delete_many(self, keys: Iterable[str]) -> dict[str, StorageError | None]:

@@ -1,8 +1,10 @@
 """Uploads in parts: what becomes of the content, of the parts and of the upload when something fails or takes long."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any, ClassVar
 
 import pytest
 from botocore.exceptions import ClientError
@@ -11,6 +13,7 @@ from aproxy_storage import Fallback, ProxyStorage
 from aproxy_storage.backends import _s3_client
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.s3 import S3Backend
+from aproxy_storage.errors import AccessDenied, BackendUnavailable
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import pattern
 
@@ -83,3 +86,88 @@ async def test_a_part_that_fails_leaves_the_content_for_the_next_original() -> N
         async with memory.read(path) as reader:
             assert b"".join([chunk async for chunk in reader]) == content
     assert client.tries == 4, "the second part was sent although the first had failed"
+
+
+# -- uploads of others
+
+
+class Shared(Client):
+    """A bucket in which a part is refused, and another process's uploads of the key are under way."""
+
+    def __init__(self, **ages: float) -> None:
+        self.ages = ages
+        self.aborted: list[str] = []
+
+    async def upload_part(self, **params: Any) -> dict[str, Any]:
+        raise refusal("InternalError", 500)
+
+    async def list_multipart_uploads(self, *, Prefix: str, **_: Any) -> dict[str, Any]:  # noqa: N803
+        now = datetime.now(UTC) - timedelta(days=3)  # by the service's clock
+        uploads = [
+            {"Key": Prefix, "UploadId": upload_id, "Initiated": now - timedelta(seconds=age)}
+            for upload_id, age in self.ages.items()
+        ]
+        return {"Uploads": uploads, "ResponseMetadata": {"HTTPHeaders": {"date": format_datetime(now)}}}
+
+    async def abort_multipart_upload(self, *, UploadId: str, **_: Any) -> dict[str, Any]:  # noqa: N803
+        self.aborted.append(UploadId)
+        return {}
+
+
+async def test_a_broken_write_leaves_the_young_uploads_of_others() -> None:
+    """Two processes upload under one name; the one that fails takes back what is its own."""
+    client = Shared(young=600, old=1000)
+    backend = S3Backend("bucket", client=client, multipart_bytes=1 << 16)
+    with pytest.raises(BackendUnavailable):
+        await backend.write("key", b"x" * (1 << 20), token="ours00000000")
+    assert client.aborted == ["1"]
+    await backend.discard("key", token="ours00000000")
+    assert client.aborted == ["1", "old"], "one whose beginning was lost is found once nobody else's can be healthy"
+
+
+async def test_the_uploads_of_a_process_that_died_are_aborted_whatever_their_age() -> None:
+    client = Shared(young=600, old=1000)
+    await S3Backend("bucket", client=client).discard("key", token="theirs000000")
+    assert client.aborted == ["young", "old"]
+
+
+async def test_an_own_upload_that_could_not_be_aborted_is_aborted_by_discard() -> None:
+    class Down(Shared):
+        down = True
+
+        async def abort_multipart_upload(self, *, UploadId: str, **_: Any) -> dict[str, Any]:  # noqa: N803
+            if self.down:
+                raise refusal("InternalError", 500)
+            return await super().abort_multipart_upload(UploadId=UploadId)
+
+    client = Down(**{"1": 0, "other": 0})
+    backend = S3Backend("bucket", client=client, multipart_bytes=1 << 16)
+    for token in ("ours00000000", "another00000"):
+        with pytest.raises(BackendUnavailable):
+            await backend.write("key", b"x" * (1 << 20), token=token)
+    client.down = False
+    await backend.discard("key", token="ours00000000")
+    assert client.aborted == [], "it was another write's"
+    await backend.discard("key", token="another00000")
+    assert client.aborted == ["1"]
+    assert not backend._uploads
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"])
+async def test_wrong_credentials_do_not_end_the_search_for_uploads(code: str) -> None:
+    """Somebody sets them right, and the process goes on."""
+
+    class Refusing(Shared):
+        codes: ClassVar[Iterator[str]] = iter([code])
+
+        async def list_multipart_uploads(self, **params: Any) -> dict[str, Any]:
+            for each in self.codes:
+                raise refusal(each, 403)
+            return await super().list_multipart_uploads(**params)
+
+    client = Refusing(left=60)
+    backend = S3Backend("bucket", client=client)
+    with pytest.raises(AccessDenied):
+        await backend.discard("key", token="theirs000000")
+    await backend.discard("key", token="theirs000000")
+    assert client.aborted == ["left"]
