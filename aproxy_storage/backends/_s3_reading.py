@@ -48,6 +48,7 @@ class Download:
         self._target = target  # Bucket and Key
         self._body: Any = None
         self._slot: Slot | None = None
+        self._whole = False  # the body is the object from its first byte to its last
         self._loop = asyncio.get_running_loop()
         self.start = 0
 
@@ -64,6 +65,7 @@ class Download:
         length = int(self.answer["ContentLength"])
         if byte_range is None:
             self.size = length
+            self._whole = True
         else:
             self.start, self.size = self._content_range()
         self.stop = self.start + length
@@ -89,7 +91,7 @@ class Download:
 
         Raises:
             Conflict: the object changed or vanished before its connection could be taken up again.
-            BackendUnavailable, and as `open`.
+            BackendUnavailable, and as `open`. What the driver finds out itself: FlexibleChecksumError.
         """
         failures = 0
         while self.start < self.stop:
@@ -97,17 +99,18 @@ class Download:
                 if self._body is None:
                     await self._resume()
                 piece: bytes = await self._body.read(min(limit, self.stop - self.start))
-                if piece:
-                    self.start += len(piece)
-                    if self.start == self.stop:
-                        self.close()
-                    return piece
-                cause: Exception | None = None  # it ended before its time
+                cause: Exception | None = None  # else it ended before its time
             except BROKEN as error:
                 cause = error
             except BaseException:
                 self.close()
                 raise
+            else:
+                if piece:
+                    self.start += len(piece)
+                    if self.start == self.stop:
+                        await self._end()
+                    return piece
             self.close()
             if failures == _RESUMES:
                 raise BackendUnavailable(
@@ -117,8 +120,19 @@ class Download:
             failures += 1
         return b""
 
+    async def _end(self) -> None:
+        """Let the driver compare the checksum, and give the connection back."""
+        try:
+            # It compares when it is asked for more than there is, and only bodies that have one. That of the whole
+            # object says nothing of a part, and so nothing of what is left of a read that was taken up again.
+            if self._whole and hasattr(self._body, "_validate_checksum"):
+                await self._body.read(1)
+        finally:
+            self.close()
+
     async def _resume(self) -> None:
         first = self.answer
+        self._whole = False
         etag = first.get("ETag")
         if not etag:
             raise BackendUnavailable(

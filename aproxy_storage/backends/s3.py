@@ -88,8 +88,9 @@ class S3Backend(Backend):
         parallel_reads: ranges of `part_bytes` that a read of a large object fetches at a time; 1 is one stream.
         pool_size: connections at a time, per event loop; `pool_timeout`: seconds to wait for a free one.
         connect_timeout: seconds.
-        checksums: ``"when_supported"``: each upload carries a CRC, each download is checked; ``"when_required"``
-            only where S3 insists. By default the first on AWS, the second elsewhere.
+        checksums: ``"when_supported"``: each upload carries a CRC, each download of a whole object in one stream is
+            checked where the service tells one; ``"when_required"`` only where S3 insists. By default the first on
+            AWS, the second elsewhere.
         sign_payload: sign the content too. It costs as much CPU as the rest, and helps on plain ``http:`` only.
         flat_listings: the service lists in the byte order of keys, as S3 does. Without it listings go directory by
             directory, with a request for each: for those that have directories underneath, such as SeaweedFS.

@@ -1,11 +1,13 @@
 """What S3 answers, and fails to answer, becomes the right error without a secret; what is safe is tried again."""
 
 import asyncio
+import base64
 import contextlib
 import errno
 import itertools
 import pickle
 import socket
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ from aproxy_storage.errors import (
     ConfigurationError,
     Conflict,
     DeadlineExceeded,
+    IntegrityError,
     NotFound,
     NotSupported,
     OutOfSpace,
@@ -429,6 +432,40 @@ async def test_service_that_ignores_ranges_is_found_out() -> None:
     async with FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}, CONTENT)).backend() as backend:
         with pytest.raises(BackendUnavailable, match="ignored the range"):
             await read(backend, "key", byte_range=ByteRange(10, 20))
+
+
+def sum_of(content: bytes) -> dict[str, str]:
+    """Return the header that tells the checksum of an object, whatever part of it is answered."""
+    return {"x-amz-checksum-crc32": base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()}
+
+
+def summed(asked: Asked, checked: bytes = CONTENT, **how: Any) -> Answer:
+    answer = ranged(asked, **how)
+    answer.headers |= sum_of(checked)
+    return answer
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 16, 1 << 20, 1 << 21])
+async def test_damaged_bytes_are_found_out(chunk_bytes: int) -> None:
+    got = b""
+    async with FakeS3(lambda asked: summed(asked, b"other")).backend(checksums="when_supported") as backend:
+        with pytest.raises(IntegrityError, match="checksum"):
+            async with backend.read("key", chunk_bytes=chunk_bytes) as reader:
+                async for chunk in reader:
+                    got += chunk
+        assert len(got) < len(CONTENT), "all of it was handed out before it was checked"
+        assert backend._connections.get()._slots._value == 64
+
+
+async def test_sound_bytes_are_not_found_fault_with() -> None:
+    """What is answered with the checksum of the whole need not be the whole."""
+    broken = itertools.count()
+    fake = FakeS3(lambda asked: summed(asked, cut=150_000 if next(broken) == 1 else None))
+    async with fake.backend(checksums="when_supported") as backend:
+        assert await read(backend, "key", chunk_bytes=1 << 16) == CONTENT
+        assert await read(backend, "key", chunk_bytes=1 << 16) == CONTENT, "it was taken up again"
+        assert await read(backend, "key", byte_range=ByteRange(10, 20)) == CONTENT[10:20]
+    assert next(broken) == 4
 
 
 # -- a real service
