@@ -31,6 +31,11 @@ _RETRIES = 3  # after the first try
 _PATIENCE = 0.1  # seconds that the first retry waits for at most; each further one twice as long
 _LONG_PATIENCE = 0.5  # seconds, likewise, where the service asks to slow down
 
+# What the service does by itself, for minutes where the object is large. It sends blanks before its answer meanwhile;
+# `sock_read` of aiohttp, which is `idle` too, finds out that they cease to come.
+_WORKING = {"complete_multipart_upload", "copy_object", "upload_part_copy"}
+_WORKING_LIMIT = 900.0  # seconds for one of these requests
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
@@ -209,7 +214,8 @@ class Connection:
         again: bool = True,
         **params: Any,
     ) -> Any:
-        """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds.
+        """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds, or, where the
+        service works by itself, when it is not ready in 15 minutes.
 
         `again`: the request may be sent again when its answer was lost; without it only when it was not carried out.
 
@@ -218,8 +224,9 @@ class Connection:
         """
         if body is not None:
             params["Body"] = body
+        idle = self._options.idle
         try:
-            async with IdleWatch(self._options.idle) as watch:
+            async with IdleWatch(_WORKING_LIMIT if operation in _WORKING and idle is not None else idle) as watch:
                 if body is not None and body.size > _SMALL:
 
                     def progress() -> None:

@@ -27,7 +27,7 @@ from ..errors import (
     outcome_unknown,
 )
 from ..futures import over, seen
-from ..timeouts import IdleWatch
+from ..timeouts import IdleWatch, unhurried
 from ._s3_client import Body, Connection
 from ._s3_errors import code_of
 from ._s3_objects import TOKEN
@@ -214,10 +214,11 @@ async def copy_parts(
             finally:
                 slots.release()
 
-        async with one_error(), asyncio.TaskGroup() as group:
-            for number, start in enumerate(range(0, size, part_bytes), 1):
-                await slots.acquire()
-                group.create_task(send(number, start))
+        with unhurried():
+            async with one_error(), asyncio.TaskGroup() as group:
+                for number, start in enumerate(range(0, size, part_bytes), 1):
+                    await slots.acquire()
+                    group.create_task(send(number, start))
         return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
 
     return await in_parts(target, send_parts)
@@ -297,9 +298,10 @@ async def decide(
 
     async def work() -> Any:
         try:
-            return await target.connection.call(
-                operation, target.what, body=body, on_progress=on_progress, **params, **target.at
-            )
+            with contextlib.nullcontext() if body is not None else unhurried():
+                return await target.connection.call(
+                    operation, target.what, body=body, on_progress=on_progress, **params, **target.at
+                )
         except StorageError as error:
             if code_of(error) not in _SETTLED_BY_A_LOOK:
                 raise

@@ -33,12 +33,14 @@ class Asked:
 @dataclass
 class Answer:
     """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once; -2: end
-    it with a reset, as a balancer does whose server has died."""
+    it with a reset, as a balancer does whose server has died. `blanks`: so many are sent before the body, ten a second,
+    as S3 does while it works."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
+    blanks: int = 0
 
 
 def error(status: int, code: str, **more: str) -> Answer:
@@ -98,9 +100,13 @@ class FakeS3:
             writer.transport.abort()
         if answer.cut in (-1, -2):
             return False
-        lengths = {"Content-Length": str(len(answer.body))} | answer.headers
+        lengths = {"Content-Length": str(answer.blanks + len(answer.body))} | answer.headers
         writer.write(f"HTTP/1.1 {answer.status} X\r\n".encode())
         writer.write("".join(f"{name}: {value}\r\n" for name, value in lengths.items()).encode() + b"\r\n")
+        for _ in range(answer.blanks):
+            await asyncio.sleep(0.1)
+            writer.write(b" ")
+            await writer.drain()
         if method != "HEAD":
             writer.write(answer.body if answer.cut is None else answer.body[: answer.cut])
         await writer.drain()

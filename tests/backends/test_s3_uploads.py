@@ -13,9 +13,11 @@ from aproxy_storage import Fallback, ProxyStorage
 from aproxy_storage.backends import _s3_client
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.s3 import S3Backend
-from aproxy_storage.errors import AccessDenied, BackendUnavailable
+from aproxy_storage.errors import AccessDenied, BackendUnavailable, DeadlineExceeded
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import pattern
+from aproxy_storage.timeouts import IdleWatch, Timeouts
+from tests.backends.fake_s3 import Answer, Asked, FakeS3
 
 pytestmark = pytest.mark.asyncio
 
@@ -171,3 +173,67 @@ async def test_wrong_credentials_do_not_end_the_search_for_uploads(code: str) ->
         await backend.discard("key", token="theirs000000")
     await backend.discard("key", token="theirs000000")
     assert client.aborted == ["left"]
+
+
+# -- a service that takes its time
+
+
+class Slow:
+    """S3 says that it may take minutes to put an object together, and sends blanks meanwhile."""
+
+    blanks = 30
+
+    async def __call__(self, asked: Asked) -> Answer:
+        if asked.method == "HEAD":
+            is_there = asked.path.endswith("/there")
+            return Answer(200, {"ETag": '"1"', "Content-Length": "9"}, b"x" * 9) if is_there else Answer(404)
+        if asked.method == "DELETE":
+            return Answer(204)
+        if asked.method == "POST" and asked.query.startswith("uploads"):
+            return Answer(200, {}, b"<R><UploadId>1</UploadId></R>")
+        body = b"<R><ETag>1</ETag></R>"
+        if asked.method == "POST" or "x-amz-copy-source" in asked.headers:
+            return Answer(200, {}, body, blanks=self.blanks)
+        return Answer(200, {"ETag": '"1"'})
+
+
+async def test_a_completion_that_takes_longer_than_idle_is_waited_for() -> None:
+    async with FakeS3(Slow()).backend(timeouts=Timeouts(idle=2.0), multipart_bytes=1 << 16) as backend:
+        originals = {"s3": backend, "memory": MemoryBackend()}
+        placement = Fallback(attempt_timeout=2.0)
+        async with ProxyStorage("m", originals=originals, meta=MemoryMetaBackend(), placement=placement) as storage:
+            path = await storage.save("key", b"x" * (1 << 20))
+            assert (await storage.get(path)).good_places()[0].original == "s3"
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+async def test_a_copy_that_takes_longer_than_idle_is_waited_for(conditional: bool) -> None:
+    options: dict[str, Any] = {"timeouts": Timeouts(idle=2.0), "conditional_copies": conditional}
+    async with FakeS3(Slow()).backend(**options) as backend:
+        async with IdleWatch(2.0):  # of an attempt
+            await backend.copy("there", "new")
+
+
+async def test_a_completion_without_a_sign_of_life_is_given_up() -> None:
+    class Silent(Slow):
+        over = asyncio.Event()
+
+        async def __call__(self, asked: Asked) -> Answer:
+            if asked.method == "POST" and asked.query.startswith("uploadId"):
+                await self.over.wait()
+            return await super().__call__(asked)
+
+    service = Silent()
+    async with FakeS3(service).backend(timeouts=Timeouts(idle=0.5), multipart_bytes=1 << 16) as backend:
+        with pytest.raises(DeadlineExceeded) as caught:
+            await backend.write("key", b"x" * (1 << 20))
+        service.over.set()
+        assert caught.value.outcome_unknown
+
+
+async def test_a_completion_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_s3_client, "_WORKING_LIMIT", 0.5)
+    async with FakeS3(Slow()).backend(multipart_bytes=1 << 16) as backend:
+        with pytest.raises(DeadlineExceeded, match=r"0\.5 seconds") as caught:
+            await backend.write("key", b"x" * (1 << 20))
+        assert caught.value.outcome_unknown
