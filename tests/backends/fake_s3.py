@@ -34,13 +34,14 @@ class Asked:
 class Answer:
     """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once; -2: end
     it with a reset, as a balancer does whose server has died. `blanks`: so many are sent before the body, ten a second,
-    as S3 does while it works."""
+    as S3 does while it works. `hold`: the second half of the body is sent when that is set."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
     blanks: int = 0
+    hold: asyncio.Event | None = None
 
 
 def error(status: int, code: str, **more: str) -> Answer:
@@ -108,6 +109,12 @@ class FakeS3:
             writer.write(b" ")
             await writer.drain()
         if method != "HEAD":
-            writer.write(answer.body if answer.cut is None else answer.body[: answer.cut])
+            body = answer.body if answer.cut is None else answer.body[: answer.cut]
+            if answer.hold is not None:
+                first, body = body[: len(body) // 2], body[len(body) // 2 :]
+                writer.write(first)
+                await writer.drain()
+                await answer.hold.wait()
+            writer.write(body)
         await writer.drain()
         return answer.cut is None

@@ -383,6 +383,38 @@ async def test_broken_connections_are_taken_up_again(parallel: int) -> None:
     assert all(asked.headers["if-match"] == '"1"' for asked in resumed)
 
 
+async def test_what_has_come_of_a_range_is_handed_on() -> None:
+    """Ranges that share a slow line take long to be whole, and the reader is given up when nothing comes."""
+    more = asyncio.Event()
+    fake = FakeS3(lambda asked: ranged(asked, hold=None if asked.headers["range"].startswith("bytes=0-") else more))
+    async with fake.backend(parallel_reads=3) as backend, asyncio.timeout(30):
+        backend._range_bytes = 400_000
+        got = b""
+        async with backend.read("key", chunk_bytes=1 << 16) as reader:
+            try:
+                while len(got) < 600_000:
+                    got += await anext(reader)
+            finally:
+                more.set()
+            async for chunk in reader:
+                got += chunk
+    assert got == CONTENT
+
+
+async def test_a_parallel_read_that_closing_cuts_short_is_not_cancelled() -> None:
+    more = asyncio.Event()
+    fake = FakeS3(lambda asked: ranged(asked, hold=None if asked.headers["range"].startswith("bytes=0-") else more))
+    async with fake.backend(parallel_reads=3, timeouts=Timeouts(cleanup=0.2)) as backend, asyncio.timeout(30):
+        backend._range_bytes = 400_000
+        async with backend.read("key", chunk_bytes=1 << 16) as reader:
+            await anext(reader)
+            await backend.aclose()
+            more.set()
+            with pytest.raises(BackendUnavailable, match="closed"):
+                async for _ in reader:
+                    pass
+
+
 @pytest.mark.parametrize("parallel", [1, 3])
 async def test_two_versions_are_never_spliced(parallel: int) -> None:
     versions = itertools.count()
