@@ -56,6 +56,7 @@ class FakeS3:
 
     def __init__(self, answer: Callable[[Asked], Answer | Awaitable[Answer]]) -> None:
         self._answer = answer
+        self._serving: set[asyncio.Task[Any]] = set()  # connections
         self.asked: list[Asked] = []
         self.port = 0
 
@@ -73,10 +74,18 @@ class FakeS3:
             finally:
                 await backend.aclose()
                 server.close()
+                for task in self._serving:
+                    task.cancel()
+                if self._serving:
+                    await asyncio.wait(self._serving)
                 await server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._one(reader, writer):
                 pass
         writer.close()
