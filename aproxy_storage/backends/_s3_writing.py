@@ -112,8 +112,8 @@ class Upload:
     async def _multipart(self, head: Body, pieces: _Pieces) -> tuple[int, str | None]:
         target = self._target
         part_bytes = self._part_bytes
-        if self._source.size is not None:
-            part_bytes = max(part_bytes, -(-self._source.size // MAX_PARTS))
+        if (whole := await self._source.likely_size()) is not None:
+            part_bytes = max(part_bytes, -(-whole // MAX_PARTS))
         size = 0
 
         async def send_parts(upload_id: str) -> list[dict[str, Any]]:

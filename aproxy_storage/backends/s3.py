@@ -83,7 +83,8 @@ class S3Backend(Backend):
             By default on AWS only: elsewhere copies are multipart uploads, because a service that ignores it would
             overwrite.
         part_bytes, parts: content of this size and more goes in parts of `part_bytes`, `parts` of them in flight:
-            the memory of one write is their product. Without a declared size it may have 10,000 parts at most.
+            the memory of one write is their product. There are 10,000 parts at most: larger ones where the size is
+            declared or that of a file of the disk.
         multipart_bytes: from which size on content goes in parts; `part_bytes` by default, and never more.
         parallel_reads: ranges of `part_bytes` that a read of a large object fetches at a time; 1 is one stream.
         pool_size: connections at a time, per event loop; `pool_timeout`: seconds to wait for a free one.

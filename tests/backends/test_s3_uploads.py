@@ -1,23 +1,30 @@
 """Uploads in parts: what becomes of the content, of the parts and of the upload when something fails or takes long."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from botocore.exceptions import ClientError
+from django.core.files.base import File
 
 from aproxy_storage import Fallback, ProxyStorage
-from aproxy_storage.backends import _s3_client
+from aproxy_storage.backends import _s3_client, _s3_writing
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.s3 import S3Backend
-from aproxy_storage.errors import AccessDenied, BackendUnavailable, DeadlineExceeded
+from aproxy_storage.errors import AccessDenied, BackendUnavailable, ContentError, DeadlineExceeded
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import pattern
 from aproxy_storage.timeouts import IdleWatch, Timeouts
 from tests.backends.fake_s3 import Answer, Asked, FakeS3
+from tests.django_support.setup import configure
+
+configure()
 
 pytestmark = pytest.mark.asyncio
 
@@ -237,3 +244,59 @@ async def test_a_completion_that_never_ends_is_given_up(monkeypatch: pytest.Monk
         with pytest.raises(DeadlineExceeded, match=r"0\.5 seconds") as caught:
             await backend.write("key", b"x" * (1 << 20))
         assert caught.value.outcome_unknown
+
+
+# -- how many parts
+
+
+def of_path(path: Path, stack: contextlib.ExitStack) -> Any:
+    return path
+
+
+def of_file(path: Path, stack: contextlib.ExitStack) -> Any:
+    return stack.enter_context(path.open("rb"))
+
+
+def of_text(path: Path, stack: contextlib.ExitStack) -> Any:
+    return stack.enter_context(path.open())
+
+
+def of_django(path: Path, stack: contextlib.ExitStack) -> Any:
+    return File(stack.enter_context(path.open("rb")))
+
+
+def of_named(path: Path, stack: contextlib.ExitStack) -> Any:
+    file = stack.enter_context(tempfile.NamedTemporaryFile())  # noqa: SIM115
+    file.write(path.read_bytes())
+    file.flush()
+    return file
+
+
+@pytest.mark.parametrize("kind", [of_path, of_file, of_text, of_django, of_named])
+async def test_files_are_cut_into_as_few_parts_as_there_may_be(
+    kind: Callable[[Path, contextlib.ExitStack], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their size is not declared, but a look at the file tells how large the parts have to be."""
+    monkeypatch.setattr(_s3_writing, "MAX_PARTS", 3)
+    path = tmp_path / "large"
+    path.write_text("x" * 1_000_000)
+    backend = S3Backend("bucket", client=Client(), multipart_bytes=1 << 16)
+    backend._part_bytes = 1 << 16
+    with contextlib.ExitStack() as stack:
+        assert (await backend.write("key", kind(path, stack))).size == 1_000_000
+
+
+async def test_a_file_in_memory_is_not_moved_to_the_disk_to_learn_its_size() -> None:
+    backend = S3Backend("bucket", client=Client(), multipart_bytes=1 << 16)
+    with tempfile.SpooledTemporaryFile(max_size=1 << 20) as file:
+        file.write(b"x" * (1 << 17))
+        await backend.write("key", file)
+        assert not file._rolled  # type: ignore[attr-defined]
+
+
+async def test_content_without_a_size_has_too_many_parts_at_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_s3_writing, "MAX_PARTS", 3)
+    backend = S3Backend("bucket", client=Client(), multipart_bytes=1 << 16)
+    backend._part_bytes = 1 << 16
+    with pytest.raises(ContentError, match="declare its size"):
+        await backend.write("key", (b"x" * 10_000 for _ in range(100)))
