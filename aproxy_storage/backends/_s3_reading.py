@@ -10,11 +10,12 @@ from typing import Any
 from ..cleanup import Cleanup
 from ..errors import BackendUnavailable, Conflict, NotFound, StorageError
 from ..futures import seen
-from ..records import ByteRange
+from ..records import ByteRange, ObjectInfo
 from ._s3_client import Connection, Slot, pause
 from ._s3_errors import BROKEN, code_of
+from .base import Reader
 
-__all__ = ["Download", "ParallelDownload", "range_header"]
+__all__ = ["Download", "DownloadReader", "ParallelDownload", "range_header"]
 
 _RESUMES = 4  # in a row, without a byte in between
 
@@ -172,6 +173,25 @@ class Download:
         # A reader that was forgotten. The collector may run in any thread.
         if self._slot is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_give_back, self._body, self._slot)
+
+
+class DownloadReader(Reader):
+    """What `S3Backend` gives for one stream."""
+
+    def __init__(self, info: ObjectInfo, download: Download, chunk_bytes: int) -> None:
+        super().__init__(info)
+        self.data = None
+        self._download = download
+        self._chunk_bytes = chunk_bytes
+
+    async def __anext__(self) -> bytes:
+        chunk = await self._download.read(self._chunk_bytes)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        self._download.close()
 
 
 def _give_back(body: Any, slot: Slot | None) -> None:

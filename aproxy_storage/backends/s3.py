@@ -30,7 +30,7 @@ from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
 from ._s3_objects import TOKEN, described, info_of, metadata_of
-from ._s3_reading import Download, ParallelDownload, range_header
+from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
 from ._s3_settings import from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
@@ -46,6 +46,12 @@ _YOUNG = 900.0  # seconds; an upload of somebody else's that began later than th
 _KEPT = 1000  # tokens of the latest writes of this process that failed
 
 MIN_PART_BYTES = 5 << 20  # of a multipart upload, but its last: a rule of S3
+MAX_EXPIRY = 604_800.0  # seconds that a signed URL lives at most: a rule of S3
+
+_TOO_LONG = (
+    "S3 takes signed URLs that live for up to 7 days (604800 seconds). Make them when they are asked for, let what "
+    "everybody may read be public (querystring_auth=False), or let CloudFront sign (cloudfront=)"
+)
 
 #: Further parameters of PutObject for all objects, or for each by its key.
 ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
@@ -76,7 +82,7 @@ class S3Backend(Backend):
         url_protocol: of URLs on `custom_domain`, ``"https:"`` by default.
         cloudfront: signs URLs on `custom_domain`.
         querystring_auth: False gives URLs without a signature, for what everybody may read.
-        expires_in: seconds that signed URLs live unless the call says otherwise.
+        expires_in: seconds that signed URLs live unless the call says otherwise; 7 days at most, but for CloudFront.
         conditional_writes: the service honours ``If-None-Match: *``. Without it a write looks first, and of two
             simultaneous writers of one key both may believe that they have won.
         conditional_copies: the service honours it on CopyObject too, so that a copy of up to 256 MiB takes one request.
@@ -173,6 +179,8 @@ class S3Backend(Backend):
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"
+        if querystring_auth and custom_domain is None and expires_in > MAX_EXPIRY:
+            raise ConfigurationError(f"expires_in={expires_in:g}: {_TOO_LONG}")
         self.bucket = bucket
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)
@@ -375,7 +383,7 @@ class S3Backend(Backend):
         except BaseException:
             download.close()
             raise
-        return _DownloadReader(info, download, chunk_bytes)
+        return DownloadReader(info, download, chunk_bytes)
 
     async def _stat(self, key: str) -> ObjectInfo:
         what = f"stat {key!r} in {self}"
@@ -517,6 +525,8 @@ class S3Backend(Backend):
             raise NotSupported("S3 changes headers of its answer for signed URLs only: querystring_auth=True")
         if content_type is not None and operation == "put_object":
             params["ContentType"] = content_type
+        if not public and seconds > MAX_EXPIRY:
+            raise NotSupported(f"a URL cannot be signed for {seconds:g} seconds: {_TOO_LONG}")
         signer = await self._connections.get().signer()
         url = await signer.generate_presigned_url(
             operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
@@ -556,23 +566,6 @@ class S3Backend(Backend):
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
         return map_error(error, what)
-
-
-class _DownloadReader(Reader):
-    def __init__(self, info: ObjectInfo, download: Download, chunk_bytes: int) -> None:
-        super().__init__(info)
-        self.data = None
-        self._download = download
-        self._chunk_bytes = chunk_bytes
-
-    async def __anext__(self) -> bytes:
-        chunk = await self._download.read(self._chunk_bytes)
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
-
-    async def aclose(self) -> None:
-        self._download.close()
 
 
 def _is_utf8(text: str) -> bool:

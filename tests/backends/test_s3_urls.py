@@ -120,6 +120,38 @@ async def test_urls_are_signed_for_the_name_that_browsers_know() -> None:
         assert "AWSAccessKeyId" not in await backend.url("k"), "the old signature"
 
 
+WEEK = 7 * 86_400
+
+
+async def test_urls_signed_for_longer_than_a_week_are_refused() -> None:
+    """S3 would refuse whoever has one: those who come from the old signature have expiries of a year."""
+    options: dict[str, Any] = {"access_key": "a", "secret_key": "b", "region": "eu-central-1"}
+    with pytest.raises(ConfigurationError, match="7 days"):
+        S3Backend("bucket", expires_in=WEEK + 1, **options)
+    with pytest.raises(ConfigurationError, match="7 days"):
+        S3Backend.from_settings({"AWS_STORAGE_BUCKET_NAME": "b", "AWS_QUERYSTRING_EXPIRE": 365 * 86_400})
+    async with S3Backend("bucket", expires_in=WEEK, **options) as backend:
+        assert "X-Amz-Expires=604800" in await backend.url("key")
+        with pytest.raises(NotSupported, match="7 days"):
+            await backend.url("key", expires_in=WEEK + 1)
+    async with S3Backend("bucket", querystring_auth=False, expires_in=WEEK + 1, **options) as backend:
+        assert "?" not in await backend.url("key"), "nothing is signed"
+        with pytest.raises(NotSupported, match="7 days"):
+            await backend.url("key", method="PUT")
+
+
+class Signer(CloudFrontKey):
+    async def sign(self, url: str, expires_in: float) -> str:
+        return f"{url}?{expires_in:g}"
+
+
+async def test_cloudfront_signs_for_longer_than_a_week() -> None:
+    backend = S3Backend("bucket", custom_domain="cdn.example.org", cloudfront=Signer("KEYID", ""), expires_in=WEEK + 1)
+    assert await backend.url("key") == f"https://cdn.example.org/key?{WEEK + 1}"
+    with pytest.raises(NotSupported, match="7 days"):
+        await backend.url("key", method="PUT")
+
+
 async def test_custom_domain() -> None:
     backend = S3Backend("bucket", prefix="media", custom_domain="cdn.example.org")
     assert await backend.url("ä b.txt") == "https://cdn.example.org/media/%C3%A4%20b.txt"
