@@ -18,6 +18,7 @@ from ..errors import (
     AlreadyExists,
     ConfigurationError,
     Conflict,
+    InvalidPath,
     NotFound,
     NotSupported,
     StorageError,
@@ -536,6 +537,9 @@ class S3Backend(Backend):
     async def _upload_form(
         self, key: str, *, token: str, expires_in: float, max_bytes: int, content_type: str | None
     ) -> UploadForm:
+        if "${filename}" in self.prefix + key:
+            # The service puts in what the browser says, and the policy would allow every key that begins so.
+            raise InvalidPath(f"no form can be made for {key!r}: S3 has a meaning of its own for ${{filename}}")
         fields: dict[str, str] = {f"x-amz-meta-{TOKEN}": token}
         if content_type is not None:
             fields["Content-Type"] = content_type

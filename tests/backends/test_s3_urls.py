@@ -19,7 +19,7 @@ from aiobotocore.session import get_session
 
 from aproxy_storage.backends.s3 import CloudFrontKey, S3Backend
 from aproxy_storage.config import original_from_url
-from aproxy_storage.errors import AccessDenied, ConfigurationError, NotSupported
+from aproxy_storage.errors import AccessDenied, ConfigurationError, InvalidPath, NotSupported
 from tests.backends.test_s3 import backend_of
 from tests.services.s3 import S3Server, S3Service
 
@@ -150,6 +150,20 @@ async def test_cloudfront_signs_for_longer_than_a_week() -> None:
     assert await backend.url("key") == f"https://cdn.example.org/key?{WEEK + 1}"
     with pytest.raises(NotSupported, match="7 days"):
         await backend.url("key", method="PUT")
+
+
+async def test_form_for_a_name_that_the_service_would_fill_in_is_refused() -> None:
+    """What is uploaded with ${filename} in its key may have any name that begins like it."""
+    options: dict[str, Any] = {"access_key": "a", "secret_key": "b", "region": "eu-central-1"}
+    async with S3Backend("bucket", **options) as backend:
+        with pytest.raises(InvalidPath, match="filename"):
+            await backend.upload_form("photos/${filename}", token="t", expires_in=60, max_bytes=10)
+        form = await backend.upload_form("photos/$filename", token="t", expires_in=60, max_bytes=10)
+        policy = json.loads(base64.b64decode(form.fields["policy"]))
+        assert {"key": "photos/$filename"} in policy["conditions"]
+    async with S3Backend("bucket", prefix="a${filename}", **options) as backend:
+        with pytest.raises(InvalidPath, match="filename"):
+            await backend.upload_form("key", token="t", expires_in=60, max_bytes=10)
 
 
 async def test_custom_domain() -> None:
