@@ -58,6 +58,17 @@ class Target:
         """The parameters that name the object."""
         return {"Bucket": self.bucket, "Key": self.key}
 
+    @property
+    def checksum(self) -> dict[str, Any]:
+        """The parameter of a part that names the algorithm, where the caller has chosen one for the object."""
+        return {name: self.params[name] for name in ("ChecksumAlgorithm",) if name in self.params}
+
+    def part(self, number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the completion has to say of a part: its checksum too, if the upload was begun with one."""
+        names = [f"Checksum{algorithm.upper()}" for algorithm in self.checksum.values()]
+        sums = {name: answer[name] for name in names if name in answer}
+        return {"PartNumber": number, "ETag": answer["ETag"], **sums}
+
 
 class Upload:
     """One write of one object."""
@@ -118,16 +129,16 @@ class Upload:
 
         async def send_parts(upload_id: str) -> list[dict[str, Any]]:
             nonlocal size
-            etags: dict[int, str] = {}
+            sent: list[dict[str, Any]] = []
             slots = asyncio.Semaphore(self._parts)
 
             async def send(number: int, body: Body) -> None:
                 try:
                     answer = await target.connection.call(
                         "upload_part", target.what, body=body, on_progress=self._on_progress,
-                        UploadId=upload_id, PartNumber=number, **target.at,
+                        UploadId=upload_id, PartNumber=number, **target.checksum, **target.at,
                     )  # fmt: skip
-                    etags[number] = answer["ETag"]
+                    sent.append(target.part(number, answer))
                 except Exception as error:
                     pieces.end_with(error)
                 finally:
@@ -148,7 +159,7 @@ class Upload:
                     size += body.size
                     group.create_task(send(number, body))
                     del body
-            return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+            return sent
 
         answer = await in_parts(target, send_parts)
         return size, answer.get("ETag")
@@ -200,7 +211,7 @@ async def copy_parts(
     part_bytes = max(part_bytes, -(-size // MAX_PARTS))
 
     async def send_parts(upload_id: str) -> list[dict[str, Any]]:
-        etags: dict[int, str] = {}
+        sent: list[dict[str, Any]] = []
         slots = asyncio.Semaphore(parts)
 
         async def send(number: int, start: int) -> None:
@@ -210,7 +221,7 @@ async def copy_parts(
                     CopySource=source, CopySourceIfMatch=etag,
                     CopySourceRange=f"bytes={start}-{min(start + part_bytes, size) - 1}", **target.at,
                 )  # fmt: skip
-                etags[number] = answer["CopyPartResult"]["ETag"]
+                sent.append(target.part(number, answer["CopyPartResult"]))
             finally:
                 slots.release()
 
@@ -219,7 +230,7 @@ async def copy_parts(
                 for number, start in enumerate(range(0, size, part_bytes), 1):
                     await slots.acquire()
                     group.create_task(send(number, start))
-        return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+        return sent
 
     return await in_parts(target, send_parts)
 
@@ -232,7 +243,7 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
     upload_id = await _begin(target)
     target.uploads[upload_id] = target.token
     try:
-        parts = await send_parts(upload_id)
+        parts = sorted(await send_parts(upload_id), key=lambda part: part["PartNumber"])
         await refuse_taken(target)
         answer = await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:

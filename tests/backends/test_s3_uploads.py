@@ -22,7 +22,9 @@ from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import pattern
 from aproxy_storage.timeouts import IdleWatch, Timeouts
 from tests.backends.fake_s3 import Answer, Asked, FakeS3
+from tests.backends.test_s3 import backend_of
 from tests.django_support.setup import configure
+from tests.services.s3 import S3Service
 
 configure()
 
@@ -300,3 +302,70 @@ async def test_content_without_a_size_has_too_many_parts_at_some_time(monkeypatc
     backend._part_bytes = 1 << 16
     with pytest.raises(ContentError, match="declare its size"):
         await backend.write("key", (b"x" * 10_000 for _ in range(100)))
+
+
+# -- checksums of parts
+
+
+class Checking(Client):
+    """S3 refuses to complete an upload that was begun with an algorithm unless it is told the checksum of each part."""
+
+    def __init__(self) -> None:
+        self.algorithm = ""
+        self.completed: list[dict[str, Any]] = []
+
+    async def head_object(self, **params: Any) -> dict[str, Any]:
+        if params["Key"] != "there":
+            raise refusal("404", 404)
+        return {"ContentLength": 1_000_000, "ETag": '"1"'}
+
+    async def create_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        self.algorithm = params.get("ChecksumAlgorithm", "")
+        return {"UploadId": "1"}
+
+    async def upload_part(self, **params: Any) -> dict[str, Any]:
+        if params.get("ChecksumAlgorithm", "") != self.algorithm:
+            raise refusal("InvalidRequest", 400)
+        return self._part(params)
+
+    async def upload_part_copy(self, **params: Any) -> dict[str, Any]:
+        return {"CopyPartResult": self._part(params)}
+
+    def _part(self, params: dict[str, Any]) -> dict[str, Any]:
+        number = params["PartNumber"]
+        return {
+            "ETag": f'"{number}"',
+            f"Checksum{self.algorithm or 'CRC32'}": f"sum {number}",
+            "ChecksumCRC64NVME": "?",
+        }
+
+    async def complete_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        self.completed = params["MultipartUpload"]["Parts"]
+        return {"ETag": '"whole"'}
+
+
+@pytest.mark.parametrize("verb", ["write", "copy"])
+@pytest.mark.parametrize("algorithm", ["SHA256", None])
+async def test_checksums_that_were_asked_for_are_told_at_the_end(verb: str, algorithm: str | None) -> None:
+    client = Checking()
+    parameters = {"ChecksumAlgorithm": algorithm} if algorithm else {}
+    backend = S3Backend("bucket", client=client, object_parameters=parameters, conditional_copies=False)
+    backend._part_bytes = backend._multipart_bytes = backend._copy_part_bytes = 400_000
+    if verb == "write":
+        await backend.write("key", b"x" * 1_000_000)
+    else:
+        await backend.copy("there", "key")
+    expected = [{"PartNumber": number, "ETag": f'"{number}"'} for number in (1, 2, 3)]
+    if algorithm:
+        expected = [{**part, "ChecksumSHA256": f"sum {part['PartNumber']}"} for part in expected]
+    assert client.completed == expected
+
+
+async def test_checksums_of_a_real_service(s3_service: S3Service) -> None:
+    parameters = {"ChecksumAlgorithm": "SHA256"}
+    async with backend_of(s3_service, multipart_bytes=1 << 16, object_parameters=parameters) as backend:
+        content = pattern(6 << 20)
+        await backend.write("key", content)
+        await backend.write("small", b"x")
+        async with backend.read("key") as reader:
+            assert b"".join([chunk async for chunk in reader]) == content
