@@ -238,7 +238,7 @@ class S3Backend(Backend):
     def from_url(cls, url: str) -> Self:
         """Make one of ``s3://bucket/prefix?endpoint_url=https://host:port&region=…``.
 
-        The parameters are arguments of the class; ``s3://KEY:SECRET@bucket`` gives credentials, those of the
+        The parameters are the simple arguments of the class; ``s3://KEY:SECRET@bucket`` gives credentials, those of the
         environment are better.
         """
         return cls(**from_url(url))

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from aiobotocore.session import get_session
 
+from aproxy_storage.backends._s3_settings import from_django_storages
 from aproxy_storage.backends.s3 import CloudFrontKey, S3Backend
 from aproxy_storage.config import original_from_url
 from aproxy_storage.errors import AccessDenied, ConfigurationError, InvalidPath, NotSupported
@@ -337,15 +338,33 @@ async def test_settings_of_django_storages() -> None:
             S3Backend.from_settings({"AWS_STORAGE_BUCKET_NAME": "b", name: value})
 
 
+async def test_empty_settings_are_unset() -> None:
+    """As django-storages has it: os.environ.get(name, "") is a common way to give them."""
+    names = (
+        "LOCATION", "S3_ACCESS_KEY_ID", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "S3_SESSION_PROFILE",
+        "S3_ENDPOINT_URL", "S3_REGION_NAME", "S3_ADDRESSING_STYLE", "S3_VERIFY", "S3_CUSTOM_DOMAIN", "S3_URL_PROTOCOL",
+        "DEFAULT_ACL", "CLOUDFRONT_KEY_ID", "CLOUDFRONT_KEY",
+    )  # fmt: skip
+    empty = {f"AWS_{name}": "" for name in names}
+    assert from_django_storages({"AWS_STORAGE_BUCKET_NAME": "b", **empty}, "AWS_") == {"bucket": "b"}
+    shared = {"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": "SK", "AWS_PRIVATE_ACCESS_KEY_ID": ""}
+    found = from_django_storages({"AWS_PRIVATE_STORAGE_BUCKET_NAME": "p", **shared}, "AWS_PRIVATE_")
+    assert found == {"bucket": "p", "access_key": "AK", "secret_key": "SK"}
+
+
 async def test_url_of_a_backend(s3_service: S3Service) -> None:
     backend = original_from_url(
         "s3://AK:s%2FK@bucket/some/prefix?endpoint_url=http://127.0.0.1:9000&region=eu-west-1&addressing_style=path"
-        "&pool_size=8&querystring_auth=no&timeouts.idle=5"
+        "&pool_size=8&querystring_auth=no&timeouts.idle=5&multipart_bytes=70000&session_token=t%2Bk&url_protocol=http:"
+        "&custom_domain=cdn.example.org"
     )
     assert isinstance(backend, S3Backend)
     assert backend.full_path("x") == "s3://bucket/some/prefix/x"
     assert (backend._options.access_key, backend._options.secret_key) == ("AK", "s/K")
     assert backend.timeouts.idle == 5
+    assert backend._options.session_token == "t+k"
+    assert backend._multipart_bytes == 70_000
+    assert await backend.url("x") == "http://cdn.example.org/some/prefix/x"
     assert "s/K" not in repr(backend._options)
     for wrong in ("s3:///x", "s3://bucket?colour=blue", "s3://AK@bucket"):
         with pytest.raises(ConfigurationError):
