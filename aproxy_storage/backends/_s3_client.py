@@ -225,6 +225,8 @@ class Connection:
         if body is not None:
             params["Body"] = body
         idle = self._options.idle
+        # This clock is the request's alone. Those around it, which have other limits, only `on_progress` may start: see
+        # `_s3_writing`.
         try:
             async with IdleWatch(_WORKING_LIMIT if operation in _WORKING and idle is not None else idle) as watch:
                 if body is not None and body.size > _SMALL:

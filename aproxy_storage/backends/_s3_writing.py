@@ -2,6 +2,19 @@
 
 The request that makes it visible runs in a task of the backend's. A caller who is cancelled meanwhile waits a little
 for what has become of it, and takes it back.
+
+Three clocks run, one inside the other:
+
+* of the attempt, and of the backend's ``idle``: nothing at all has moved. They are around all of this. `Chunks` stops
+  them while the content is waited for, and starts them when it has come; `unhurried` stops them while the service works
+  by itself. We reach them through the watch of `Upload`, which has no limit of its own.
+* of one request, in `Connection.call`: nothing of this request has moved. Each try starts it anew, and so does each
+  piece of a body that is sent, whatever the other clocks do.
+* of the driver: connecting, and silence on the socket.
+
+A piece that is sent starts the outer ones too, but for one time: while the content is waited for. They stand still then
+because the caller may take as long as ``source`` allows, and a part that is sent meanwhile must not start them; it has
+the clock of its request.
 """
 
 from __future__ import annotations
@@ -106,7 +119,7 @@ class Upload:
                 return await self._multipart(head, pieces)
 
     def _on_progress(self) -> None:
-        # While the content is waited for, a part that moves is no reason to start the clock.
+        # See above: while the content is waited for, a part that moves is no reason to start the outer clocks.
         if self._watch is not None and not (self._pieces is not None and self._pieces.waiting):
             self._watch.go_on()
 
