@@ -41,8 +41,8 @@ __all__ = ["CloudFrontKey", "ObjectParameters", "S3Backend"]
 
 _log = logging.getLogger(__name__)
 
-#: Codes by which a service says that uploads will not be listed. Others are of credentials that somebody sets right.
-_NEVER_LISTED = {"AccessDenied", "403", "NotImplemented", "501"}
+#: Codes that say who may list uploads. Others deny because of credentials, or a clock, that somebody will set right.
+_NEVER_LISTED = {"AccessDenied", "403"}
 _YOUNG = 900.0  # seconds; an upload of somebody else's that began later than this may still be under way
 _KEPT = 1000  # tokens of the latest writes of this process that failed
 
@@ -446,7 +446,7 @@ class S3Backend(Backend):
         try:
             found = await unfinished_uploads(target.connection, target.what, self.bucket, target.key)
         except (AccessDenied, NotSupported) as error:
-            if code_of(error) not in _NEVER_LISTED:
+            if isinstance(error, AccessDenied) and code_of(error) not in _NEVER_LISTED:
                 raise
             self._may_list_uploads = False
             _log.warning(

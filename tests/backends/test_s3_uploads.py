@@ -184,6 +184,22 @@ async def test_wrong_credentials_do_not_end_the_search_for_uploads(code: str) ->
     assert client.aborted == ["left"]
 
 
+@pytest.mark.parametrize(("code", "status"), [("AccessDenied", 403), ("NotImplemented", 501), ("Other", 501)])
+async def test_who_may_not_list_uploads_can_discard(code: str, status: int) -> None:
+    class Refusing(Shared):
+        asked = 0
+
+        async def list_multipart_uploads(self, **params: Any) -> dict[str, Any]:
+            self.asked += 1
+            raise refusal(code, status)
+
+    client = Refusing()
+    backend = S3Backend("bucket", client=client)
+    await backend.discard("key", token="theirs000000")
+    await backend.discard("key", token="theirs000000")
+    assert client.asked == 1
+
+
 # -- a service that takes its time
 
 
