@@ -153,7 +153,7 @@ class Upload:
                     )  # fmt: skip
                     sent.append(target.part(number, answer))
                 except Exception as error:
-                    pieces.end_with(error)
+                    pieces.fail(error)
                 finally:
                     body.close()
                     slots.release()
@@ -172,6 +172,7 @@ class Upload:
                     size += body.size
                     group.create_task(send(number, body))
                     del body
+                pieces.end()
             return sent
 
         answer = await in_parts(target, send_parts)
@@ -185,17 +186,32 @@ class _Pieces:
         self._chunks = chunks
         self._rest = b""
         self._failure: Exception | None = None
+        self._over = False
         self.waiting = False
 
-    def end_with(self, error: Exception) -> None:
-        """Raise `error`, which ends the upload: here, or where the content is waited for, once that has given its next
-        chunk. A generator that is interrupted is over, and could not be read for another original any more."""
-        if not self.waiting:
+    def fail(self, error: Exception) -> None:
+        """Let `error`, of a part, end the upload: once the chunk that may be waited for has come. A generator that is
+        interrupted, as a TaskGroup would do, is over, and could not be read for another original any more."""
+        if self._over:
             raise error
         self._failure = self._failure or error
 
+    def end(self) -> None:
+        """Nothing more will be taken. From now on a part that fails ends the upload at once."""
+        self._over = True
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     async def take(self, size: int, body: Body | None = None) -> Body:
-        """Return the next `size` bytes, fewer at the end; what `body` holds comes first."""
+        """Return the next `size` bytes, fewer at the end; what `body` holds comes first.
+
+        Raises:
+            ContentError; the error of a part that has failed.
+        """
+        self._check()
         body = body or Body()
         body.seek(0, 2)
         while (room := size - body.tell()) > 0:
@@ -206,8 +222,7 @@ class _Pieces:
                     chunk = await anext(self._chunks, b"")
                 finally:
                     self.waiting = False
-                if self._failure is not None:
-                    raise self._failure
+                self._check()
             if not chunk:
                 break
             body.write(chunk if len(chunk) <= room else memoryview(chunk)[:room])

@@ -46,6 +46,7 @@ class Hanging:
                     yield backend, writing, fake
             finally:
                 self.go_on.set()
+                writing.cancel()
                 await asyncio.wait([writing])
 
 

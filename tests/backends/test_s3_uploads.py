@@ -64,34 +64,38 @@ class Client:
 # -- a part that fails
 
 
-async def test_a_part_that_fails_leaves_the_content_for_the_next_original() -> None:
-    """It fails while the next chunk is waited for. An asynchronous generator that is cancelled there is over."""
+@pytest.mark.parametrize("parts", [1, 4])
+async def test_a_part_that_fails_leaves_the_content_for_the_next_original(parts: int) -> None:
+    """It fails while the next chunk is waited for, or, as the only one in flight, right before that. An asynchronous
+    generator that is cancelled there is over."""
     waited_for, given_up = asyncio.Event(), asyncio.Event()
 
     class Throttled(Client):
         tries = 0
 
         async def upload_part(self, **params: Any) -> dict[str, Any]:
-            await waited_for.wait()
+            if parts > 1:
+                await waited_for.wait()
             self.tries += 1
             if self.tries == 4:
                 given_up.set()
             raise refusal("SlowDown", 503)
 
     content = pattern(13 << 20)
+    first = (8 << 20) if parts == 1 else (12 << 20)
 
     async def chunks() -> AsyncIterator[bytes]:
-        for start in range(0, 12 << 20, 1 << 20):
+        for start in range(0, first, 1 << 20):
             yield content[start : start + (1 << 20)]
         waited_for.set()
         await given_up.wait()
         for _ in range(100):  # turns of the loop, in which the upload learns of it
             await asyncio.sleep(0)
-        yield content[12 << 20 :]
+        yield content[first:]
 
     client = Throttled()
     memory = MemoryBackend()
-    originals = {"s3": S3Backend("bucket", client=client), "memory": memory}
+    originals = {"s3": S3Backend("bucket", client=client, parts=parts), "memory": memory}
     async with ProxyStorage("m", originals=originals, meta=MemoryMetaBackend(), placement=Fallback()) as storage:
         path = await storage.save("key", chunks())
         async with memory.read(path) as reader:
