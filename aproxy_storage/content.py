@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError
-from .feeds import Feed, InlineFeed, silent
+from .feeds import Feed, InlineFeed, readers, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
@@ -46,8 +47,8 @@ class Source:
 
     __slots__ = (
         "_begun", "_checksum", "_chunk_bytes", "_head", "_live", "_new_hash", "_seen_size", "_spool",
-        "_watch", "algorithm", "begin", "content_type", "data", "name", "path", "replayable", "size",
-        "temporary_path", "timeout",
+        "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "path", "replayable",
+        "size", "temporary_path", "timeout",
     )  # fmt: skip
 
     name: str | None
@@ -67,6 +68,7 @@ class Source:
         self._chunk_bytes = chunk_bytes
         self.timeout = timeout
         self.begin: Callable[[int, bool], Feed] | None = None  # (chunk_bytes, ahead) -> a pass from the start
+        self.look: Callable[[], int] | None = None  # at a file of the disk, in a worker thread: its size just now
         self._spool: Spool | None = None  # of one-shot content, whether it is kept or not
         self._begun = False
         self._live: Feed | None = None
@@ -153,6 +155,13 @@ class Source:
             else:
                 self._checksum = f"{self.algorithm}:{self._new_hash(self.data).hexdigest()}"
         return self._checksum
+
+    async def likely_size(self) -> int | None:
+        """Return `size`, or else how large a file of the disk is just now: it may change until it has been read."""
+        if self.size is None and self.look is not None:
+            with contextlib.suppress(OSError, ValueError):
+                return await readers.call(self.look, timeout=self.timeout)
+        return self.size
 
     async def measure(self) -> None:
         """Compute the checksum of `data`, in a worker thread where it is large; nothing for other content."""

@@ -27,6 +27,8 @@ _TAKEN = (
 # Where Django's own chunks() is used as it is, the file inside holds all there is to know.
 _DJANGO_FILES = ("django.core.files.base", "django.core.files.uploadedfile")
 
+_DISK_FILES = (io.FileIO, io.BufferedReader, io.BufferedRandom, io.TextIOWrapper)
+
 
 def recognise(source: Source, content: Any) -> None:
     """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
@@ -111,6 +113,7 @@ def _path(source: Source, content: os.PathLike[Any]) -> None:
             while piece := file.read(limit):
                 yield piece
 
+    source.look = lambda: os.stat(where).st_size
     _threaded(source, pieces)
 
 
@@ -135,6 +138,7 @@ def _django_file(source: Source, content: Any) -> None:
                 source.temporary_path = path
     # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.
     source.replayable = not getattr(content, "closed", False) and _seekable(content)
+    source.look = _look_at(content)
     _threaded(source, lambda limit: iter(content.chunks(limit)))
 
 
@@ -142,6 +146,7 @@ def _file(source: Source, content: Any) -> None:
     name = _text(content, "name")
     source.name = os.path.basename(name) or None if name else None
     source.replayable = _seekable(content)
+    source.look = _look_at(content)
     first = not source.replayable
 
     def pieces(limit: int) -> Iterator[Any]:
@@ -166,6 +171,7 @@ def _async_file(source: Source, content: Any) -> None:
     # Its own seekable() may be a coroutine; the file inside (Starlette: file, aiofiles: _file, AnyIO: wrapped) tells.
     inner = next((file for key in ("file", "_file", "wrapped") if (file := getattr(content, key, None))), None)
     source.replayable = callable(seek) and (inner is None or _seekable(inner))
+    source.look = _look_at(inner)
     rewind = source.replayable
     timeout = source.timeout
     source.begin = lambda limit, ahead: AsyncFeed(lambda: AsyncFilePieces(content, limit, rewind), limit, timeout)
@@ -201,6 +207,14 @@ def _seekable(file: Any) -> bool:
         return seekable() is True
     except Exception:  # closed, or a wrapper around something odd: then it is read once, from where it is
         return False
+
+
+def _look_at(file: Any) -> Callable[[], int] | None:
+    """Return what looks how large an open file of the disk is; None for anything else."""
+    if not isinstance(file, _DISK_FILES):  # a wrapper: a Django File, or a NamedTemporaryFile
+        file = getattr(file, "__dict__", {}).get("file")
+    # Not of any type: for its fileno() a SpooledTemporaryFile moves to the disk.
+    return (lambda: os.fstat(file.fileno()).st_size) if isinstance(file, _DISK_FILES) else None
 
 
 def _text(content: Any, name: str) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import math
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -12,7 +14,7 @@ from typing import Any, Self
 
 from .loops import PerLoop
 
-__all__ = ["Alarm", "IdleWatch", "Timeouts", "progress"]
+__all__ = ["Alarm", "IdleWatch", "Timeouts", "progress", "unhurried"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,20 @@ def progress() -> None:
     watch = _watching.get()
     if watch is not None:
         watch.go_on()
+
+
+@contextlib.contextmanager
+def unhurried() -> Iterator[None]:
+    """Stop the clock of the watch over this task's work: for a service that works by itself, and shows in a way of its
+    own that it does. Whoever uses it keeps a limit. Not to be nested, nor used by several tasks of one work."""
+    watch = _watching.get()
+    if watch is not None:
+        watch.pause()
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.go_on()
 
 
 class IdleWatch(AbstractAsyncContextManager["IdleWatch"]):

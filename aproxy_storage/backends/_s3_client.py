@@ -31,6 +31,11 @@ _RETRIES = 3  # after the first try
 _PATIENCE = 0.1  # seconds that the first retry waits for at most; each further one twice as long
 _LONG_PATIENCE = 0.5  # seconds, likewise, where the service asks to slow down
 
+# What the service does by itself, for minutes where the object is large. It sends blanks before its answer meanwhile;
+# `sock_read` of aiohttp, which is `idle` too, finds out that they cease to come.
+_WORKING = {"complete_multipart_upload", "copy_object", "upload_part_copy"}
+_WORKING_LIMIT = 900.0  # seconds for one of these requests
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionOptions:
@@ -135,6 +140,7 @@ class Connection:
         self._signer: Any = None
         self._session: Any = options.session
         self._slots = asyncio.Semaphore(options.pool_size)
+        self._closed = False
         self.bucket_seen = False  # an answer has shown that the bucket exists
 
     async def client(self) -> Any:
@@ -142,6 +148,7 @@ class Connection:
         if self._client is None:
             async with self._making:
                 if self._client is None:
+                    self._refuse_closed()
                     self._client = self._options.client or await self._open(self._options.endpoint_url)
         return self._client
 
@@ -156,6 +163,7 @@ class Connection:
         return self._signer
 
     async def _open(self, endpoint_url: str | None) -> Any:
+        self._refuse_closed()
         options = self._options
         if self._session is None:
             self._session = _new_session(options.profile)
@@ -178,11 +186,21 @@ class Connection:
         # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         remember_endpoints(client, _loader_of(self._session))
+        if self._closed:  # meanwhile
+            await self._stack.aclose()
+            self._refuse_closed()
         return client
 
     async def aclose(self) -> None:
+        """End what is under way, and let nothing begin: who still has this one would make a client that nobody closes.
+        Those who come after have a new connection."""
+        self._closed = True
         self._client = self._signer = None
         await self._stack.aclose()
+
+    def _refuse_closed(self, what: str = "make a client") -> None:
+        if self._closed:
+            raise BackendUnavailable(f"could not {what}: the backend was closed meanwhile")
 
     # -- requests
 
@@ -196,7 +214,8 @@ class Connection:
         again: bool = True,
         **params: Any,
     ) -> Any:
-        """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds.
+        """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds, or, where the
+        service works by itself, when it is not ready in 15 minutes.
 
         `again`: the request may be sent again when its answer was lost; without it only when it was not carried out.
 
@@ -205,8 +224,11 @@ class Connection:
         """
         if body is not None:
             params["Body"] = body
+        idle = self._options.idle
+        # This clock is the request's alone. Those around it, which have other limits, only `on_progress` may start: see
+        # `_s3_writing`.
         try:
-            async with IdleWatch(self._options.idle) as watch:
+            async with IdleWatch(_WORKING_LIMIT if operation in _WORKING and idle is not None else idle) as watch:
                 if body is not None and body.size > _SMALL:
 
                     def progress() -> None:
@@ -225,7 +247,11 @@ class Connection:
         client = await self._client_for(what)
         unsure = False
         for retries_left in reversed(range(_RETRIES + 1)):
-            slot = await self.slot(what)
+            try:
+                slot = await self.slot(what)
+            except StorageError as error:
+                error.outcome_unknown = error.outcome_unknown or unsure
+                raise
             try:
                 answer = await getattr(client, operation)(**params)
                 self.bucket_seen = True
@@ -277,7 +303,7 @@ class Connection:
         Without this aiohttp would let us wait for ever, when as many answers as there are connections are not read.
 
         Raises:
-            BackendUnavailable: none became free within `pool_timeout`; nothing was sent.
+            BackendUnavailable: none became free within `pool_timeout`, or this was closed; nothing was sent.
         """
         if self._slots.locked():
             try:
@@ -291,7 +317,11 @@ class Connection:
                 ) from error
         else:
             await self._slots.acquire()
-        return Slot(self._slots)
+        slot = Slot(self._slots)
+        if self._closed:
+            slot.release()
+            self._refuse_closed(what)
+        return slot
 
     async def _client_for(self, what: str) -> Any:
         if self._client is not None:

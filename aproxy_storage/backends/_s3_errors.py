@@ -3,6 +3,7 @@ quoted, because it may hold parts of a signed request."""
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import Any
 
@@ -26,9 +27,11 @@ from ..errors import (
 
 __all__ = ["BROKEN", "code_of", "is_transient", "map_error", "was_never_sent"]
 
-#: What the body of an answer raises when its connection breaks, or ends too early.
+#: What a request, or the body of an answer, raises when its connection breaks, or ends too early. aiobotocore calls a
+#: reset one EndpointConnectionError, as it does one that never was: `was_never_sent` tells them apart, so ask it first.
 BROKEN = (
     botocore_errors.HTTPClientError,
+    botocore_errors.ConnectionError,
     botocore_errors.IncompleteReadError,
     aiohttp.ClientError,
     ConnectionError,
@@ -133,7 +136,8 @@ def was_never_sent(error: BaseException) -> bool:
     if isinstance(error, botocore_errors.ConnectTimeoutError):
         return True
     native = getattr(error, "kwargs", {}).get("error") if isinstance(error, botocore_errors.BotoCoreError) else error
-    return isinstance(native, aiohttp.ClientConnectorError)
+    # A proxy has said no to CONNECT: then the request itself was not sent.
+    return isinstance(native, aiohttp.ClientConnectorError | aiohttp.ClientHttpProxyError | socket.gaierror)
 
 
 def is_throttled(error: Exception) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, StorageError
@@ -57,7 +59,7 @@ class _Flat:
         self._bucket = bucket
         self._prefix = prefix
         self._start = after
-        self._last = ""
+        self._last: str | None = None
         self._entries: deque[Any] = deque()
         self._ended = False
 
@@ -72,7 +74,7 @@ class _Flat:
                 self._start = self._bucket.key(self._entries[-1]["Key"])
         entry = self._entries.popleft()
         key = self._bucket.key(entry["Key"])
-        if key <= self._last:
+        if self._last is not None and key <= self._last:
             raise ConfigurationError(
                 f"could not {self._bucket.what}: the service does not list in the byte order of keys. If it walks "
                 "directories, as SeaweedFS does, pass flat_listings=False"
@@ -155,11 +157,19 @@ class _Directory:
 
 
 def _start_in(prefix: str, after: str | None) -> str | None:
-    """Return a place to start at from which on, by names, lies all that comes after `after`, by bytes.
+    """Return a place to start at from which on, by names, lies all that comes after `after`, by bytes. None: the start.
 
-    After the file ``b!`` comes the directory ``b``, whose name is less. So the name is cut before the first such
-    character, and what is left stepped back from.
+    What is found there too early is left out by `_Walk`.
     """
+    # The service orders a directory by its name without the slash. So the orders differ only where one name begins with
+    # another: the directory `b` comes before the file `b!` by names, but what is in it, `b/…`, comes after it by
+    # bytes, because "!" is less than "/". To go on after `b!` by names would skip all of `b`.
+    #
+    # The directories that would be skipped have names that `after`'s begins with, followed by a character less than
+    # "/". The shortest of them ends before the first such character: `b` of `b!x-y`. We start right before that one:
+    # after all that begins with the character below its last, `a\U0010ffff`. The others are longer, and come later.
+    # A file `b` may have a directory of the same name beside it, and is stepped back from as a whole. `b/c`, whose
+    # name has no such character, is met on the way into `b`, and exact.
     directory, _, _ = prefix.rpartition("/")
     below = f"{directory}/" if directory else ""
     if after is None or not after.startswith(below) or after <= prefix:
@@ -178,7 +188,7 @@ def _start_in(prefix: str, after: str | None) -> str | None:
 async def list_objects(
     bucket: Bucket, prefix: str, *, after: str | None, delimiter: str | None, flat: bool
 ) -> AsyncIterator[ObjectInfo]:
-    """Yield what lies below `prefix`. See `Backend.list`."""
+    """Yield what lies below `prefix`, but no folders that were made in a console. See `Backend.list`."""
     # Groups are made here: services differ in what they make of a delimiter together with a place to start at, and
     # some know the slash only.
     order: _Order
@@ -193,7 +203,8 @@ async def list_objects(
             continue
         at = key.find(delimiter, len(prefix)) if delimiter else -1
         if at < 0:
-            yield listed(key, entry)
+            if not _is_marker(key, entry):
+                yield listed(key, entry)
             continue
         group = key[: at + len(delimiter or "")]
         order.pass_over(group)
@@ -201,17 +212,38 @@ async def list_objects(
             yield ObjectInfo(group, is_prefix=True)
 
 
-async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[str]:
-    """Return the ids of the multipart uploads of exactly this key."""
-    found: list[str] = []
+def _is_marker(key: str, entry: Any) -> bool:
+    """Return whether it is the empty object that a console makes of a folder. No file can have such a name, so it could
+    be neither read nor copied, and a scan would report it for ever. That of the prefix itself has no name at all."""
+    return not key or (key.endswith("/") and not entry.get("Size"))
+
+
+async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[tuple[str, float]]:
+    """Return the ids of the multipart uploads of exactly this key, each with its age in seconds, by the service's clock
+    where that is told; 0 where the beginning is not."""
+    found: list[tuple[str, float]] = []
     marker: dict[str, Any] = {}
     while True:
         page = await connection.call("list_multipart_uploads", what, Bucket=bucket, Prefix=key, **marker)
-        found += [upload["UploadId"] for upload in page.get("Uploads") or () if upload["Key"] == key]
+        now = _time_of(page)
+        for upload in page.get("Uploads") or ():
+            if upload["Key"] == key:
+                begun = upload.get("Initiated")
+                found.append((upload["UploadId"], (now - begun).total_seconds() if begun is not None else 0.0))
         # They come in the order of keys, and `key` is the first that begins with itself.
         if not page.get("IsTruncated") or page.get("NextKeyMarker", "") > key:
             return found
         marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+
+def _time_of(answer: Any) -> datetime:
+    """Return when the service has sent `answer`."""
+    text = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", "")
+    try:
+        moment = parsedate_to_datetime(text)
+    except ValueError:
+        return datetime.now(UTC)
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 async def delete_objects(

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..cleanup import Cleanup
 from ..errors import BackendUnavailable, Conflict, NotFound, StorageError
-from ..futures import over, seen
-from ..records import ByteRange
+from ..futures import seen
+from ..records import ByteRange, ObjectInfo
 from ._s3_client import Connection, Slot, pause
 from ._s3_errors import BROKEN, code_of
+from .base import Reader
 
-__all__ = ["Download", "ParallelDownload", "range_header"]
+__all__ = ["Download", "DownloadReader", "ParallelDownload", "range_header"]
 
 _RESUMES = 4  # in a row, without a byte in between
 
@@ -48,6 +49,7 @@ class Download:
         self._target = target  # Bucket and Key
         self._body: Any = None
         self._slot: Slot | None = None
+        self._whole = False  # the body is the object from its first byte to its last
         self._loop = asyncio.get_running_loop()
         self.start = 0
 
@@ -64,6 +66,7 @@ class Download:
         length = int(self.answer["ContentLength"])
         if byte_range is None:
             self.size = length
+            self._whole = True
         else:
             self.start, self.size = self._content_range()
         self.stop = self.start + length
@@ -89,7 +92,7 @@ class Download:
 
         Raises:
             Conflict: the object changed or vanished before its connection could be taken up again.
-            BackendUnavailable, and as `open`.
+            BackendUnavailable, and as `open`. What the driver finds out itself: FlexibleChecksumError.
         """
         failures = 0
         while self.start < self.stop:
@@ -97,17 +100,18 @@ class Download:
                 if self._body is None:
                     await self._resume()
                 piece: bytes = await self._body.read(min(limit, self.stop - self.start))
-                if piece:
-                    self.start += len(piece)
-                    if self.start == self.stop:
-                        self.close()
-                    return piece
-                cause: Exception | None = None  # it ended before its time
+                cause: Exception | None = None  # else it ended before its time
             except BROKEN as error:
                 cause = error
             except BaseException:
                 self.close()
                 raise
+            else:
+                if piece:
+                    self.start += len(piece)
+                    if self.start == self.stop:
+                        await self._end()
+                    return piece
             self.close()
             if failures == _RESUMES:
                 raise BackendUnavailable(
@@ -117,8 +121,19 @@ class Download:
             failures += 1
         return b""
 
+    async def _end(self) -> None:
+        """Let the driver compare the checksum, and give the connection back."""
+        try:
+            # It compares when it is asked for more than there is, and only bodies that have one. That of the whole
+            # object says nothing of a part, and so nothing of what is left of a read that was taken up again.
+            if self._whole and hasattr(self._body, "_validate_checksum"):
+                await self._body.read(1)
+        finally:
+            self.close()
+
     async def _resume(self) -> None:
         first = self.answer
+        self._whole = False
         etag = first.get("ETag")
         if not etag:
             raise BackendUnavailable(
@@ -160,11 +175,62 @@ class Download:
             self._loop.call_soon_threadsafe(_give_back, self._body, self._slot)
 
 
+class DownloadReader(Reader):
+    """What `S3Backend` gives for one stream."""
+
+    def __init__(self, info: ObjectInfo, download: Download, chunk_bytes: int) -> None:
+        super().__init__(info)
+        self.data = None
+        self._download = download
+        self._chunk_bytes = chunk_bytes
+
+    async def __anext__(self) -> bytes:
+        chunk = await self._download.read(self._chunk_bytes)
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def aclose(self) -> None:
+        self._download.close()
+
+
 def _give_back(body: Any, slot: Slot | None) -> None:
     if body is not None:
         body.close()
     if slot is not None:
         slot.release()
+
+
+class _Range:
+    """What has come of one range and is not handed on yet, and the task that fetches it."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._pieces: deque[bytes] = deque()
+        self._news = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+
+    def add(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._news.set()
+
+    def run(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        task.add_done_callback(seen)  # of those that nobody asks for any more
+        task.add_done_callback(lambda _: self._news.set())
+
+    async def next(self) -> bytes:
+        """Return the next piece as soon as it is there; empty at the end."""
+        assert self.task is not None
+        while not self._pieces:
+            if self.task.cancelled():  # not by us: to pass that on would end a caller whom nobody has cancelled
+                raise BackendUnavailable(f"could not {self._what}: the backend was closed meanwhile")
+            if self.task.done():
+                self.task.result()
+                return b""
+            self._news.clear()
+            await self._news.wait()
+        return self._pieces.popleft()
 
 
 class ParallelDownload:
@@ -179,43 +245,44 @@ class ParallelDownload:
         self._part_bytes = part_bytes
         self._parts = parts
         self._cleanup = cleanup
-        self._tasks: deque[asyncio.Task[deque[bytes]]] = deque()
+        self._ranges: deque[_Range] = deque()
 
     async def chunks(self, chunk_bytes: int) -> AsyncIterator[bytes]:
-        """Yield the bytes in order, in chunks of at most `chunk_bytes`."""
+        """Yield the bytes in order, in chunks of at most `chunk_bytes`, as they come: on a slow line the ranges are
+        long under way, and a reader to whom nothing is given for `idle` seconds is given up."""
         try:
             self._fill(chunk_bytes)
             while chunk := await self._first.read(chunk_bytes):
                 yield chunk
-            while self._tasks:
-                await over(self._tasks[0])
-                pieces = self._tasks.popleft().result()
-                while pieces:
-                    yield pieces.popleft()  # which leaves room, piece by piece
+            while self._ranges:
+                while chunk := await self._ranges[0].next():
+                    yield chunk
+                self._ranges.popleft()
                 self._fill(chunk_bytes)
         finally:
             self._first.close()
-            for task in self._tasks:
-                task.cancel()
+            for each in self._ranges:
+                if each.task is not None:
+                    each.task.cancel()
 
     def _fill(self, chunk_bytes: int) -> None:
         # One range less than `parts`, because that one is with the consumer.
-        while self._next < self._stop and len(self._tasks) < self._parts - 1:
+        while self._next < self._stop and len(self._ranges) < self._parts - 1:
             end = min(self._next + self._part_bytes, self._stop)
-            task = self._cleanup.start(
-                self._fetch(ByteRange(self._next, end), chunk_bytes), name="read of a range", log=False
-            )
-            task.add_done_callback(seen)  # of those that nobody asks for any more
-            self._tasks.append(task)
+            new = _Range(self._first._what)
+            work = self._fetch(ByteRange(self._next, end), chunk_bytes, new)
+            new.run(self._cleanup.start(work, name="read of a range", log=False))
+            self._ranges.append(new)
             self._next = end
 
-    async def _fetch(self, byte_range: ByteRange, chunk_bytes: int) -> deque[bytes]:
+    async def _fetch(self, byte_range: ByteRange, chunk_bytes: int, into: _Range) -> None:
         part = Download(self._first._connection, self._first._what, self._first._target)
         try:
             await part.open(byte_range, etag=self._etag)
             if part.answer.get("ETag") != self._etag or part.stop != byte_range.end:
                 raise Conflict(f"could not {part._what}: the object was replaced while it was read")
-            return await part.rest(chunk_bytes)
+            while piece := await part.read(chunk_bytes):
+                into.add(piece)
         except StorageError as error:
             raise (_changed(error, part._what) or error) from error.__cause__
         finally:

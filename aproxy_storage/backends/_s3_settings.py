@@ -52,7 +52,7 @@ def from_django_storages(settings: Any, prefix: str) -> dict[str, Any]:
     for argument, names in _NAMES.items():
         prefixes = (prefix, "AWS_") if argument in _SHARED else (prefix,)
         for full_name in (start + name for start in prefixes for name in names):
-            if (value := get(full_name)) is not None:
+            if (value := get(full_name)) not in (None, ""):  # as django-storages has it
                 found[argument] = value
                 break
     if not found.get("bucket"):
@@ -69,7 +69,7 @@ def from_django_storages(settings: Any, prefix: str) -> dict[str, Any]:
         )
     if get(f"{prefix}S3_USE_SSL") is False and not found.get("endpoint_url"):
         raise ConfigurationError(f"{prefix}S3_USE_SSL=False: give {prefix}S3_ENDPOINT_URL with http:// instead")
-    if (acl := get(f"{prefix}DEFAULT_ACL")) is not None:
+    if acl := get(f"{prefix}DEFAULT_ACL"):
         found["object_parameters"] = {"ACL": acl, **found.get("object_parameters", {})}
     if (transfer := get(f"{prefix}S3_TRANSFER_CONFIG")) is not None:
         found["part_bytes"] = transfer.multipart_chunksize
@@ -103,6 +103,7 @@ def from_url(text: str) -> dict[str, Any]:
         endpoint_url=str,
         public_endpoint_url=str,
         region=str,
+        session_token=str,
         profile=str,
         addressing_style=choice("auto", "path", "virtual"),
         verify=_verify,
@@ -114,10 +115,12 @@ def from_url(text: str) -> dict[str, Any]:
         conditional_writes=boolean,
         conditional_copies=boolean,
         custom_domain=str,
+        url_protocol=str,
         querystring_auth=boolean,
         expires_in=float,
         part_bytes=int,
         parts=int,
+        multipart_bytes=int,
         parallel_reads=int,
         flat_listings=boolean,
         max_segment_bytes=int,

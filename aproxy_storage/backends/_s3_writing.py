@@ -2,6 +2,19 @@
 
 The request that makes it visible runs in a task of the backend's. A caller who is cancelled meanwhile waits a little
 for what has become of it, and takes it back.
+
+Three clocks run, one inside the other:
+
+* of the attempt, and of the backend's ``idle``: nothing at all has moved. They are around all of this. `Chunks` stops
+  them while the content is waited for, and starts them when it has come; `unhurried` stops them while the service works
+  by itself. We reach them through the watch of `Upload`, which has no limit of its own.
+* of one request, in `Connection.call`: nothing of this request has moved. Each try starts it anew, and so does each
+  piece of a body that is sent, whatever the other clocks do.
+* of the driver: connecting, and silence on the socket.
+
+A piece that is sent starts the outer ones too, but for one time: while the content is waited for. They stand still then
+because the caller may take as long as ``source`` allows, and a part that is sent meanwhile must not start them; it has
+the clock of its request.
 """
 
 from __future__ import annotations
@@ -18,6 +31,7 @@ from ..content import Source
 from ..errors import (
     AccessDenied,
     AlreadyExists,
+    BackendUnavailable,
     Conflict,
     ContentError,
     NotFound,
@@ -26,7 +40,7 @@ from ..errors import (
     outcome_unknown,
 )
 from ..futures import over, seen
-from ..timeouts import IdleWatch
+from ..timeouts import IdleWatch, unhurried
 from ._s3_client import Body, Connection
 from ._s3_errors import code_of
 from ._s3_objects import TOKEN
@@ -56,6 +70,17 @@ class Target:
     def at(self) -> dict[str, Any]:
         """The parameters that name the object."""
         return {"Bucket": self.bucket, "Key": self.key}
+
+    @property
+    def checksum(self) -> dict[str, Any]:
+        """The parameter of a part that names the algorithm, where the caller has chosen one for the object."""
+        return {name: self.params[name] for name in ("ChecksumAlgorithm",) if name in self.params}
+
+    def part(self, number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the completion has to say of a part: its checksum too, if the upload was begun with one."""
+        names = [f"Checksum{algorithm.upper()}" for algorithm in self.checksum.values()]
+        sums = {name: answer[name] for name in names if name in answer}
+        return {"PartNumber": number, "ETag": answer["ETag"], **sums}
 
 
 class Upload:
@@ -94,7 +119,7 @@ class Upload:
                 return await self._multipart(head, pieces)
 
     def _on_progress(self) -> None:
-        # While the content is waited for, a part that moves is no reason to start the clock.
+        # See above: while the content is waited for, a part that moves is no reason to start the outer clocks.
         if self._watch is not None and not (self._pieces is not None and self._pieces.waiting):
             self._watch.go_on()
 
@@ -111,22 +136,24 @@ class Upload:
     async def _multipart(self, head: Body, pieces: _Pieces) -> tuple[int, str | None]:
         target = self._target
         part_bytes = self._part_bytes
-        if self._source.size is not None:
-            part_bytes = max(part_bytes, -(-self._source.size // MAX_PARTS))
+        if (whole := await self._source.likely_size()) is not None:
+            part_bytes = max(part_bytes, -(-whole // MAX_PARTS))
         size = 0
 
         async def send_parts(upload_id: str) -> list[dict[str, Any]]:
             nonlocal size
-            etags: dict[int, str] = {}
+            sent: list[dict[str, Any]] = []
             slots = asyncio.Semaphore(self._parts)
 
             async def send(number: int, body: Body) -> None:
                 try:
                     answer = await target.connection.call(
                         "upload_part", target.what, body=body, on_progress=self._on_progress,
-                        UploadId=upload_id, PartNumber=number, **target.at,
+                        UploadId=upload_id, PartNumber=number, **target.checksum, **target.at,
                     )  # fmt: skip
-                    etags[number] = answer["ETag"]
+                    sent.append(target.part(number, answer))
+                except Exception as error:
+                    pieces.fail(error)
                 finally:
                     body.close()
                     slots.release()
@@ -145,7 +172,8 @@ class Upload:
                     size += body.size
                     group.create_task(send(number, body))
                     del body
-            return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+                pieces.end()
+            return sent
 
         answer = await in_parts(target, send_parts)
         return size, answer.get("ETag")
@@ -157,18 +185,44 @@ class _Pieces:
     def __init__(self, chunks: AsyncIterator[bytes]) -> None:
         self._chunks = chunks
         self._rest = b""
+        self._failure: Exception | None = None
+        self._over = False
         self.waiting = False
 
+    def fail(self, error: Exception) -> None:
+        """Let `error`, of a part, end the upload: once the chunk that may be waited for has come. A generator that is
+        interrupted, as a TaskGroup would do, is over, and could not be read for another original any more."""
+        if self._over:
+            raise error
+        self._failure = self._failure or error
+
+    def end(self) -> None:
+        """Nothing more will be taken. From now on a part that fails ends the upload at once."""
+        self._over = True
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     async def take(self, size: int, body: Body | None = None) -> Body:
-        """Return the next `size` bytes, fewer at the end; what `body` holds comes first."""
+        """Return the next `size` bytes, fewer at the end; what `body` holds comes first.
+
+        Raises:
+            ContentError; the error of a part that has failed.
+        """
+        self._check()
         body = body or Body()
         body.seek(0, 2)
         while (room := size - body.tell()) > 0:
             chunk = self._rest
             if not chunk:
                 self.waiting = True
-                chunk = await anext(self._chunks, b"")
-                self.waiting = False
+                try:
+                    chunk = await anext(self._chunks, b"")
+                finally:
+                    self.waiting = False
+                self._check()
             if not chunk:
                 break
             body.write(chunk if len(chunk) <= room else memoryview(chunk)[:room])
@@ -185,7 +239,7 @@ async def copy_parts(
     part_bytes = max(part_bytes, -(-size // MAX_PARTS))
 
     async def send_parts(upload_id: str) -> list[dict[str, Any]]:
-        etags: dict[int, str] = {}
+        sent: list[dict[str, Any]] = []
         slots = asyncio.Semaphore(parts)
 
         async def send(number: int, start: int) -> None:
@@ -195,15 +249,16 @@ async def copy_parts(
                     CopySource=source, CopySourceIfMatch=etag,
                     CopySourceRange=f"bytes={start}-{min(start + part_bytes, size) - 1}", **target.at,
                 )  # fmt: skip
-                etags[number] = answer["CopyPartResult"]["ETag"]
+                sent.append(target.part(number, answer["CopyPartResult"]))
             finally:
                 slots.release()
 
-        async with one_error(), asyncio.TaskGroup() as group:
-            for number, start in enumerate(range(0, size, part_bytes), 1):
-                await slots.acquire()
-                group.create_task(send(number, start))
-        return [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+        with unhurried():
+            async with one_error(), asyncio.TaskGroup() as group:
+                for number, start in enumerate(range(0, size, part_bytes), 1):
+                    await slots.acquire()
+                    group.create_task(send(number, start))
+        return sent
 
     return await in_parts(target, send_parts)
 
@@ -216,16 +271,16 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
     upload_id = await _begin(target)
     target.uploads[upload_id] = target.token
     try:
-        parts = await send_parts(upload_id)
+        parts = sorted(await send_parts(upload_id), key=lambda part: part["PartNumber"])
         await refuse_taken(target)
-        return await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
+        answer = await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:
         _nothing_was_decided(error)
         with _as_unknown_as(error):
             await target.cleanup.finish(abort(target, upload_id), within=target.undo_within, name="abort of an upload")
         raise
-    finally:
-        target.uploads.pop(upload_id, None)
+    target.uploads.pop(upload_id, None)
+    return answer
 
 
 async def _begin(target: Target) -> str:
@@ -242,9 +297,10 @@ async def _begin(target: Target) -> str:
 
 
 async def abort(target: Target, upload_id: str) -> None:
-    """End an unfinished upload; one that is gone is fine."""
+    """End an unfinished upload; one that is gone is fine. Until that has succeeded it stays known, for a discard."""
     with contextlib.suppress(Conflict, NotFound):
         await target.connection.call("abort_multipart_upload", target.what, UploadId=upload_id, **target.at)
+    target.uploads.pop(upload_id, None)
 
 
 # -- the request that decides
@@ -281,9 +337,10 @@ async def decide(
 
     async def work() -> Any:
         try:
-            return await target.connection.call(
-                operation, target.what, body=body, on_progress=on_progress, **params, **target.at
-            )
+            with contextlib.nullcontext() if body is not None else unhurried():
+                return await target.connection.call(
+                    operation, target.what, body=body, on_progress=on_progress, **params, **target.at
+                )
         except StorageError as error:
             if code_of(error) not in _SETTLED_BY_A_LOOK:
                 raise
@@ -367,7 +424,11 @@ async def _owned(
     name: str,
 ) -> Any:
     """Run `work` in a task of the backend's. If the caller is cancelled, `undo` is given that task, and returns whether
-    it is certain now that nothing becomes visible; the CancelledError says so."""
+    it is certain now that nothing becomes visible; the CancelledError says so.
+
+    Raises:
+        BackendUnavailable: the backend was closed, which has cut `work` short; the outcome is unknown.
+    """
     task = target.cleanup.start(work, name=name, context=contextvars.copy_context(), log=False)
     task.add_done_callback(seen)
     try:
@@ -384,6 +445,8 @@ async def _owned(
             await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
         error.outcome_unknown = not certain  # type: ignore[attr-defined]
         raise
+    if task.cancelled():  # and we were not: to raise its CancelledError would end a caller whom nobody has cancelled
+        raise BackendUnavailable(f"could not {target.what}: the backend was closed meanwhile", outcome_unknown=True)
     return task.result()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -16,6 +18,7 @@ from ..errors import (
     AlreadyExists,
     ConfigurationError,
     Conflict,
+    InvalidPath,
     NotFound,
     NotSupported,
     StorageError,
@@ -28,7 +31,7 @@ from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
 from ._s3_objects import TOKEN, described, info_of, metadata_of
-from ._s3_reading import Download, ParallelDownload, range_header
+from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
 from ._s3_settings import from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
@@ -38,10 +41,18 @@ __all__ = ["CloudFrontKey", "ObjectParameters", "S3Backend"]
 
 _log = logging.getLogger(__name__)
 
-#: Codes of credentials, or of a clock, that somebody will set right.
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestTimeTooSkewed"}
+#: Codes that say who may list uploads. Others deny because of credentials, or a clock, that somebody will set right.
+_NEVER_LISTED = {"AccessDenied", "403"}
+_YOUNG = 900.0  # seconds; an upload of somebody else's that began later than this may still be under way
+_KEPT = 1000  # tokens of the latest writes of this process that failed
 
 MIN_PART_BYTES = 5 << 20  # of a multipart upload, but its last: a rule of S3
+MAX_EXPIRY = 604_800.0  # seconds that a signed URL lives at most: a rule of S3
+
+_TOO_LONG = (
+    "S3 takes signed URLs that live for up to 7 days (604800 seconds). Make them when they are asked for, let what "
+    "everybody may read be public (querystring_auth=False), or let CloudFront sign (cloudfront=)"
+)
 
 #: Further parameters of PutObject for all objects, or for each by its key.
 ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
@@ -72,20 +83,22 @@ class S3Backend(Backend):
         url_protocol: of URLs on `custom_domain`, ``"https:"`` by default.
         cloudfront: signs URLs on `custom_domain`.
         querystring_auth: False gives URLs without a signature, for what everybody may read.
-        expires_in: seconds that signed URLs live unless the call says otherwise.
+        expires_in: seconds that signed URLs live unless the call says otherwise; 7 days at most, but for CloudFront.
         conditional_writes: the service honours ``If-None-Match: *``. Without it a write looks first, and of two
             simultaneous writers of one key both may believe that they have won.
         conditional_copies: the service honours it on CopyObject too, so that a copy of up to 256 MiB takes one request.
             By default on AWS only: elsewhere copies are multipart uploads, because a service that ignores it would
             overwrite.
         part_bytes, parts: content of this size and more goes in parts of `part_bytes`, `parts` of them in flight:
-            the memory of one write is their product. Without a declared size it may have 10,000 parts at most.
+            the memory of one write is their product. There are 10,000 parts at most: larger ones where the size is
+            declared or that of a file of the disk.
         multipart_bytes: from which size on content goes in parts; `part_bytes` by default, and never more.
         parallel_reads: ranges of `part_bytes` that a read of a large object fetches at a time; 1 is one stream.
         pool_size: connections at a time, per event loop; `pool_timeout`: seconds to wait for a free one.
         connect_timeout: seconds.
-        checksums: ``"when_supported"``: each upload carries a CRC, each download is checked; ``"when_required"``
-            only where S3 insists. By default the first on AWS, the second elsewhere.
+        checksums: ``"when_supported"``: each upload carries a CRC, each download of a whole object in one stream is
+            checked where the service tells one; ``"when_required"`` only where S3 insists. By default the first on
+            AWS, the second elsewhere.
         sign_payload: sign the content too. It costs as much CPU as the rest, and helps on plain ``http:`` only.
         flat_listings: the service lists in the byte order of keys, as S3 does. Without it listings go directory by
             directory, with a request for each: for those that have directories underneath, such as SeaweedFS.
@@ -167,6 +180,8 @@ class S3Backend(Backend):
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"
+        if querystring_auth and custom_domain is None and expires_in > MAX_EXPIRY:
+            raise ConfigurationError(f"expires_in={expires_in:g}: {_TOO_LONG}")
         self.bucket = bucket
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)
@@ -216,13 +231,14 @@ class S3Backend(Backend):
         self._connections: PerLoop[Connection] = PerLoop(self._connect)
         self._lent_to: weakref.ref[asyncio.AbstractEventLoop] | None = None  # the loop of a borrowed client
         self._uploads: dict[str, str] = {}  # unfinished ones of this process -> token
+        self._failed: deque[str] = deque(maxlen=_KEPT)  # tokens of writes of this process
         self._may_list_uploads = True
 
     @classmethod
     def from_url(cls, url: str) -> Self:
         """Make one of ``s3://bucket/prefix?endpoint_url=https://host:port&region=…``.
 
-        The parameters are arguments of the class; ``s3://KEY:SECRET@bucket`` gives credentials, those of the
+        The parameters are the simple arguments of the class; ``s3://KEY:SECRET@bucket`` gives credentials, those of the
         environment are better.
         """
         return cls(**from_url(url))
@@ -267,7 +283,8 @@ class S3Backend(Backend):
             parts=self._parts,
             multipart_bytes=self._multipart_bytes,
         )
-        size, etag = await upload.run()
+        with self._noting_failure(token):
+            size, etag = await upload.run()
         return ObjectInfo(
             key, size=size, etag=etag, content_type=params.get("ContentType"), metadata=dict(metadata), token=token
         )
@@ -308,7 +325,8 @@ class S3Backend(Backend):
         params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
         target = self._target(what, new_key, token, params)
         try:
-            answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
+            with self._noting_failure(token):
+                answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
         except AlreadyExists as error:
             # The same answer says that the original is not the one any more that we have looked at.
             if not await is_taken(target):
@@ -325,6 +343,14 @@ class S3Backend(Backend):
             )
             return answer.get("CopyObjectResult", answer)
         return await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
+
+    @contextlib.contextmanager
+    def _noting_failure(self, token: str) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._failed.append(token)
+            raise
 
     # -- reading
 
@@ -358,7 +384,7 @@ class S3Backend(Backend):
         except BaseException:
             download.close()
             raise
-        return _DownloadReader(info, download, chunk_bytes)
+        return DownloadReader(info, download, chunk_bytes)
 
     async def _stat(self, key: str) -> ObjectInfo:
         what = f"stat {key!r} in {self}"
@@ -413,14 +439,15 @@ class S3Backend(Backend):
         await remove(target, token)
 
     async def _abort_uploads(self, target: Target) -> None:
-        """End the unfinished uploads of the key; not those of another write of this process."""
+        """End the unfinished uploads of the key; not those of another write of this process, and after a failed write
+        of this process not those that another process may just be making."""
         if not self._may_list_uploads:
             return
         try:
             found = await unfinished_uploads(target.connection, target.what, self.bucket, target.key)
         except (AccessDenied, NotSupported) as error:
-            if code_of(error) in _EXPIRED:
-                raise  # with other credentials it can
+            if isinstance(error, AccessDenied) and code_of(error) not in _NEVER_LISTED:
+                raise
             self._may_list_uploads = False
             _log.warning(
                 "%s cannot find unfinished uploads of processes that died: give it s3:ListBucketMultipartUploads, or "
@@ -428,8 +455,12 @@ class S3Backend(Backend):
                 self, error,
             )  # fmt: skip
             return
-        for upload_id in found:
-            if self._uploads.get(upload_id, target.token) == target.token:
+        # Whose write an upload is, the service does not tell. All that this process has begun it knows, but for one
+        # whose answer was lost: that is aborted when the journal comes again, after `settle`.
+        ours = target.token in self._failed
+        for upload_id, age in found:
+            known = self._uploads.get(upload_id)
+            if known == target.token or (known is None and not (ours and age < _YOUNG)):
                 await abort(target, upload_id)
 
     async def delete_many(self, keys: Iterable[str]) -> dict[str, StorageError | None]:
@@ -495,6 +526,8 @@ class S3Backend(Backend):
             raise NotSupported("S3 changes headers of its answer for signed URLs only: querystring_auth=True")
         if content_type is not None and operation == "put_object":
             params["ContentType"] = content_type
+        if not public and seconds > MAX_EXPIRY:
+            raise NotSupported(f"a URL cannot be signed for {seconds:g} seconds: {_TOO_LONG}")
         signer = await self._connections.get().signer()
         url = await signer.generate_presigned_url(
             operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
@@ -504,6 +537,9 @@ class S3Backend(Backend):
     async def _upload_form(
         self, key: str, *, token: str, expires_in: float, max_bytes: int, content_type: str | None
     ) -> UploadForm:
+        if "${filename}" in self.prefix + key:
+            # The service puts in what the browser says, and the policy would allow every key that begins so.
+            raise InvalidPath(f"no form can be made for {key!r}: S3 has a meaning of its own for ${{filename}}")
         fields: dict[str, str] = {f"x-amz-meta-{TOKEN}": token}
         if content_type is not None:
             fields["Content-Type"] = content_type
@@ -534,23 +570,6 @@ class S3Backend(Backend):
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
         return map_error(error, what)
-
-
-class _DownloadReader(Reader):
-    def __init__(self, info: ObjectInfo, download: Download, chunk_bytes: int) -> None:
-        super().__init__(info)
-        self.data = None
-        self._download = download
-        self._chunk_bytes = chunk_bytes
-
-    async def __anext__(self) -> bytes:
-        chunk = await self._download.read(self._chunk_bytes)
-        if not chunk:
-            raise StopAsyncIteration
-        return chunk
-
-    async def aclose(self) -> None:
-        self._download.close()
 
 
 def _is_utf8(text: str) -> bool:

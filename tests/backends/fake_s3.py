@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,12 +32,16 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once."""
+    """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once; -2: end
+    it with a reset, as a balancer does whose server has died. `blanks`: so many are sent before the body, ten a second,
+    as S3 does while it works. `hold`: the second half of the body is sent when that is set."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     cut: int | None = None
+    blanks: int = 0
+    hold: asyncio.Event | None = None
 
 
 def error(status: int, code: str, **more: str) -> Answer:
@@ -50,6 +56,7 @@ class FakeS3:
 
     def __init__(self, answer: Callable[[Asked], Answer | Awaitable[Answer]]) -> None:
         self._answer = answer
+        self._serving: set[asyncio.Task[Any]] = set()  # connections
         self.asked: list[Asked] = []
         self.port = 0
 
@@ -67,10 +74,18 @@ class FakeS3:
             finally:
                 await backend.aclose()
                 server.close()
+                for task in self._serving:
+                    task.cancel()
+                if self._serving:
+                    await asyncio.wait(self._serving)
                 await server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._one(reader, writer):
                 pass
         writer.close()
@@ -89,12 +104,26 @@ class FakeS3:
         answer = self._answer(asked)
         if not isinstance(answer, Answer):
             answer = await answer
-        if answer.cut == -1:
+        if answer.cut == -2:
+            lingering = struct.pack("ii", 1, 0)  # for no time at all
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, lingering)
+            writer.transport.abort()
+        if answer.cut in (-1, -2):
             return False
-        lengths = {"Content-Length": str(len(answer.body))} | answer.headers
+        lengths = {"Content-Length": str(answer.blanks + len(answer.body))} | answer.headers
         writer.write(f"HTTP/1.1 {answer.status} X\r\n".encode())
         writer.write("".join(f"{name}: {value}\r\n" for name, value in lengths.items()).encode() + b"\r\n")
+        for _ in range(answer.blanks):
+            await asyncio.sleep(0.1)
+            writer.write(b" ")
+            await writer.drain()
         if method != "HEAD":
-            writer.write(answer.body if answer.cut is None else answer.body[: answer.cut])
+            body = answer.body if answer.cut is None else answer.body[: answer.cut]
+            if answer.hold is not None:
+                first, body = body[: len(body) // 2], body[len(body) // 2 :]
+                writer.write(first)
+                await writer.drain()
+                await answer.hold.wait()
+            writer.write(body)
         await writer.drain()
         return answer.cut is None

@@ -1,16 +1,23 @@
 """What S3 answers, and fails to answer, becomes the right error without a secret; what is safe is tried again."""
 
 import asyncio
+import base64
 import contextlib
+import errno
 import itertools
 import pickle
 import socket
+import zlib
 from collections.abc import Callable
 from typing import Any
 
+import aiohttp
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
+from aproxy_storage import Fallback, ProxyStorage
 from aproxy_storage.backends import _s3_client
+from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.s3 import S3Backend
 from aproxy_storage.errors import (
     AccessDenied,
@@ -19,11 +26,13 @@ from aproxy_storage.errors import (
     ConfigurationError,
     Conflict,
     DeadlineExceeded,
+    IntegrityError,
     NotFound,
     NotSupported,
     OutOfSpace,
     StorageError,
 )
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import ByteRange
 from aproxy_storage.timeouts import Timeouts
 from tests.backends.fake_s3 import Answer, Asked, FakeS3, error
@@ -203,7 +212,11 @@ async def test_taken_by_somebody_else_is_not(size: int) -> None:
     assert service.uploads == 0, "everything was sent for nothing"
 
 
-async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
+ENDED = pytest.mark.parametrize("cut", [pytest.param(-1, id="closed"), pytest.param(-2, id="reset")])
+
+
+@ENDED
+async def test_upload_whose_beginning_was_lost_is_not_begun_again(cut: int) -> None:
     """It would leave an upload that nobody knows of."""
     begun = 0
 
@@ -211,7 +224,7 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
         nonlocal begun
         if asked.method == "POST":
             begun += 1
-            return Answer(cut=-1)
+            return Answer(cut=cut)
         return Answer(404)
 
     async with FakeS3(answer).backend(multipart_bytes=1 << 16) as backend:
@@ -220,11 +233,61 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again() -> None:
     assert begun == 1
 
 
-async def test_lost_answers_leave_the_outcome_unknown() -> None:
-    async with FakeS3(lambda asked: Answer(cut=-1)).backend() as backend:
+@ENDED
+async def test_lost_answers_leave_the_outcome_unknown(cut: int) -> None:
+    async with FakeS3(lambda asked: Answer(cut=cut)).backend() as backend:
         with pytest.raises(BackendUnavailable) as caught:
             await backend.write("key", b"x")
         assert caught.value.outcome_unknown
+        assert caught.value.retryable
+
+
+async def test_what_was_lost_once_stays_unknown_when_the_server_is_gone() -> None:
+    """Whether the first try was carried out is not told by a second one that met nobody."""
+    reset = aiohttp.ClientOSError(errno.ECONNRESET, "reset by peer")
+    refused = aiohttp.ClientConnectorError(None, ConnectionRefusedError())  # type: ignore[arg-type]
+
+    class Client:
+        errors = (EndpointConnectionError(endpoint_url="", error=error) for error in (reset, *[refused] * 3))
+
+        async def put_object(self, **params: Any) -> None:
+            raise next(self.errors)
+
+    async with S3Backend("bucket", client=Client()) as backend:
+        with pytest.raises(BackendUnavailable, match="cannot be reached") as caught:
+            await backend.write("key", b"x")
+        assert caught.value.outcome_unknown
+
+
+@ENDED
+async def test_lost_answers_fall_back(cut: int) -> None:
+    async with FakeS3(lambda asked: Answer(cut=cut)).backend() as backend:
+        originals = {"s3": backend, "memory": MemoryBackend()}
+        async with ProxyStorage("m", originals=originals, meta=MemoryMetaBackend(), placement=Fallback()) as storage:
+            path = await storage.save("key", b"x")
+            assert await originals["memory"].stat(path)
+
+
+async def test_proxy_that_reaches_nobody_has_sent_nothing() -> None:
+    """Its answer to CONNECT comes before anything of the request has left."""
+    proxy = await asyncio.start_server(_bad_gateway, "127.0.0.1", 0)
+    async with proxy, S3Backend(
+        "bucket", endpoint_url="https://s3.example.org", access_key="a", secret_key="b", region="x", verify=False,
+        proxies={"https": f"http://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"},
+    ) as backend:  # fmt: skip
+        with pytest.raises(BackendUnavailable, match="cannot be reached") as caught:
+            await backend.write("key", b"x")
+        assert caught.value.retryable
+        assert not caught.value.outcome_unknown
+
+
+async def _bad_gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+    await writer.drain()
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
 
 
 async def test_no_server_leaves_it_known() -> None:
@@ -320,6 +383,38 @@ async def test_broken_connections_are_taken_up_again(parallel: int) -> None:
     assert all(asked.headers["if-match"] == '"1"' for asked in resumed)
 
 
+async def test_what_has_come_of_a_range_is_handed_on() -> None:
+    """Ranges that share a slow line take long to be whole, and the reader is given up when nothing comes."""
+    more = asyncio.Event()
+    fake = FakeS3(lambda asked: ranged(asked, hold=None if asked.headers["range"].startswith("bytes=0-") else more))
+    async with fake.backend(parallel_reads=3) as backend, asyncio.timeout(30):
+        backend._range_bytes = 400_000
+        got = b""
+        async with backend.read("key", chunk_bytes=1 << 16) as reader:
+            try:
+                while len(got) < 600_000:
+                    got += await anext(reader)
+            finally:
+                more.set()
+            async for chunk in reader:
+                got += chunk
+    assert got == CONTENT
+
+
+async def test_a_parallel_read_that_closing_cuts_short_is_not_cancelled() -> None:
+    more = asyncio.Event()
+    fake = FakeS3(lambda asked: ranged(asked, hold=None if asked.headers["range"].startswith("bytes=0-") else more))
+    async with fake.backend(parallel_reads=3, timeouts=Timeouts(cleanup=0.2)) as backend, asyncio.timeout(30):
+        backend._range_bytes = 400_000
+        async with backend.read("key", chunk_bytes=1 << 16) as reader:
+            await anext(reader)
+            await backend.aclose()
+            more.set()
+            with pytest.raises(BackendUnavailable, match="closed"):
+                async for _ in reader:
+                    pass
+
+
 @pytest.mark.parametrize("parallel", [1, 3])
 async def test_two_versions_are_never_spliced(parallel: int) -> None:
     versions = itertools.count()
@@ -369,6 +464,40 @@ async def test_service_that_ignores_ranges_is_found_out() -> None:
     async with FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}, CONTENT)).backend() as backend:
         with pytest.raises(BackendUnavailable, match="ignored the range"):
             await read(backend, "key", byte_range=ByteRange(10, 20))
+
+
+def sum_of(content: bytes) -> dict[str, str]:
+    """Return the header that tells the checksum of an object, whatever part of it is answered."""
+    return {"x-amz-checksum-crc32": base64.b64encode(zlib.crc32(content).to_bytes(4, "big")).decode()}
+
+
+def summed(asked: Asked, checked: bytes = CONTENT, **how: Any) -> Answer:
+    answer = ranged(asked, **how)
+    answer.headers |= sum_of(checked)
+    return answer
+
+
+@pytest.mark.parametrize("chunk_bytes", [1 << 16, 1 << 20, 1 << 21])
+async def test_damaged_bytes_are_found_out(chunk_bytes: int) -> None:
+    got = b""
+    async with FakeS3(lambda asked: summed(asked, b"other")).backend(checksums="when_supported") as backend:
+        with pytest.raises(IntegrityError, match="checksum"):
+            async with backend.read("key", chunk_bytes=chunk_bytes) as reader:
+                async for chunk in reader:
+                    got += chunk
+        assert len(got) < len(CONTENT), "all of it was handed out before it was checked"
+        assert backend._connections.get()._slots._value == 64
+
+
+async def test_sound_bytes_are_not_found_fault_with() -> None:
+    """What is answered with the checksum of the whole need not be the whole."""
+    broken = itertools.count()
+    fake = FakeS3(lambda asked: summed(asked, cut=150_000 if next(broken) == 1 else None))
+    async with fake.backend(checksums="when_supported") as backend:
+        assert await read(backend, "key", chunk_bytes=1 << 16) == CONTENT
+        assert await read(backend, "key", chunk_bytes=1 << 16) == CONTENT, "it was taken up again"
+        assert await read(backend, "key", byte_range=ByteRange(10, 20)) == CONTENT[10:20]
+    assert next(broken) == 4
 
 
 # -- a real service

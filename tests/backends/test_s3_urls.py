@@ -17,9 +17,10 @@ import aiohttp
 import pytest
 from aiobotocore.session import get_session
 
+from aproxy_storage.backends._s3_settings import from_django_storages
 from aproxy_storage.backends.s3 import CloudFrontKey, S3Backend
 from aproxy_storage.config import original_from_url
-from aproxy_storage.errors import AccessDenied, ConfigurationError, NotSupported
+from aproxy_storage.errors import AccessDenied, ConfigurationError, InvalidPath, NotSupported
 from tests.backends.test_s3 import backend_of
 from tests.services.s3 import S3Server, S3Service
 
@@ -118,6 +119,52 @@ async def test_urls_are_signed_for_the_name_that_browsers_know() -> None:
     async with S3Backend("bucket", **options) as backend:
         assert (await backend.url("k")).startswith("https://bucket.s3.eu-central-1.amazonaws.com/k?")
         assert "AWSAccessKeyId" not in await backend.url("k"), "the old signature"
+
+
+WEEK = 7 * 86_400
+
+
+async def test_urls_signed_for_longer_than_a_week_are_refused() -> None:
+    """S3 would refuse whoever has one: those who come from the old signature have expiries of a year."""
+    options: dict[str, Any] = {"access_key": "a", "secret_key": "b", "region": "eu-central-1"}
+    with pytest.raises(ConfigurationError, match="7 days"):
+        S3Backend("bucket", expires_in=WEEK + 1, **options)
+    with pytest.raises(ConfigurationError, match="7 days"):
+        S3Backend.from_settings({"AWS_STORAGE_BUCKET_NAME": "b", "AWS_QUERYSTRING_EXPIRE": 365 * 86_400})
+    async with S3Backend("bucket", expires_in=WEEK, **options) as backend:
+        assert "X-Amz-Expires=604800" in await backend.url("key")
+        with pytest.raises(NotSupported, match="7 days"):
+            await backend.url("key", expires_in=WEEK + 1)
+    async with S3Backend("bucket", querystring_auth=False, expires_in=WEEK + 1, **options) as backend:
+        assert "?" not in await backend.url("key"), "nothing is signed"
+        with pytest.raises(NotSupported, match="7 days"):
+            await backend.url("key", method="PUT")
+
+
+class Signer(CloudFrontKey):
+    async def sign(self, url: str, expires_in: float) -> str:
+        return f"{url}?{expires_in:g}"
+
+
+async def test_cloudfront_signs_for_longer_than_a_week() -> None:
+    backend = S3Backend("bucket", custom_domain="cdn.example.org", cloudfront=Signer("KEYID", ""), expires_in=WEEK + 1)
+    assert await backend.url("key") == f"https://cdn.example.org/key?{WEEK + 1}"
+    with pytest.raises(NotSupported, match="7 days"):
+        await backend.url("key", method="PUT")
+
+
+async def test_form_for_a_name_that_the_service_would_fill_in_is_refused() -> None:
+    """What is uploaded with ${filename} in its key may have any name that begins like it."""
+    options: dict[str, Any] = {"access_key": "a", "secret_key": "b", "region": "eu-central-1"}
+    async with S3Backend("bucket", **options) as backend:
+        with pytest.raises(InvalidPath, match="filename"):
+            await backend.upload_form("photos/${filename}", token="t", expires_in=60, max_bytes=10)
+        form = await backend.upload_form("photos/$filename", token="t", expires_in=60, max_bytes=10)
+        policy = json.loads(base64.b64decode(form.fields["policy"]))
+        assert {"key": "photos/$filename"} in policy["conditions"]
+    async with S3Backend("bucket", prefix="a${filename}", **options) as backend:
+        with pytest.raises(InvalidPath, match="filename"):
+            await backend.upload_form("key", token="t", expires_in=60, max_bytes=10)
 
 
 async def test_custom_domain() -> None:
@@ -291,15 +338,33 @@ async def test_settings_of_django_storages() -> None:
             S3Backend.from_settings({"AWS_STORAGE_BUCKET_NAME": "b", name: value})
 
 
+async def test_empty_settings_are_unset() -> None:
+    """As django-storages has it: os.environ.get(name, "") is a common way to give them."""
+    names = (
+        "LOCATION", "S3_ACCESS_KEY_ID", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN", "S3_SESSION_PROFILE",
+        "S3_ENDPOINT_URL", "S3_REGION_NAME", "S3_ADDRESSING_STYLE", "S3_VERIFY", "S3_CUSTOM_DOMAIN", "S3_URL_PROTOCOL",
+        "DEFAULT_ACL", "CLOUDFRONT_KEY_ID", "CLOUDFRONT_KEY",
+    )  # fmt: skip
+    empty = {f"AWS_{name}": "" for name in names}
+    assert from_django_storages({"AWS_STORAGE_BUCKET_NAME": "b", **empty}, "AWS_") == {"bucket": "b"}
+    shared = {"AWS_ACCESS_KEY_ID": "AK", "AWS_SECRET_ACCESS_KEY": "SK", "AWS_PRIVATE_ACCESS_KEY_ID": ""}
+    found = from_django_storages({"AWS_PRIVATE_STORAGE_BUCKET_NAME": "p", **shared}, "AWS_PRIVATE_")
+    assert found == {"bucket": "p", "access_key": "AK", "secret_key": "SK"}
+
+
 async def test_url_of_a_backend(s3_service: S3Service) -> None:
     backend = original_from_url(
         "s3://AK:s%2FK@bucket/some/prefix?endpoint_url=http://127.0.0.1:9000&region=eu-west-1&addressing_style=path"
-        "&pool_size=8&querystring_auth=no&timeouts.idle=5"
+        "&pool_size=8&querystring_auth=no&timeouts.idle=5&multipart_bytes=70000&session_token=t%2Bk&url_protocol=http:"
+        "&custom_domain=cdn.example.org"
     )
     assert isinstance(backend, S3Backend)
     assert backend.full_path("x") == "s3://bucket/some/prefix/x"
     assert (backend._options.access_key, backend._options.secret_key) == ("AK", "s/K")
     assert backend.timeouts.idle == 5
+    assert backend._options.session_token == "t+k"
+    assert backend._multipart_bytes == 70_000
+    assert await backend.url("x") == "http://cdn.example.org/some/prefix/x"
     assert "s/K" not in repr(backend._options)
     for wrong in ("s3:///x", "s3://bucket?colour=blue", "s3://AK@bucket"):
         with pytest.raises(ConfigurationError):
