@@ -9,7 +9,7 @@ from typing import Any
 
 from ..cleanup import Cleanup
 from ..errors import BackendUnavailable, Conflict, NotFound, StorageError
-from ..futures import seen
+from ..futures import outcome_of, seen
 from ..records import ByteRange, ObjectInfo
 from ._s3_client import Connection, Slot, pause
 from ._s3_errors import BROKEN, code_of
@@ -204,8 +204,7 @@ def _give_back(body: Any, slot: Slot | None) -> None:
 class _Range:
     """What has come of one range and is not handed on yet, and the task that fetches it."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self) -> None:
         self._pieces: deque[bytes] = deque()
         self._news = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
@@ -223,10 +222,8 @@ class _Range:
         """Return the next piece as soon as it is there; empty at the end."""
         assert self.task is not None
         while not self._pieces:
-            if self.task.cancelled():  # not by us: to pass that on would end a caller whom nobody has cancelled
-                raise BackendUnavailable(f"could not {self._what}: the backend was closed meanwhile")
             if self.task.done():
-                self.task.result()
+                outcome_of(self.task)
                 return b""
             self._news.clear()
             await self._news.wait()
@@ -269,7 +266,7 @@ class ParallelDownload:
         # One range less than `parts`, because that one is with the consumer.
         while self._next < self._stop and len(self._ranges) < self._parts - 1:
             end = min(self._next + self._part_bytes, self._stop)
-            new = _Range(self._first._what)
+            new = _Range()
             work = self._fetch(ByteRange(self._next, end), chunk_bytes, new)
             new.run(self._cleanup.start(work, name="read of a range", log=False))
             self._ranges.append(new)

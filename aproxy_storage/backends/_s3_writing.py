@@ -31,7 +31,6 @@ from ..content import Source
 from ..errors import (
     AccessDenied,
     AlreadyExists,
-    BackendUnavailable,
     Conflict,
     ContentError,
     NotFound,
@@ -39,7 +38,7 @@ from ..errors import (
     StorageError,
     outcome_unknown,
 )
-from ..futures import over, seen
+from ..futures import outcome_of, over, seen
 from ..timeouts import IdleWatch, unhurried
 from ._s3_client import Body, Connection
 from ._s3_errors import code_of
@@ -445,9 +444,7 @@ async def _owned(
             await target.cleanup.finish(undoing(), within=target.undo_within, name=f"undo of a {name}")
         error.outcome_unknown = not certain  # type: ignore[attr-defined]
         raise
-    if task.cancelled():  # and we were not: to raise its CancelledError would end a caller whom nobody has cancelled
-        raise BackendUnavailable(f"could not {target.what}: the backend was closed meanwhile", outcome_unknown=True)
-    return task.result()
+    return outcome_of(task)
 
 
 def _nothing_was_decided(error: BaseException) -> None:
