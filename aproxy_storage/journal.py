@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 from .backends.base import Backend
 from .cleanup import Cleanup
-from .errors import Conflict, NotFound, StorageError
+from .errors import Conflict, InvalidPath, NotFound, StorageError
 from .leases import Leases
 from .meta_backends.base import UNCHANGED, MetaBackend, Unchanged
-from .paths import MAX_PATH_BYTES, alternative
+from .paths import MAX_PATH_BYTES, alternative, new_token
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
 
 __all__ = ["Journal", "Marked"]
@@ -36,6 +36,7 @@ __all__ = ["Journal", "Marked"]
 _log = logging.getLogger(__name__)
 
 _CERTAIN = frozenset({"good", "surplus"})  # the bytes at such a place are this file's
+_SHORT = 60  # characters that every column for paths has room for
 _ROUNDING = 0.01  # seconds by which a lease ends after what it is for is due: databases round to milliseconds
 
 
@@ -206,7 +207,11 @@ class Journal:
         return True
 
     def _other_path(self, path: str) -> str:
-        return alternative(path, max_bytes=self._max_path_bytes)
+        """Return a free path that is no longer than `path`, which has fitted into its column; or else a short one."""
+        try:
+            return alternative(path, max_length=max(len(path), _SHORT), max_bytes=self._max_path_bytes)
+        except InvalidPath:  # all of it is directories
+            return new_token()
 
     async def discard(self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None) -> bool:
         """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.

@@ -1,8 +1,11 @@
 """An exact write to a name whose file is being deleted: the old record steps aside, and is finished all the same."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
-from aproxy_storage import AlreadyExists, BackendUnavailable, ProxyStorage
+from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotSupported, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing.faults import Fail, FaultyBackend, Plan, at
@@ -62,6 +65,25 @@ async def test_a_save_finds_its_name_free_too(make: Make) -> None:
     await storage.delete("a.txt")
     assert await storage.save("a.txt", b"3") == "a.txt"
     assert (await storage.get("a.txt")).original_storage_path != "a.txt"  # a removal may be under way there
+
+
+class NarrowMeta(MemoryMetaBackend):
+    """As a table whose column for paths has 80 characters."""
+
+    async def _update(self, path: str, changes: Mapping[str, Any], *rest: Any) -> MetaRecord:
+        if len(changes.get("path", "")) > 80:
+            raise NotSupported("value too long for type character varying(80)")
+        return await super()._update(path, changes, *rest)
+
+
+@pytest.mark.parametrize("path", ["a", "a" * 76 + ".txt", "日本" * 40, "d" * 78 + "/a"])
+async def test_the_other_path_fits_where_the_path_has_fitted(path: str) -> None:
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=NarrowMeta())
+    for content in (b"1", b"2"):
+        await storage.write_to(path, content, exclusive=False)
+    await storage.delete(path)
+    assert await storage.save(path, b"3") == path
+    await storage.aclose()
 
 
 async def test_where_bytes_carry_no_token() -> None:
