@@ -7,6 +7,7 @@ or all of it. In the end every record is a plain stored one, and every key with 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -31,6 +33,7 @@ from aproxy_storage import (
     NotFound,
     ProxyStorage,
     StorageError,
+    paths,
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
@@ -174,6 +177,10 @@ class StorageMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        # Names are drawn in turn: what is listed in another order the next time cannot be played again.
+        turn = itertools.count()
+        self.drawn = mock.patch.object(paths, "_random", lambda length: f"{next(turn):0{length}}")
+        self.drawn.start()
         self.runner = asyncio.Runner()
         self.directory = Path(tempfile.mkdtemp(prefix="aproxy-machine-"))
         self.files: dict[str, File] = {}
@@ -607,6 +614,7 @@ class StorageMachine(RuleBasedStateMachine):
                 self.reconcile_alone()
                 self.run(self.storage.aclose())
         finally:
+            self.drawn.stop()
             self.runner.close()
             shutil.rmtree(self.directory, ignore_errors=True)
 
