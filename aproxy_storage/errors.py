@@ -23,6 +23,7 @@ The native error stays as ``__cause__``. No message holds a credential or a sign
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 __all__ = [
@@ -172,6 +173,20 @@ def outcome_unknown(error: BaseException) -> bool:
     after a cancellation sets ``outcome_unknown = False`` on the ``CancelledError``.
     """
     return bool(getattr(error, "outcome_unknown", True))
+
+
+def copy_of(error: StorageError) -> StorageError:
+    """Return a copy: an exception that several tasks raise would collect the tracebacks of all of them."""
+    copy = type(error)(
+        str(error.args[0]) if error.args else "", retryable=error.retryable, outcome_unknown=error.outcome_unknown
+    )
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+def copies_of(error: StorageError, operation: str, paths: Iterable[str], backend: str) -> list[StorageError]:
+    """Return the error of one statement for many as the error of each of them."""
+    return [copy_of(error).located(operation=operation, path=path, backend=backend) for path in paths]
 
 
 _ERRNO_CLASSES: dict[int, type[StorageError]] = {

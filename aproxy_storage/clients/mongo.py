@@ -209,14 +209,15 @@ async def ensure_indexes(collection: Any, indexes: Sequence[IndexModel], what: s
             says of which collection.
     """
     there = await collection.index_information()
-    by_key = {tuple(tuple(field) for field in index["key"]): index for index in there.values()}
     missing = []
     for index in indexes:
         wanted = index.document
-        found = by_key.get(tuple(wanted["key"].items()))
-        if found is None:
+        fields = list(wanted["key"].items())
+        # One may be beside ours that has the same fields, and is not unique, or not for the same documents.
+        found = [one for one in there.values() if [tuple(field) for field in one["key"]] == fields]
+        if not found:
             missing.append(index)
-        elif wanted.get("unique") and not found.get("unique"):
+        elif wanted.get("unique") and not any(one.get("unique") for one in found):
             names = ", ".join(wanted["key"])
             raise ConfigurationError(f"{what} has an index on {names} that is not unique; drop it, and it is made anew")
     if not missing:

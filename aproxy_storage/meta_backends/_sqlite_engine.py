@@ -1,6 +1,6 @@
 """The machinery under `SQLiteMetaBackend`: connections, the writer thread with group commit, the reader threads.
 
-Three rules keep it safe:
+Four rules keep it safe:
 
 * A connection is touched only with the lock of its `Held` taken. It belongs to one worker thread, which opens it;
   `Engine.close` and a fork close it from outside.
@@ -10,6 +10,7 @@ Three rules keep it safe:
   help: the counts are kept per file.) So every connection is closed before a fork, in the parent, and both sides
   open theirs again when they need one.
 * A write is answered after its COMMIT.
+* A connection whose file is not at its path any more is left. Until then writes would be acknowledged, and gone.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..blocking import blocking_loop
-from ..errors import ConfigurationError
+from ..errors import BackendUnavailable, ConfigurationError, from_os_error
 from ._sqlite_errors import code_of
 from ._sqlite_threads import Readers, Writer
 
@@ -39,14 +40,18 @@ T = TypeVar("T")
 _FORK_WAIT = 5.0  # seconds that a fork waits for a statement under way
 
 
+_File = tuple[int, int] | None  # device and inode; None: there is none
+
+
 class Held:
     """One connection, or the place for one."""
 
-    __slots__ = ("broken", "cursor", "lock")
+    __slots__ = ("broken", "cursor", "file", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cursor: sqlite3.Cursor | None = None
+        self.file: _File = None  # which one was opened
         self.broken = False
 
     def close(self) -> None:
@@ -95,6 +100,7 @@ class Engine:
         self.scans = Readers(self, f"{self.name}-scan", readers - 1) if readers > 1 else self.lookups
         self._hooked = False
         self._of_parents: list[object] = []
+        self._used = False  # since the start or the last `close`, by this process or one that it was forked from
         self._fresh()
 
     def _fresh(self) -> None:
@@ -137,6 +143,7 @@ class Engine:
 
     def open_writing(self, held: Held) -> sqlite3.Cursor:
         """Return the cursor of the writer's connection, opened now if need be, with the schema in place."""
+        self._leave_moved(held)
         if held.cursor is None:
             held.cursor = cursor = self._connect("rwc")
             try:
@@ -146,12 +153,15 @@ class Engine:
             except BaseException:
                 held.close()
                 raise
-            self.ready = True
+            held.file = self._file()
+            self._used = self.ready = True
         return held.cursor
 
     def open_reading(self, held: Held) -> sqlite3.Cursor:
         """Return the cursor of a reading connection, opened now if need be."""
+        self._leave_moved(held)
         if held.cursor is None:
+            held.file = self._file()
             # Not mode=ro: whoever comes first after a crash recovers the log, and that is a write.
             held.cursor = cursor = self._connect("rw")
             try:
@@ -160,6 +170,34 @@ class Engine:
                 held.close()
                 raise
         return held.cursor
+
+    def _leave_moved(self, held: Held) -> None:
+        """Close the connection to a file that was moved away or deleted: what is written there is lost.
+
+        Raises:
+            BackendUnavailable: there is no file any more. It is not made anew: with none of its records, files would be
+                taken for absent.
+        """
+        if not self._used:
+            return
+        file = self._file()
+        if held.cursor is not None and held.file != file:
+            held.close()
+            self.ready = False
+        if file is None:
+            raise BackendUnavailable(
+                f"{self.path}: the file was moved or deleted while it was in use; put it back, or close the storage "
+                "and open it again to begin with an empty one"
+            )
+
+    def _file(self) -> _File:
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise from_os_error(error, f"find {self.path}") from error
+        return found.st_dev, found.st_ino
 
     def _connect(self, mode: str) -> sqlite3.Cursor:
         # check_same_thread: `close` and a fork close from another thread, with the lock held.
@@ -240,7 +278,7 @@ class Engine:
         self._check_process()
         with self._lock:
             every = list(self._held)
-            self.ready = False
+            self.ready = self._used = False
         # The writer's last: the last one to close moves the log into the database and deletes it.
         for one in reversed(every):
             if not one.lock.acquire(timeout=max(0.0, until - time.monotonic())):

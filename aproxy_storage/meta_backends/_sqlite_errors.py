@@ -15,16 +15,7 @@ from ..errors import (
     StorageError,
 )
 
-__all__ = ["code_of", "copy_of", "sqlite_error"]
-
-
-def copy_of(error: StorageError) -> StorageError:
-    """Return a copy: an exception that several tasks raise would collect the tracebacks of all of them."""
-    copy = type(error)(
-        str(error.args[0]) if error.args else "", retryable=error.retryable, outcome_unknown=error.outcome_unknown
-    )
-    copy.__cause__ = error.__cause__
-    return copy
+__all__ = ["code_of", "sqlite_error"]
 
 
 _BY_CODE: dict[int, tuple[type[StorageError], str]] = {

@@ -13,9 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..blocking import BlockingLoop, came_from_outside
-from ..errors import BackendUnavailable, StorageError
+from ..errors import BackendUnavailable, StorageError, copy_of
 from ..threads import Job, Workers
-from ._sqlite_errors import code_of, copy_of, sqlite_error
+from ._sqlite_errors import code_of, sqlite_error
 
 if TYPE_CHECKING:
     from ._sqlite_engine import Engine, Held

@@ -22,6 +22,7 @@ from ..errors import (
     MissingDependency,
     NotFound,
     StorageError,
+    copies_of,
 )
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
@@ -246,7 +247,8 @@ class MongoMetaBackend(MetaBackend):
     ) -> list[MetaRecord | StorageError]:
         answers: list[MetaRecord | StorageError] = []
         for chunk in _chunks(records):
-            answers += await self._chunk("create", chunk, self._on(self._insert_each, chunk, lease))
+            paths = [record.path for record in chunk]
+            answers += await self._chunk("create", paths, self._on(self._insert_each, chunk, lease))
         return [
             answer if isinstance(answer, MetaRecord) else self._located("create", record.path, answer)
             for record, answer in zip(records, answers, strict=True)
@@ -290,7 +292,7 @@ class MongoMetaBackend(MetaBackend):
             elif record.path in taken and _is_own(taken[record.path], record):
                 answers[number] = to_record(taken[record.path])
             else:
-                answers[number] = self._taken(record.path)
+                answers[number] = _refused_by(told) or self._taken(record.path)
         return [answer for answer in answers if answer is not None]
 
     async def get_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:
@@ -333,7 +335,8 @@ class MongoMetaBackend(MetaBackend):
         """
         answers: list[StorageError | None] = []
         for chunk in _chunks(items):
-            answers += await self._chunk("delete", chunk, self._on(self._delete_each, chunk))
+            paths = [path for path, _ in chunk]
+            answers += await self._chunk("delete", paths, self._on(self._delete_each, chunk))
         return [
             None if answer is None else self._located("delete", path, answer)
             for (path, _), answer in zip(items, answers, strict=True)
@@ -366,14 +369,14 @@ class MongoMetaBackend(MetaBackend):
                 answers[number] = self._absent(*items[number])
         return answers
 
-    async def _chunk(self, operation: str, items: Sequence[Any], work: Awaitable[list[Any]]) -> list[Any]:
+    async def _chunk(self, operation: str, paths: Sequence[str], work: Awaitable[list[Any]]) -> list[Any]:
         """Return the answers of one statement for many, or its error for each."""
         try:
             return await self._call(f"{operation}_many", None, work)
         except StorageError as error:
             # Of several statements the last may be the one that failed.
             error.outcome_unknown = error.outcome_unknown or isinstance(error, BackendUnavailable)
-            return [error.with_traceback(None)] * len(items)
+            return copies_of(error, operation, paths, str(self))
 
     def _mapped(self, error: Exception, operation: str, path: str) -> StorageError:
         mapped = error if isinstance(error, StorageError) else self._map_error(error, f"{operation} {path!r}")
@@ -448,11 +451,18 @@ def _is_own(document: Document, record: MetaRecord) -> bool:
 
 def _check_index(details: Mapping[str, Any] | None, error: DuplicateKeyError) -> None:
     """Tell a taken path from what an index that somebody has added refuses: another name would not help there."""
-    pattern = (details or {}).get("keyPattern", {"path": 1})
-    if "path" not in pattern:
-        raise ConfigurationError(
-            f"a unique index that is not ours refuses the record: {dict(pattern)}; drop it, or make it not unique"
-        ) from error
+    refused = _refused_by(details or {})
+    if refused is not None:
+        raise refused from error
+
+
+def _refused_by(details: Mapping[str, Any]) -> ConfigurationError | None:
+    pattern = details.get("keyPattern", {"path": 1})
+    if "path" in pattern:
+        return None
+    return ConfigurationError(
+        f"a unique index that is not ours refuses the record: {dict(pattern)}; drop it, or make it not unique"
+    )
 
 
 def _chunks(items: Sequence[A]) -> list[Sequence[A]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import urlsplit
 
 from ..blocking import blocking_loop, run_blocking
-from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError
+from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, StorageError, copies_of
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL, boolean
@@ -221,7 +221,7 @@ class ORMMetaBackend(MetaBackend):
                 work = self._run(self._rows.each, function, chunk, refused, batch)
                 answers += await self._call(f"{operation}_many", None, work)
             except StorageError as error:
-                answers += [error] * len(chunk)
+                answers += copies_of(error, operation, (item[0] for item in chunk), str(self))
         return answers
 
     async def get_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:

@@ -7,7 +7,16 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from ..errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, NotSupported, StorageError
+from ..errors import (
+    AlreadyExists,
+    ConfigurationError,
+    Conflict,
+    InvalidPath,
+    NotFound,
+    NotSupported,
+    StorageError,
+    copies_of,
+)
 from ..paths import successor
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
@@ -315,7 +324,7 @@ class SQLiteMetaBackend(MetaBackend):
                     f"{operation}_many", None, self._write(self._each, operation, function, chunk)
                 )
             except StorageError as error:
-                answers += [error] * len(chunk)
+                answers += copies_of(error, operation, (path for path, *_ in chunk), str(self))
         return answers
 
     def _each(

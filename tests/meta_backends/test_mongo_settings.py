@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import traceback
@@ -16,7 +17,7 @@ import pytest
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, WriteConcern
 
-from aproxy_storage import AccessDenied, Conflict, ProxyStorage, StorageError, Timeouts
+from aproxy_storage import AccessDenied, BackendUnavailable, Conflict, ProxyStorage, StorageError, Timeouts
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.gridfs import GridFSBackend
 from aproxy_storage.config import meta_backend_from_url, original_from_url
@@ -305,6 +306,32 @@ async def test_collections_that_cannot_be_used(mongo_url: str, mongo_database: A
         await meta.create(make_record("a", name="same"))
         with pytest.raises(ConfigurationError, match="unique index that is not ours"):
             await meta.create(make_record("b", name="same"))
+        (told,) = await meta.create_many([make_record("b", name="same")])
+        assert isinstance(told, ConfigurationError)
+        assert "unique index that is not ours" in str(told)
+
+
+@pytest.mark.asyncio
+async def test_an_index_beside_ours(mongo_url: str, mongo_database: Any) -> None:
+    url = in_database(mongo_url, mongo_database.name)
+    async with GridFSBackend(url) as files:
+        await files.write("a", b"1")
+    await mongo_database["fs.files"].create_index([("filename", 1)])
+    async with GridFSBackend(url) as files:
+        assert (await files.stat("a")).size == 1
+
+
+@pytest.mark.asyncio
+async def test_what_fails_for_many_is_the_error_of_each() -> None:
+    nobody = "mongodb://127.0.0.1:9/nowhere?serverSelectionTimeoutMS=1"
+    async with contextlib.aclosing(MongoMetaBackend(nobody)) as meta:
+        for operation, answers in (
+            ("create", await meta.create_many([make_record("a"), make_record("b")])),
+            ("delete", await meta.delete_many([("a", None), ("b", None)])),
+        ):
+            errors = [answer for answer in answers if isinstance(answer, BackendUnavailable)]
+            assert [(error.path, error.operation) for error in errors] == [("a", operation), ("b", operation)]
+            assert errors[0] is not errors[1]
 
 
 # -- documents of django-proxy-storage

@@ -399,6 +399,72 @@ async def test_the_table_is_dropped(tmp_path: Path) -> None:
         await refused(meta, ConfigurationError, reads=False)
 
 
+async def calls_of(meta: SQLiteMetaBackend, name: str) -> list[type[BaseException] | None]:
+    """Return how a write, a look-up and a listing end."""
+    ended: list[type[BaseException] | None] = []
+    for call in (meta.create(make_record(name)), meta.exists("a"), meta.get_many(["a"])):
+        try:
+            await call
+        except StorageError as error:
+            ended.append(type(error))
+        else:
+            ended.append(None)
+    return ended
+
+
+def move(path: Path, to: str) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).rename(path.with_name(to + suffix))
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_acknowledged_into_a_file_that_was_moved(tmp_path: Path) -> None:
+    path = tmp_path / "meta.db"
+    async with SQLiteMetaBackend(path) as meta, SQLiteMetaBackend(path) as other:
+        for each in (meta, other):
+            assert await calls_of(each, f"a{each is other}") == [None, None, None]
+        move(path, "away.db")
+        assert await calls_of(meta, "b") == [BackendUnavailable] * 3
+        assert meta.looks_here is False
+        assert not path.exists()  # an empty one would make every file absent
+        with pytest.raises(BackendUnavailable, match="put it back"):
+            other.look_here("aFalse")
+        move(path.with_name("away.db"), "meta.db")
+        assert await calls_of(meta, "c") == [None, None, None]
+        async with SQLiteMetaBackend(tmp_path / "restored.db") as restored:
+            await restored.create(make_record("old"))
+        move(path, "former.db")
+        (tmp_path / "restored.db").rename(path)
+        assert [await meta.exists(name) for name in ("c", "old")] == [False, True]
+        assert await meta.create(make_record("d"))
+        assert await other.exists("d")
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_was_deleted_is_made_anew_after_aclose(tmp_path: Path) -> None:
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    await meta.create(make_record("a"))
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert await calls_of(meta, "b") == [BackendUnavailable] * 3
+    await meta.aclose()
+    assert await calls_of(meta, "b") == [None, None, None]
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_what_fails_for_many_is_the_error_of_each(tmp_path: Path) -> None:
+    meta = SQLiteMetaBackend(tmp_path)  # a directory
+    for operation, answers in (
+        ("create", await meta.create_many([make_record("a"), make_record("b")])),
+        ("delete", await meta.delete_many([("a", None), ("b", None)])),
+    ):
+        errors = [answer for answer in answers if isinstance(answer, BackendUnavailable)]
+        assert [(error.path, error.operation) for error in errors] == [("a", operation), ("b", operation)]
+        assert errors[0] is not errors[1]
+    await meta.aclose()
+
+
 READ_ONLY = """
 import asyncio, os, sys
 from aproxy_storage.errors import AccessDenied, StorageError
