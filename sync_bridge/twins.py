@@ -16,7 +16,7 @@ from django.core.files.utils import validate_file_name
 from aproxy_storage import AlreadyExists, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
 from aproxy_storage.files import Opening
 
-from .base import ConfiguredStorage, Saving, asked, suspicious, url_below
+from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
 
 __all__ = ["AsyncTwins", "as_set", "awaited"]
 
@@ -48,12 +48,11 @@ class AsyncTwins(ConfiguredStorage):
             ContentError: the content failed; its error is the cause. Otherwise as `save`.
         """
         if original_storage_path:
-            given = os.fspath(name) if name is not None else None
+            given = wished(name) if name is not None else None
             return await self.proxy.adopt(
                 original_storage_path, name=given, using=using, content_type=content_type, extra=extra
             )
-        target = os.fspath(content.name if name is None else name).replace("\\", "/")
-        validate_file_name(target, allow_relative_path=True)
+        target = wished(content.name if name is None else name)
         if self._has_to_choose(target, max_length) or (
             not self.allow_overwrite and await self._ais_on_disk(self.proxy.prefix + target)
         ):

@@ -1,9 +1,11 @@
 """BridgeStorage held to Django's contract, over a directory and records of every kind."""
 
 import asyncio
+import copy
 import gc
 import io
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -110,6 +112,39 @@ def test_a_name_that_cannot_be_stored_is_suspicious_and_no_file(storage: BridgeS
     with pytest.raises(SuspiciousFileOperation, match="control"):
         storage.save("line\nbreak.txt", ContentFile(b"x"))
     assert storage.listdir("") == ([], [])
+
+
+@pytest.mark.parametrize("name", ["x//y.txt", "./x/y.txt", "x/./y.txt", "x\\y.txt"])
+def test_what_means_nothing_in_a_name_is_left_out(storage: BridgeStorage, name: str) -> None:
+    assert asyncio.run(storage.asave(name, b"1")) == "x/y.txt"
+    storage.delete("x/y.txt")
+    assert storage.save(name, ContentFile(b"1")) == "x/y.txt"
+    assert storage.rename("x\\y.txt", name.replace("y", "z")).path == "x/z.txt"
+    assert storage.copy("x/z.txt", name) == "x/y.txt"
+    assert storage.replace("x\\y.txt", b"22").size == 2
+    assert [record and record.path for record in storage.get_many(["x\\y.txt"])] == ["x/y.txt"]
+
+
+def test_a_name_that_cannot_be_stored_is_suspicious_for_every_verb(storage: BridgeStorage) -> None:
+    storage.save("a.txt", ContentFile(b"1"))
+    for change in (storage.rename, storage.copy):
+        for name in ("../a", "a\x00b"):
+            with pytest.raises(SuspiciousFileOperation):
+                change("a.txt", name)
+
+
+def test_a_storage_is_copied_and_pickled_before_and_after_use(default: object, tmp_path: Path) -> None:
+    storage = BridgeStorage(location=tmp_path / "o", name="o")
+    for _ in range(2):
+        for again in (pickle.loads(pickle.dumps(storage)), copy.deepcopy(storage), copy.copy(storage)):
+            assert again is not storage
+            assert again.deconstruct() == storage.deconstruct()
+            assert again.proxy is storage.proxy  # in one process
+        storage.save("a.txt", ContentFile(b"1"))
+    with override_settings(MEDIA_URL="/elsewhere/"):
+        assert again.url("a.txt") == "/elsewhere/a.txt"
+    live = BridgeStorage(storage=storage.proxy)
+    assert copy.deepcopy(live).proxy is storage.proxy
 
 
 def test_paths_are_taken_and_text_is_given_back(storage: BridgeStorage) -> None:
