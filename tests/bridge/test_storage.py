@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import dataclasses
 import gc
 import io
 import os
@@ -21,14 +22,15 @@ from django.core.files.uploadedfile import (
     SimpleUploadedFile,
     TemporaryUploadedFile,
 )
+from django.core.management import call_command
 from django.test import override_settings
 
-from aproxy_storage import ProxyStorage
+from aproxy_storage import Conflict, MetaRecord, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from sync_bridge import BridgeStorage, SyncCallOnEventLoop
+from sync_bridge import BridgeStorage, SyncCallOnEventLoop, twins
 from sync_bridge.bridge import bridge
 
 
@@ -601,6 +603,37 @@ def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"third"
     assert asyncio.run(overwritten(storage)) == "a.txt"
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"fourth"
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_overwriting_beside_others_keeps_the_key(
+    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    monkeypatch.setattr(storages["default"], "allow_overwrite", True)
+    default.save("a.txt", ContentFile(b"first"))
+    restore, calls = default.proxy.restore_key, 0
+
+    async def beaten(path: str) -> MetaRecord:
+        nonlocal calls
+        calls += 1
+        if lasting or calls == 1:
+            raise Conflict("somebody has changed it")
+        if calls == 2:
+            record = await default.proxy.get(path)
+            return dataclasses.replace(record, places=(Place("default", "k", "doubtful"),))
+        return await restore(path)
+
+    with monkeypatch.context() as context:
+        context.setattr(twins, "_PAUSES", (0.0, 0.0, 0.0))
+        context.setattr(default.proxy, "restore_key", beaten)
+        default.save("a.txt", ContentFile(b"second"))
+    assert calls == 3
+    assert (media / "a.txt").read_bytes() == (b"first" if lasting else b"second")
+    said = io.StringIO()
+    call_command("proxystorage_reconcile", "default", "--scan", stdout=said)
+    call_command("proxystorage_reconcile", "default", "--scan", "--apply", stdout=said)
+    assert said.getvalue().count("1 with the key that their URL says") == (2 if lasting else 0)
+    assert (media / "a.txt").read_bytes() == b"second"
 
 
 async def overwritten(storage: BridgeStorage) -> str:
