@@ -364,7 +364,7 @@ class BridgeStorage(AsyncTwins):
 
     def get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
         """Return the records of `names` in their order, None where there is no such file."""
-        return self.bridge.call(self.proxy.get_many, [asked(name) for name in names])
+        return self.bridge.call(self.proxy.get_many, [os.fspath(name).replace("\\", "/") for name in names])
 
     def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
