@@ -177,6 +177,8 @@ class Swapping:
         """Undo a replacement: first its places are given up by compare-and-set, so that a swap whose answer was lost
         cannot take effect any more; then the bytes go, then their names leave the record."""
         journal = self._storage.journal
+        settling = tuple(replace(place, state="settling") for place in new)
+        at, given_up = {(place.original, place.key) for place in new}, False
         for _ in range(_MAX_RETRIES):
             try:
                 current = await journal.meta.get(record.path)
@@ -187,18 +189,23 @@ class Swapping:
                 return
             if any(replace(place, state="good") in current.good_places() for place in new):
                 return  # swapped in after all
-            if not set(new) & set(current.places):  # reconcile has given them up already
-                await journal.discard(new, record)
+            # Another replacement may have dated what we have given up.
+            ours = [place for place in current.places if (place.original, place.key) in at]
+            if not any(place.state == ("settling" if given_up else "doubtful") for place in ours):
+                if not given_up:  # but reconcile has
+                    await journal.discard(new, record)
                 return
-            others = tuple(other for other in current.places if other not in new)
-            settling = tuple(replace(place, state="settling") for place in new)
-            given_up = (*others, *settling)
+            others = tuple(other for other in current.places if other not in ours)
             try:
-                current = await journal.change(current, {"places": given_up}, lease=journal.lease_for(given_up))
-                if await journal.discard(new, record) and len(unsure) < len(new):
-                    left = (*others, *(replace(place, state="settling") for place in unsure))
-                    await journal.change(current, {"places": left}, lease=journal.lease_for(left))
-                return  # of what is left the lease runs out, and reconcile discards it again
+                if not given_up:
+                    places = (*others, *settling)
+                    current = await journal.change(current, {"places": places}, lease=journal.lease_for(places))
+                    given_up = True  # whatever becomes of the rest of the record now, these are ours to forget
+                    if not await journal.discard(new, record) or len(unsure) == len(new):
+                        return  # the lease runs out, and reconcile discards it again
+                left = (*others, *(replace(place, state="settling") for place in unsure))
+                await journal.change(current, {"places": left}, lease=journal.lease_for(left))
+                return
             except Conflict:
                 continue
 

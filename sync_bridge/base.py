@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pathlib
+import posixpath
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 from urllib.parse import urljoin
 
 from django.conf import settings
@@ -38,6 +40,7 @@ __all__ = [
     "saving",
     "suspicious",
     "url_below",
+    "wished",
 ]
 
 
@@ -112,10 +115,24 @@ class ConfiguredStorage(Storage):
                 f"{', '.join(sorted(local))}: only for a storage in a directory of its own, not with storage=, "
                 "config=, original= or originals="
             )
+        self._begin()
+
+    def _begin(self) -> None:
         self._proxy: ProxyStorage | None = None
         self._base_url: Any = _UNKNOWN
         setting_changed.connect(self._obey)
         _instances.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the arguments: what was made of them is for this process. (A live ProxyStorage cannot be pickled.)"""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_proxy", "_base_url")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)  # what it was given stays shared: a backend is not copied
 
     def __repr__(self) -> str:
         shown = (
@@ -340,6 +357,15 @@ def named(name: str | os.PathLike[str] | None, content: Any) -> tuple[str, Any]:
         content = ContentFile(content if isinstance(content, str) else bytes(content))
     elif not hasattr(content, "chunks"):
         content = File(content, name)
+    return wished(name), content
+
+
+def wished(name: str | os.PathLike[str]) -> str:
+    """Return the name under which something is to be stored, without what means nothing in it, as in ``a//./b``.
+
+    Raises:
+        SuspiciousFileOperation: it leads out of the storage, or names no file.
+    """
     target = os.fspath(name).replace("\\", "/")
     validate_file_name(target, allow_relative_path=True)
-    return target, content
+    return posixpath.normpath(target)

@@ -18,7 +18,7 @@ from aproxy_storage.blocking import run_blocking
 from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
-from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below
+from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below, wished
 from .bridge import refuse_on_event_loop, who_patched_threads
 from .files import (
     FIRST_BYTES,
@@ -364,11 +364,11 @@ class BridgeStorage(AsyncTwins):
 
     def get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
         """Return the records of `names` in their order, None where there is no such file."""
-        return self.bridge.call(self.proxy.get_many, names)
+        return self.bridge.call(self.proxy.get_many, [os.fspath(name).replace("\\", "/") for name in names])
 
     def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
-        return self._await(self._works_here, self.proxy.update, name, extra=extra)
+        return self._await(self._works_here, self.proxy.update, asked(name), extra=extra)
 
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.
@@ -376,25 +376,28 @@ class BridgeStorage(AsyncTwins):
         They go to another key. In a directory of Django's settings, where the URL is the path, they come back to that
         of the file before this returns, or when the transaction commits; replaced bytes are not kept there.
         """
-        return self.bridge.call(self._replace, name, in_callers_thread(content), **options)
+        return self.bridge.call(self._replace, asked(name), in_callers_thread(content), **options)
 
     def rename(self, name: str, new_name: str) -> MetaRecord:
         """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path."""
-        validate_file_name(new_name, allow_relative_path=True)
-        return self.bridge.call(self._rename, name, new_name)
+        return self._to(new_name, self._rename, asked(name))
 
     def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
-        validate_file_name(new_name, allow_relative_path=True)
-        return self.bridge.call(self.proxy.copy, name, new_name, using=using)
+        return self._to(new_name, self.proxy.copy, asked(name), using=using)
+
+    def _to(self, new_name: str, function: Callable[..., Coroutine[Any, Any, T]], name: str, **options: Any) -> T:
+        try:
+            return self.bridge.call(function, name, wished(new_name), **options)
+        except InvalidPath as error:
+            raise suspicious(error) from error
 
     def move(self, name: str, using: str) -> MetaRecord:
         """Move the bytes of a file into the original `using`; see `ProxyStorage.move`."""
-        return self.bridge.call(self.proxy.move, name, using)
+        return self.bridge.call(self.proxy.move, asked(name), using)
 
     def adopt(self, original_storage_path: str, *, name: str | os.PathLike[str] | None = None, **options: Any) -> str:
         """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`."""
         if name is not None:
-            name = os.fspath(name).replace("\\", "/")
-            validate_file_name(name, allow_relative_path=True)
+            name = wished(name)
         return self.bridge.call(self.proxy.adopt, original_storage_path, name=name, **options)

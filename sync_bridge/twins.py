@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
@@ -13,14 +14,17 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.files.utils import validate_file_name
 
-from aproxy_storage import AlreadyExists, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
+from aproxy_storage import AlreadyExists, Conflict, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
 from aproxy_storage.files import Opening
 
-from .base import ConfiguredStorage, Saving, asked, suspicious, url_below
+from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
 
 __all__ = ["AsyncTwins", "as_set", "awaited"]
 
 _log = logging.getLogger(__name__)
+
+_PAUSES = (0.0, 0.02, 0.05, 0.1, 0.2)  # seconds before each try to give a file that was overwritten its own key
+_UNDER_WAY = frozenset({"doubtful", "settling", "surplus"})  # places of which somebody else takes care just now
 
 #: Whether synchronous code is called for a coroutine, which has a deadline and whose thread others wait for.
 awaited: ContextVar[bool] = ContextVar("sync_bridge.awaited", default=False)
@@ -48,12 +52,11 @@ class AsyncTwins(ConfiguredStorage):
             ContentError: the content failed; its error is the cause. Otherwise as `save`.
         """
         if original_storage_path:
-            given = os.fspath(name) if name is not None else None
+            given = wished(name) if name is not None else None
             return await self.proxy.adopt(
                 original_storage_path, name=given, using=using, content_type=content_type, extra=extra
             )
-        target = os.fspath(content.name if name is None else name).replace("\\", "/")
-        validate_file_name(target, allow_relative_path=True)
+        target = wished(content.name if name is None else name)
         if self._has_to_choose(target, max_length) or (
             not self.allow_overwrite and await self._ais_on_disk(self.proxy.prefix + target)
         ):
@@ -210,19 +213,53 @@ class AsyncTwins(ConfiguredStorage):
     async def _with_its_key(self, record: MetaRecord) -> MetaRecord:
         """In a directory that is published, give a file that has new bytes or a new path the key that its URL
         says; inside a transaction when that commits. Return its record."""
-        if self._published is None or record.original_storage_path == record.path.removeprefix(self.proxy.prefix):
+        if self._published is None or self._has_its_key(record):
             return record
         latest = record
 
         async def restore() -> None:
             nonlocal latest
-            try:
-                latest = await self.proxy.restore_key(record.path)
-            except StorageError as error:  # it is stored, and can be read; only its URL leads nowhere
-                _log.warning("%r could not be given its own key again: %s", record.path, error)
+            problem: object = "somebody else is at it"
+            for pause in _PAUSES:
+                await asyncio.sleep(pause)
+                try:
+                    latest = await self.proxy.restore_key(record.path)
+                except (Conflict, NotFound) as error:  # replaced or deleted at the same moment
+                    problem = error
+                    continue
+                except StorageError as error:
+                    problem = error
+                    break
+                if self._has_its_key(latest) or not any(place.state in _UNDER_WAY for place in latest.places):
+                    return
+            # It is stored, and can be read; only its URL leads nowhere.
+            _log.warning(
+                "%r could not be given its own key again: %s; proxystorage_reconcile --scan --apply does it",
+                record.path,
+                problem,
+            )
 
         await self.proxy.meta.after_commit(restore)
         return latest
+
+    def _has_its_key(self, record: MetaRecord) -> bool:
+        return record.original_storage_path == record.path.removeprefix(self.proxy.prefix)
+
+    async def restore_keys(self, *, dry_run: bool = False) -> Mapping[str, StorageError | None]:
+        """In a directory that is published, give those files their own keys that simultaneous overwritings left
+        without, so that their URLs lead to them again. Return their paths, with what is in the way."""
+        found: dict[str, StorageError | None] = {}
+        if self._published is None:
+            return found
+        async for record in self.proxy.list():
+            if self._has_its_key(record):
+                continue
+            try:
+                if dry_run or self._has_its_key(await self.proxy.restore_key(record.path)):
+                    found[record.path] = None
+            except StorageError as error:
+                found[record.path] = error
+        return found
 
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         return await self._with_its_key(await self.proxy.replace(name, content, **options))

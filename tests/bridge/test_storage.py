@@ -1,9 +1,12 @@
 """BridgeStorage held to Django's contract, over a directory and records of every kind."""
 
 import asyncio
+import copy
+import dataclasses
 import gc
 import io
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,14 +22,15 @@ from django.core.files.uploadedfile import (
     SimpleUploadedFile,
     TemporaryUploadedFile,
 )
+from django.core.management import call_command
 from django.test import override_settings
 
-from aproxy_storage import ProxyStorage
+from aproxy_storage import Conflict, MetaRecord, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from sync_bridge import BridgeStorage, SyncCallOnEventLoop
+from sync_bridge import BridgeStorage, SyncCallOnEventLoop, twins
 from sync_bridge.bridge import bridge
 
 
@@ -110,6 +114,39 @@ def test_a_name_that_cannot_be_stored_is_suspicious_and_no_file(storage: BridgeS
     with pytest.raises(SuspiciousFileOperation, match="control"):
         storage.save("line\nbreak.txt", ContentFile(b"x"))
     assert storage.listdir("") == ([], [])
+
+
+@pytest.mark.parametrize("name", ["x//y.txt", "./x/y.txt", "x/./y.txt", "x\\y.txt"])
+def test_what_means_nothing_in_a_name_is_left_out(storage: BridgeStorage, name: str) -> None:
+    assert asyncio.run(storage.asave(name, b"1")) == "x/y.txt"
+    storage.delete("x/y.txt")
+    assert storage.save(name, ContentFile(b"1")) == "x/y.txt"
+    assert storage.rename("x\\y.txt", name.replace("y", "z")).path == "x/z.txt"
+    assert storage.copy("x/z.txt", name) == "x/y.txt"
+    assert storage.replace("x\\y.txt", b"22").size == 2
+    assert [record and record.path for record in storage.get_many(["x\\y.txt", "../y"])] == ["x/y.txt", None]
+
+
+def test_a_name_that_cannot_be_stored_is_suspicious_for_every_verb(storage: BridgeStorage) -> None:
+    storage.save("a.txt", ContentFile(b"1"))
+    for change in (storage.rename, storage.copy):
+        for name in ("../a", "a\x00b"):
+            with pytest.raises(SuspiciousFileOperation):
+                change("a.txt", name)
+
+
+def test_a_storage_is_copied_and_pickled_before_and_after_use(default: object, tmp_path: Path) -> None:
+    storage = BridgeStorage(location=tmp_path / "o", name="o")
+    for _ in range(2):
+        for again in (pickle.loads(pickle.dumps(storage)), copy.deepcopy(storage), copy.copy(storage)):
+            assert again is not storage
+            assert again.deconstruct() == storage.deconstruct()
+            assert again.proxy is storage.proxy  # in one process
+        storage.save("a.txt", ContentFile(b"1"))
+    with override_settings(MEDIA_URL="/elsewhere/"):
+        assert again.url("a.txt") == "/elsewhere/a.txt"
+    live = BridgeStorage(storage=storage.proxy)
+    assert copy.deepcopy(live).proxy is storage.proxy
 
 
 def test_paths_are_taken_and_text_is_given_back(storage: BridgeStorage) -> None:
@@ -566,6 +603,37 @@ def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"third"
     assert asyncio.run(overwritten(storage)) == "a.txt"
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"fourth"
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_overwriting_beside_others_keeps_the_key(
+    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    monkeypatch.setattr(storages["default"], "allow_overwrite", True)
+    default.save("a.txt", ContentFile(b"first"))
+    restore, calls = default.proxy.restore_key, 0
+
+    async def beaten(path: str) -> MetaRecord:
+        nonlocal calls
+        calls += 1
+        if lasting or calls == 1:
+            raise Conflict("somebody has changed it")
+        if calls == 2:
+            record = await default.proxy.get(path)
+            return dataclasses.replace(record, places=(Place("default", "k", "doubtful"),))
+        return await restore(path)
+
+    with monkeypatch.context() as context:
+        context.setattr(twins, "_PAUSES", (0.0, 0.0, 0.0))
+        context.setattr(default.proxy, "restore_key", beaten)
+        default.save("a.txt", ContentFile(b"second"))
+    assert calls == 3
+    assert (media / "a.txt").read_bytes() == (b"first" if lasting else b"second")
+    said = io.StringIO()
+    call_command("proxystorage_reconcile", "default", "--scan", stdout=said)
+    call_command("proxystorage_reconcile", "default", "--scan", "--apply", stdout=said)
+    assert said.getvalue().count("1 with the key that their URL says") == (2 if lasting else 0)
+    assert (media / "a.txt").read_bytes() == b"second"
 
 
 async def overwritten(storage: BridgeStorage) -> str:

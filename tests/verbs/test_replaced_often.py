@@ -1,8 +1,11 @@
 """A file that is replaced again and again: old bytes go when each is due, not when replacing comes to rest."""
 
+from collections.abc import AsyncIterator
+from typing import Any
+
 import pytest
 
-from aproxy_storage import BackendUnavailable, ProxyStorage
+from aproxy_storage import BackendUnavailable, ContentError, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing.faults import Fail, FaultyBackend, Plan, at
@@ -47,9 +50,9 @@ async def test_what_has_gathered_goes_at_once(clock: Clock) -> None:
     for number in range(100):
         clock.now += 5
         await storage.replace("a.txt", b"%d" % number)
-    clock.now += 30
+    clock.now += 32
     assert await storage.tidy() == 1
-    assert len((await storage.get("a.txt")).places) == 6  # of the last 30 seconds
+    assert len((await storage.get("a.txt")).places) == 6  # of the last 28 seconds
     await storage.aclose()
 
 
@@ -121,4 +124,28 @@ async def test_a_replacement_does_not_end_the_time_of_who_is_at_the_removal(cloc
     clock.now += 900
     assert await storage.tidy() == 1
     assert (await storage.get("a.txt")).places == ()
+    await storage.aclose()
+
+
+async def test_what_was_given_up_is_forgotten_whatever_others_do_meanwhile(clock: Clock) -> None:
+    class Original(MemoryBackend):
+        async def discard(self, key: str, **options: Any) -> bool:
+            gone = await super().discard(key, **options)
+            if not others:
+                others.append(await storage.replace("a.txt", b"theirs"))  # between the discard and what notes it
+            return gone
+
+    others: list[Any] = []
+    storage = ProxyStorage("media", originals=Original(), meta=MemoryMetaBackend(clock=clock), keep_replaced=60.0)
+    await storage.save("a.txt", b"first")
+
+    async def broken() -> AsyncIterator[bytes]:
+        yield b"ours"
+        raise OSError("the content breaks off")
+
+    with pytest.raises(ContentError):
+        await storage.replace("a.txt", broken())
+    assert [place.state for place in (await storage.get("a.txt")).places] == ["surplus"]
+    assert await read(storage, "a.txt") == b"theirs"
+    assert len(await keys(storage)) == 2
     await storage.aclose()

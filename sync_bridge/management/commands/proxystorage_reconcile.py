@@ -9,6 +9,7 @@ from django.core.management.base import CommandParser
 from aproxy_storage import StorageError
 from aproxy_storage.tools.reconcile import reconcile
 
+from ...storage import BridgeStorage
 from ..base import StorageCommand, bridge_storages
 
 
@@ -54,4 +55,17 @@ class Command(StorageCommand):
                     self.tell(f"{one.proxy.name}: {finding.action} {finding.path}")
             counts = ", ".join(f"{count} {action}" for action, count in sorted(report.counts.items()))
             self.tell(f"{one.proxy.name}: {counts or 'nothing is left over'}")
+            if options["scan"]:
+                self._restore_keys(one, apply, options["verbosity"])
         self.conclude("Done." if apply else "Nothing was changed; --apply does it.")
+
+    def _restore_keys(self, storage: BridgeStorage, apply: bool, verbosity: int) -> None:
+        found = storage.bridge.call(storage.restore_keys, dry_run=not apply)
+        restored = [path for path, error in found.items() if error is None]
+        for path, error in found.items():
+            if error is not None:
+                self.failed(f"{storage.proxy.name}: {path}", error)
+            elif verbosity > 1:
+                self.tell(f"{storage.proxy.name}: own key for {path}")
+        if restored:
+            self.tell(f"{storage.proxy.name}: {len(restored)} with the key that their URL says")
