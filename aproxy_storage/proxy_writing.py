@@ -286,6 +286,7 @@ class WritingVerbs(ReadingVerbs):
 
         Raises:
             NotFound: there is no such file, unless `missing_ok`.
+            AccessDenied: the database would not let its record go; the file is as it was.
         """
         try:
             record = await self._record(path)
@@ -293,7 +294,9 @@ class WritingVerbs(ReadingVerbs):
             while marked is None:
                 try:
                     marked = await self.journal.mark(record)
-                except Conflict:  # renamed, replaced or deleted by somebody else: look again
+                except Conflict as error:  # renamed, replaced or deleted by somebody else: look again
+                    if not error.retryable:  # a rule of the database's, which it would break again
+                        raise
                     record = await self.get(record.path)
         except NotFound:
             if missing_ok:

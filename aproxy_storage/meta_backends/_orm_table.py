@@ -25,6 +25,7 @@ from django.utils import timezone
 from ..errors import ConfigurationError, InvalidPath, NotSupported
 from ..paths import shown
 from ..records import MetaRecord, Place
+from ._orm_dependents import relations_to
 from ._rows import COLUMNS, dump_extra
 
 __all__ = ["NewRow", "Table"]
@@ -109,10 +110,9 @@ class Table:
         self._pk = meta.pk.attname
         self.lease = self.fields["lease"].column
         #: Whether others have to be told of a delete: Django follows foreign keys itself, the database does not.
-        self.has_dependents = any(
-            relation.auto_created and not relation.concrete and (relation.one_to_one or relation.one_to_many)
-            for relation in meta.get_fields(include_hidden=True)
-        ) or any(hasattr(field, "bulk_related_objects") for field in meta.private_fields)
+        self.has_dependents = any(relations_to(meta)) or any(
+            hasattr(field, "bulk_related_objects") for field in meta.private_fields
+        )
         self._write_statements(meta, connection)
 
     def _record_fields(self, meta: Any) -> dict[str, Any]:

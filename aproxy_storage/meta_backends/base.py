@@ -166,6 +166,7 @@ class MetaBackend(abc.ABC):
             Conflict: with `expect`, the record is gone or has another token or version.
             NotFound: without `expect`, there is no such record.
             AlreadyExists: ``changes["path"]`` is taken.
+            AccessDenied: ``changes["state"]`` is ``deleting``, and the database would not let the record go.
             ValueError: `changes` names a field that is not in `CHANGEABLE`.
             BackendUnavailable, DeadlineExceeded.
         """
@@ -178,6 +179,7 @@ class MetaBackend(abc.ABC):
         Raises:
             Conflict: with `expect`, the record is gone or has another token or version.
             NotFound: without `expect`, there is no such record.
+            AccessDenied: the database does not let it go, because of what refers to it.
             BackendUnavailable, DeadlineExceeded.
         """
         if await self._call("delete", path, self._delete(path, expect)):

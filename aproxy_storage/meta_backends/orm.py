@@ -41,7 +41,8 @@ class ORMMetaBackend(MetaBackend):
     Fields of ``extra`` go to the model's columns of that name, the others to its JSON column ``extra`` if it has one.
     A column comes back in ``extra`` where its value is not its default, and always in ``native``, with the primary
     key. Signals and ``save()`` of the model are not called, its managers are not asked; ``pre_save`` and
-    ``get_db_prep_save`` of its fields are. Deletes that other models must follow go through Django's.
+    ``get_db_prep_save`` of its fields are. Deletes that other models must follow go through Django's; whether these
+    forbid it is found out before the first byte goes.
 
     Leases are kept by the clock of the database, ``created_at`` and ``updated_at`` by that of the caller.
 
@@ -64,6 +65,8 @@ class ORMMetaBackend(MetaBackend):
         ConfigurationError: Django is not set up, there is no such model or database, the table is not migrated, the
             database refuses name or password, or there is no column for a field of ``extra``.
         Conflict: a deadlock or a serialisation failure of the database; a constraint of the model's own.
+        AccessDenied: rows of other models refer to a record that is to be deleted, or to become ``deleting``, by a
+            foreign key that forbids it.
         InvalidPath, NotSupported: a value that its column cannot hold; found before anything is sent.
     """
 
