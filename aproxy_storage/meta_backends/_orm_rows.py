@@ -240,19 +240,30 @@ class Rows:
         batch: Batch | None,
     ) -> list[A | StorageError]:
         """Call ``function(connection, *item)`` for each item, which begins with a path or a record, all in one
-        transaction; return answers and errors in order. `refused` makes the error of one item ours."""
-        answers: dict[int, A | StorageError] = {}
-        with transaction.atomic(using=connection.alias):
-            if batch is not None:
-                answers.update(batch(connection, items))
+        transaction; return answers and errors in order. `refused` makes the error of one item ours.
+
+        Where the database refuses the transaction, each item has one of its own: foreign keys, for one, are looked at
+        when it commits. Not in a caller's, which says so when that commits.
+        """
+
+        def each_of(answers: dict[int, A | StorageError], *, together: bool) -> list[A | StorageError]:
             for place in _in_order([place for place in range(len(items)) if place not in answers], items):
                 try:
                     answers[place] = function(connection, *items[place])
                 except (StorageError, IntegrityError, DataError) as error:
-                    if connection.needs_rollback or _is_broken(connection):
+                    if together and (connection.needs_rollback or _is_broken(connection)):
                         raise
                     answers[place] = refused(error, _path(items[place]))
-        return [answers[place] for place in range(len(items))]
+            return [answers[place] for place in range(len(items))]
+
+        try:
+            with transaction.atomic(using=connection.alias):
+                found = {} if batch is None else batch(connection, items)
+                return each_of(dict(found), together=True)
+        except (StorageError, IntegrityError, DataError):
+            if connection.in_atomic_block:
+                raise
+        return each_of({}, together=False)
 
     def insert_many(self, connection: Any, items: Sequence[tuple[Any, ...]]) -> dict[int, MetaRecord]:
         """Insert by few statements what can be inserted so; leave the others."""

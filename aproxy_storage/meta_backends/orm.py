@@ -206,8 +206,8 @@ class ORMMetaBackend(MetaBackend):
     ) -> list[A | StorageError]:
         """Call ``function(connection, *item)`` for each; return answers and errors in order.
 
-        A chunk is one hop and one transaction, after a cancellation done or not as a whole, and those after it are
-        not done.
+        A chunk is one hop and one transaction (where the database refuses that, one per item), after a cancellation
+        done or not as a whole, and those after it are not done.
         """
 
         def refused(error: Exception, path: str) -> StorageError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +29,7 @@ from aproxy_storage import (
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.records import Revision
+from aproxy_storage.testing.meta_backends import make_record
 from aproxy_storage.tools.reconcile import reconcile
 from sync_bridge.models import StoredFile
 from tests.django_support.setup import forget_connections
@@ -379,6 +380,29 @@ async def test_a_rule_that_no_file_may_be_deleted(make: Make, tmp_path: Path, da
         assert written(tmp_path) == ["a.txt"]
     finally:
         await sync_to_async(do)(remove)
+
+
+async def test_a_foreign_key_that_is_wrong_is_the_error_of_its_item(make: Make) -> None:
+    """The database looks at it when the transaction of all items commits."""
+    meta = make(Document).meta
+    using = meta.using
+    right = (await Shelf.objects.using(using).acreate(title="top")).pk
+    shelves = [None, right, right + 1, None, right]
+    records = [make_record(f"{number}", extra={"shelf_id": shelf}) for number, shelf in enumerate(shelves)]
+
+    def kinds(answers: Sequence[Any]) -> list[type]:
+        return [type(each) for each in answers]
+
+    good, bad = MetaRecord, Conflict
+    assert kinds(await meta.create_many(records)) == [good, good, bad, good, good]
+    assert [record.path async for record in meta.list()] == ["0", "1", "3", "4"]
+    changes = [("0", {"extra": {"shelf_id": right}}, None), ("1", {"extra": {"shelf_id": right + 1}}, None)]
+    assert kinds(await meta.update_many(changes)) == [good, bad]
+    assert [(await meta.get(path))["shelf_id"] for path in "01"] == [right, right]
+    await Ticket.objects.using(using).acreate(document_id=(await meta.get("3"))["id"])
+    answers = await meta.delete_many([("1", None), ("3", None), ("4", None)])
+    assert kinds(answers) == [type(None), AccessDenied, type(None)]
+    assert [record.path async for record in meta.list()] == ["0", "3"]
 
 
 @pytest.fixture
