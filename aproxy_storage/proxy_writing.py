@@ -313,7 +313,8 @@ class WritingVerbs(ReadingVerbs):
             _log.warning("the removal of %r is left to reconcile: %s", marked.record.path, error)
         except BaseException:
             work = self._sweep_again(marked)
-            await self.cleanup.finish(work, within=self.timeouts.cleanup, name=f"removal of {marked.record.path!r}")
+            name = f"removal of {marked.record.path!r}"
+            await self.cleanup.finish(work, within=self.timeouts.cleanup, name=name, context=self.meta._later())
             raise
 
     async def _sweep_again(self, marked: Marked) -> None:
@@ -396,7 +397,7 @@ class WritingVerbs(ReadingVerbs):
     def _tidy_when_due(self) -> None:
         if self.tidy_every is not None and (now := time.monotonic()) >= self._tidy_at:
             self._tidy_at = now + self.tidy_every  # before it runs: not a second one beside it
-            self.cleanup.start(self._tidy_quietly(), name="tidy")
+            self.cleanup.start(self._tidy_quietly(), name="tidy", context=self.meta._later())
 
     @abc.abstractmethod
     async def _tidy_quietly(self) -> None: ...
