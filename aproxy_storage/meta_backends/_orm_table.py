@@ -28,13 +28,15 @@ from ..records import MetaRecord, Place
 from ._orm_dependents import relations_to
 from ._rows import COLUMNS, dump_extra
 
-__all__ = ["NewRow", "Table"]
+__all__ = ["VENDORS", "NewRow", "Table"]
 
 #: The clock of the database, in seconds since 1970. Not now(), which stands still inside a transaction.
 _CLOCK = {
     "postgresql": "extract(epoch FROM clock_timestamp())::float8",
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
 }
+#: Django's names of the kinds of databases that can keep records.
+VENDORS = frozenset(_CLOCK)
 # One encoder and no options per call: json.dumps builds an encoder for every call that has any.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONAL = frozenset({"original_storage_name", "extra"})
@@ -474,7 +476,7 @@ class Table:
 
 
 def _check_database(connection: Any, label: str) -> None:
-    if connection.vendor not in _CLOCK:
+    if connection.vendor not in VENDORS:
         raise ConfigurationError(
             f"ORMMetaBackend keeps records on PostgreSQL and SQLite; the database {connection.alias!r} of {label} is"
             f" {connection.display_name}"

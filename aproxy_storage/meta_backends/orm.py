@@ -21,6 +21,7 @@ try:
 
     from ._orm_errors import DJANGO_ERRORS, NotConnected, orm_error
     from ._orm_rows import PARAMETERS, Batch, Rows, in_transaction
+    from ._orm_table import VENDORS
     from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
     raise MissingDependency.of("Django", "django") from error
@@ -104,6 +105,9 @@ class ORMMetaBackend(MetaBackend):
     keeps_deadlines: ClassVar[bool] = True
     works_here: ClassVar[bool] = True
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = DJANGO_ERRORS
+
+    #: The kinds of databases that can keep records, by their ``vendor``.
+    vendors: ClassVar[frozenset[str]] = VENDORS
 
     #: How a callback of `after_commit` is awaited in the thread that commits. `sync_bridge` puts its own way here.
     run_callback: ClassVar[Callable[[Callable[[], Awaitable[None]]], Any]] = staticmethod(
