@@ -100,6 +100,12 @@ class Table:
             and not isinstance(field.get_default(), DatabaseDefault)
             and (field.null or field.get_default() is not None)
         }
+        #: Where NULL is not what a new row gets.
+        self._null_says = {
+            field
+            for field in self.custom
+            if field.null and (callable(field.default) or field.get_default() is not None)
+        }
         #: What the database fills in by itself: every value that is sent costs microseconds on both sides.
         self._implied = [
             (field.column, field.db_default)
@@ -469,8 +475,10 @@ class Table:
                     own[at] = function(own[at], expression, connection)
             for field, value in zip(self.custom, own, strict=True):
                 native[field.attname] = value
+                if field.generated or (value is None and field not in self._null_says):
+                    continue
                 # What a new row gets anyway says nothing.
-                if value is not None and not field.generated and value != field.get_default():
+                if value != field.get_default():
                     extra[field.attname] = value
         return native
 

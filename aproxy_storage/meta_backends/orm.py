@@ -71,8 +71,8 @@ class ORMMetaBackend(MetaBackend):
     run one after another, as all of Django's ORM does.
 
     Fields of ``extra`` go to the model's columns of that name, the others to its JSON column ``extra`` if it has one.
-    A column comes back in ``extra`` where its value is not its default, and always in ``native``, with the primary
-    key. Signals and ``save()`` of the model are not called, its managers are not asked; ``pre_save`` and
+    A column comes back in ``extra`` where its value (None, too) is not its default, and always in ``native``, with the
+    primary key. Signals and ``save()`` of the model are not called, its managers are not asked; ``pre_save`` and
     ``get_db_prep_save`` of its fields are. Deletes that other models must follow go through Django's; whether these
     forbid it is found out before the first byte goes.
 

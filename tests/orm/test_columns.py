@@ -124,6 +124,20 @@ async def test_update_replaces_the_whole_mapping(make: Make) -> None:
     assert (row.title, row.pages, row.version) == ("", 2, changed.version)
 
 
+async def test_nothing_is_a_value_where_the_default_is_another(make: Make) -> None:
+    """Or whoever adds to the mapping, as a file field does with the owner, would change the column."""
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1", extra={"rating": None})
+    record = await storage.get(path)
+    assert record.extra == {"rating": None}
+    assert (await storage.update(path, extra={**record.extra, "field": "cv"})).extra == {"rating": None, "field": "cv"}
+    copy = await storage.copy(path, "b.txt")
+    rows = Document.objects.using(storage.meta.using)
+    assert [row.rating async for row in rows.all()] == [None, None]
+    await storage.update(copy, extra={})
+    assert (await rows.aget(path=copy)).rating == 5
+
+
 async def test_copies_have_the_same_columns(make: Make) -> None:
     storage = make(Document)
     path = await storage.save("a.txt", b"1", extra={"title": "one"})

@@ -31,6 +31,7 @@ class Document(OriginalStorageNameMixin, ContentObjectFieldMixin, ProxyStorageMo
     price = models.DecimalField(max_digits=8, decimal_places=2, null=True)
     isbn = models.CharField(max_length=20, null=True, unique=True)
     shelf = models.ForeignKey(Shelf, null=True, on_delete=models.SET_NULL)
+    rating = models.IntegerField(null=True, default=5)
 
 
 class Note(models.Model):
