@@ -65,14 +65,21 @@ class Cleanup:
             task.add_done_callback(self._log_failure)
         return task
 
-    async def finish(self, work: Coroutine[Any, Any, Any], *, within: float, name: str = "cleanup") -> bool:
-        """Run `work` in a task of the owner's and wait for it at most `within` seconds (see also `patience`); return
-        whether it ended.
+    async def finish(
+        self,
+        work: Coroutine[Any, Any, Any],
+        *,
+        within: float,
+        name: str = "cleanup",
+        context: contextvars.Context | None = None,
+    ) -> bool:
+        """Run `work` in a task of the owner's, as `start` does, and wait for it at most `within` seconds (see also
+        `patience`); return whether it ended.
 
         A failure of `work` is logged, not raised: the caller is on its way out with an error of its own.
         If the caller is cancelled while it waits, the CancelledError is raised and `work` goes on.
         """
-        task = self.start(work, name=name)
+        task = self.start(work, name=name, context=context)
         done, _ = await asyncio.wait({task}, timeout=min(within, patience.get()))
         return bool(done)
 

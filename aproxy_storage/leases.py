@@ -56,7 +56,7 @@ class Leases:
         `since`: the loop's time before the statement that took the lease was sent. `follow`: whatever others make
         of the record meanwhile, as long as it is stored and the same file.
         """
-        return Held(self._rounds.get(), self, record, since, follow)
+        return Held(self._rounds.get(), self, record, since, follow, self._meta._database_asked())
 
     def start(self, round_: _Round) -> None:
         round_.timer = asyncio.get_running_loop().call_later(self.seconds / 6, self._tick, round_)
@@ -67,11 +67,14 @@ class Leases:
             return
         self.start(round_)
         now = asyncio.get_running_loop().time()
-        due = [held for held in round_.held if now - held.since >= self.seconds / 3 and not held.renewing]
-        if due:
-            for held in due:
+        due: dict[str | None, list[Held]] = {}
+        for held in round_.held:
+            if now - held.since >= self.seconds / 3 and not held.renewing:
                 held.renewing = True
-            self._cleanup.start(self._renew(due), name="renewal of leases")
+                due.setdefault(held.database, []).append(held)
+        for database, some in due.items():
+            context = self._meta._context_for(database)
+            self._cleanup.start(self._renew(some), name="renewal of leases", context=context)
 
     async def _renew(self, due: list[Held]) -> None:
         begun = asyncio.get_running_loop().time()
@@ -112,13 +115,16 @@ class _Round:
 class Held:
     """One lease that is being kept alive. Its user sets `record` to what the record has become."""
 
-    __slots__ = ("_leases", "_round", "follow", "record", "renewing", "since")
+    __slots__ = ("_leases", "_round", "database", "follow", "record", "renewing", "since")
 
-    def __init__(self, round_: _Round, leases: Leases, record: MetaRecord, since: float, follow: bool) -> None:
+    def __init__(
+        self, round_: _Round, leases: Leases, record: MetaRecord, since: float, follow: bool, database: str | None
+    ) -> None:
         self._round = round_
         self._leases = leases
         self.record = record
         self.follow = follow
+        self.database = database
         self.renewing = False
         self.since = since
 

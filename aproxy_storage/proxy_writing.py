@@ -286,6 +286,7 @@ class WritingVerbs(ReadingVerbs):
 
         Raises:
             NotFound: there is no such file, unless `missing_ok`.
+            AccessDenied: the database would not let its record go; the file is as it was.
         """
         try:
             record = await self._record(path)
@@ -293,7 +294,9 @@ class WritingVerbs(ReadingVerbs):
             while marked is None:
                 try:
                     marked = await self.journal.mark(record)
-                except Conflict:  # renamed, replaced or deleted by somebody else: look again
+                except Conflict as error:  # renamed, replaced or deleted by somebody else: look again
+                    if not error.retryable:  # a rule of the database's, which it would break again
+                        raise
                     record = await self.get(record.path)
         except NotFound:
             if missing_ok:
@@ -310,7 +313,8 @@ class WritingVerbs(ReadingVerbs):
             _log.warning("the removal of %r is left to reconcile: %s", marked.record.path, error)
         except BaseException:
             work = self._sweep_again(marked)
-            await self.cleanup.finish(work, within=self.timeouts.cleanup, name=f"removal of {marked.record.path!r}")
+            name = f"removal of {marked.record.path!r}"
+            await self.cleanup.finish(work, within=self.timeouts.cleanup, name=name, context=self.meta._later())
             raise
 
     async def _sweep_again(self, marked: Marked) -> None:
@@ -393,7 +397,7 @@ class WritingVerbs(ReadingVerbs):
     def _tidy_when_due(self) -> None:
         if self.tidy_every is not None and (now := time.monotonic()) >= self._tidy_at:
             self._tidy_at = now + self.tidy_every  # before it runs: not a second one beside it
-            self.cleanup.start(self._tidy_quietly(), name="tidy")
+            self.cleanup.start(self._tidy_quietly(), name="tidy", context=self.meta._later())
 
     @abc.abstractmethod
     async def _tidy_quietly(self) -> None: ...

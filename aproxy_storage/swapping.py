@@ -252,7 +252,8 @@ class Swapping:
     def _clear_losers(self, record: MetaRecord, job: Job) -> None:
         if job.losers:
             work = self._forget_losers(record, job.losers)
-            self._storage.cleanup.start(work, name=f"removal of what lost the race for {record.path!r}")
+            name = f"removal of what lost the race for {record.path!r}"
+            self._storage.cleanup.start(work, name=name, context=self._storage.meta._later())
 
     async def _forget_losers(self, record: MetaRecord, losers: Sequence[tuple[asyncio.Task[Any], Try]]) -> None:
         """Remove what attempts that were left behind have written, as far as it is known that nothing more comes.
@@ -281,7 +282,8 @@ class Swapping:
     # -- shared
 
     async def _finish(self, work: Any, name: str) -> None:
-        await self._storage.cleanup.finish(work, within=self._storage.timeouts.cleanup, name=name)
+        storage = self._storage
+        await storage.cleanup.finish(work, within=storage.timeouts.cleanup, name=name, context=storage.meta._later())
 
     def _check_replayable(self, write: Write, candidates: Sequence[str]) -> None:
         if len(candidates) > 1 and self._storage.placement.limits.copies == 1 and not write.source.replayable:

@@ -14,6 +14,7 @@ from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import InvalidStorageError, storages
 from django.db import connections, models, router
+from django.db.utils import ConnectionDoesNotExist
 from django.utils.module_loading import import_string
 
 from aproxy_storage import Backend, MetaBackend, ProxyStorage, StorageError
@@ -32,9 +33,11 @@ def check_storages(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
     found: list[CheckMessage] = []
     for name in _setting_names(found):
         try:
-            proxy_storage_settings.storage(name)
+            meta = proxy_storage_settings.storage(name).meta
         except (ImproperlyConfigured, StorageError) as error:
             found.append(Error(f"PROXY_STORAGE_CLASSES[{name!r}]: {error}", id="sync_bridge.E002"))
+        else:
+            found += _check_database(meta, f"PROXY_STORAGE_CLASSES[{name!r}]")
     made: dict[str, ProxyStorage] = {}
     for alias in _aliases():
         try:
@@ -111,6 +114,31 @@ def _check_one(alias: str, storage: ConfiguredStorage, proxy: ProxyStorage) -> I
                 hint="Add sync_bridge.models.OriginalStorageNameMixin to the model.",
                 id="sync_bridge.E006",
             )
+    yield from _check_database(proxy.meta, where)
+
+
+def _check_database(meta: MetaBackend, where: str, field: Any = None) -> Iterator[CheckMessage]:
+    """Look whether the ORM can keep records in the database that it would keep them in; connects nothing."""
+    model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
+    if model is None or not isinstance(meta, ORMMetaBackend):
+        return
+    alias = meta.using or router.db_for_write(model)
+    try:
+        connection = connections[alias]
+    except ConnectionDoesNotExist:
+        wrong = "which is not in DATABASES"
+    except ImproperlyConfigured:
+        return  # Django says so itself
+    else:
+        if connection.vendor in meta.vendors:
+            return
+        wrong = f"which is {connection.display_name}: {model._meta.label} can be there, but keep no files"
+    yield Error(
+        f"{where} keeps its records in the database {alias!r}, {wrong}.",
+        hint="Keep them on PostgreSQL or SQLite (using=), or give the storage another meta=, such as sqlite:///….",
+        obj=field,
+        id="sync_bridge.E009",
+    )
 
 
 def _check_names(alias: str, one: ProxyStorage, second: str, other: ProxyStorage) -> Iterator[CheckMessage]:
@@ -164,6 +192,7 @@ def check_field(field: Any) -> Iterator[CheckMessage]:
     except (ImproperlyConfigured, StorageError) as error:
         yield Error(f"The storage of the field cannot be made: {error}", obj=field, id="sync_bridge.E001")
         return
+    yield from _check_database(meta, "The storage of the field", field)
     model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
     if model is not None and not _has(model, "extra"):
         missing = [name for name in _OWNER if not _has(model, name)]

@@ -121,6 +121,8 @@ class ProxyStorageModelBase(models.Model):
     @classmethod
     def check(cls, **kwargs: Any) -> list[checks.CheckMessage]:
         messages: list[checks.CheckMessage] = super().check(**kwargs)
+        if all(field.name != "path" for field in cls._meta.local_fields):
+            return messages  # a proxy, or a child: the table, and its indexes, are the parent's
         conditions = [index.condition for index in cls._meta.indexes]
         if UNFINISHED not in conditions or KEY_IS_NOT_PATH not in conditions:
             messages.append(

@@ -76,6 +76,7 @@ DRIVERS = {
     "clients.mongo": {"pymongo", "bson"},
     "clients.postgres": {"asyncpg"},
     "meta_backends.orm": {"django", "asgiref"},
+    "meta_backends._orm_dependents": {"django"},
     "meta_backends._orm_errors": {"django"},
     "meta_backends._orm_rows": {"django"},
     "meta_backends._orm_table": {"django"},

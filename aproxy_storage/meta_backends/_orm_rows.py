@@ -15,7 +15,8 @@ from django.db import DataError, IntegrityError, router, transaction
 
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..paths import successor
-from ..records import MetaRecord, Revision, State
+from ..records import DELETING, MetaRecord, Revision, State
+from ._orm_dependents import check_deletable, refusal
 from ._orm_table import NewRow, Table
 from .base import UNCHANGED, Unchanged
 
@@ -142,6 +143,22 @@ class Rows:
         table = self.table(connection)
         if not table.is_storable(path):
             raise self._absent(path, expect)
+        if changes.get("state") == DELETING and table.has_dependents:
+            # From here on bytes are removed, and then the record. What would keep that keeps the bytes too.
+            with transaction.atomic(using=connection.alias):
+                check_deletable(connection, self._held(connection, path, expect), path)
+                return self._change(connection, path, changes, expect, lease)
+        return self._change(connection, path, changes, expect, lease)
+
+    def _change(
+        self,
+        connection: Any,
+        path: str,
+        changes: Mapping[str, Any],
+        expect: Revision | None,
+        lease: float | Unchanged | None,
+    ) -> MetaRecord:
+        table = self.table(connection)
         row = table.changes_of(changes, connection)
         target = changes.get("path", path)
         values = list(row.values())
@@ -173,21 +190,32 @@ class Rows:
         table = self.table(connection)
         if not table.is_storable(path):
             return False
-        if table.has_dependents:
-            wanted = {"path": path} if expect is None else {"path": path, "token": expect[0], "version": expect[1]}
-            rows = table.model._base_manager.using(connection.alias)
-            with transaction.atomic(using=connection.alias):
-                # Django selects first and deletes afterwards, so the row is held meanwhile.
-                found = list(rows.select_for_update().filter(**wanted).values_list("pk", flat=True))
-                return bool(found) and bool(rows.filter(pk__in=found).delete()[1].get(table.label))
-        text = table.delete
-        values: list[Any] = [path]
-        if expect is not None:
-            text += table.expecting
-            values += expect
-        with connection.cursor() as cursor:
-            cursor.execute(text, values)
-            return bool(cursor.rowcount > 0)
+        try:
+            if table.has_dependents:
+                with transaction.atomic(using=connection.alias):
+                    # Django selects first and deletes afterwards, so the row is held meanwhile.
+                    found = self._held(connection, path, expect)
+                    rows = table.model._base_manager.using(connection.alias)
+                    gone = rows.filter(pk__in=[row.pk for row in found]).delete()[1] if found else {}
+                    return bool(gone.get(table.label))
+            text = table.delete
+            values: list[Any] = [path]
+            if expect is not None:
+                text += table.expecting
+                values += expect
+            with connection.cursor() as cursor:
+                cursor.execute(text, values)
+                return bool(cursor.rowcount > 0)
+        except IntegrityError as error:
+            # Not Conflict, which says that somebody else was first.
+            raise refusal(error, path) from error
+
+    def _held(self, connection: Any, path: str, expect: Revision | None) -> list[Any]:
+        """Return the row of `path`, or none where it is not as expected; nobody changes it, or begins to refer to it,
+        before the transaction ends."""
+        wanted = {"path": path} if expect is None else {"path": path, "token": expect[0], "version": expect[1]}
+        rows = self.table(connection).model._base_manager.using(connection.alias)
+        return list(rows.select_for_update().filter(**wanted))
 
     def remove_or_raise(self, connection: Any, path: str, expect: Revision | None) -> None:
         if not self.remove(connection, path, expect):
@@ -212,19 +240,30 @@ class Rows:
         batch: Batch | None,
     ) -> list[A | StorageError]:
         """Call ``function(connection, *item)`` for each item, which begins with a path or a record, all in one
-        transaction; return answers and errors in order. `refused` makes the error of one item ours."""
-        answers: dict[int, A | StorageError] = {}
-        with transaction.atomic(using=connection.alias):
-            if batch is not None:
-                answers.update(batch(connection, items))
+        transaction; return answers and errors in order. `refused` makes the error of one item ours.
+
+        Where the database refuses the transaction, each item has one of its own: foreign keys, for one, are looked at
+        when it commits. Not in a caller's, which says so when that commits.
+        """
+
+        def each_of(answers: dict[int, A | StorageError], *, together: bool) -> list[A | StorageError]:
             for place in _in_order([place for place in range(len(items)) if place not in answers], items):
                 try:
                     answers[place] = function(connection, *items[place])
                 except (StorageError, IntegrityError, DataError) as error:
-                    if connection.needs_rollback or _is_broken(connection):
+                    if together and (connection.needs_rollback or _is_broken(connection)):
                         raise
                     answers[place] = refused(error, _path(items[place]))
-        return [answers[place] for place in range(len(items))]
+            return [answers[place] for place in range(len(items))]
+
+        try:
+            with transaction.atomic(using=connection.alias):
+                found = {} if batch is None else batch(connection, items)
+                return each_of(dict(found), together=True)
+        except (StorageError, IntegrityError, DataError):
+            if connection.in_atomic_block:
+                raise
+        return each_of({}, together=False)
 
     def insert_many(self, connection: Any, items: Sequence[tuple[Any, ...]]) -> dict[int, MetaRecord]:
         """Insert by few statements what can be inserted so; leave the others."""

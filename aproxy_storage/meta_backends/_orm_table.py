@@ -25,15 +25,18 @@ from django.utils import timezone
 from ..errors import ConfigurationError, InvalidPath, NotSupported
 from ..paths import shown
 from ..records import MetaRecord, Place
+from ._orm_dependents import relations_to
 from ._rows import COLUMNS, dump_extra
 
-__all__ = ["NewRow", "Table"]
+__all__ = ["VENDORS", "NewRow", "Table"]
 
 #: The clock of the database, in seconds since 1970. Not now(), which stands still inside a transaction.
 _CLOCK = {
     "postgresql": "extract(epoch FROM clock_timestamp())::float8",
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
 }
+#: Django's names of the kinds of databases that can keep records.
+VENDORS = frozenset(_CLOCK)
 # One encoder and no options per call: json.dumps builds an encoder for every call that has any.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _OPTIONAL = frozenset({"original_storage_name", "extra"})
@@ -97,6 +100,12 @@ class Table:
             and not isinstance(field.get_default(), DatabaseDefault)
             and (field.null or field.get_default() is not None)
         }
+        #: Where NULL is not what a new row gets.
+        self._null_says = {
+            field
+            for field in self.custom
+            if field.null and (callable(field.default) or field.get_default() is not None)
+        }
         #: What the database fills in by itself: every value that is sent costs microseconds on both sides.
         self._implied = [
             (field.column, field.db_default)
@@ -109,10 +118,9 @@ class Table:
         self._pk = meta.pk.attname
         self.lease = self.fields["lease"].column
         #: Whether others have to be told of a delete: Django follows foreign keys itself, the database does not.
-        self.has_dependents = any(
-            relation.auto_created and not relation.concrete and (relation.one_to_one or relation.one_to_many)
-            for relation in meta.get_fields(include_hidden=True)
-        ) or any(hasattr(field, "bulk_related_objects") for field in meta.private_fields)
+        self.has_dependents = any(relations_to(meta)) or any(
+            hasattr(field, "bulk_related_objects") for field in meta.private_fields
+        )
         self._write_statements(meta, connection)
 
     def _record_fields(self, meta: Any) -> dict[str, Any]:
@@ -467,14 +475,16 @@ class Table:
                     own[at] = function(own[at], expression, connection)
             for field, value in zip(self.custom, own, strict=True):
                 native[field.attname] = value
+                if field.generated or (value is None and field not in self._null_says):
+                    continue
                 # What a new row gets anyway says nothing.
-                if value is not None and not field.generated and value != field.get_default():
+                if value != field.get_default():
                     extra[field.attname] = value
         return native
 
 
 def _check_database(connection: Any, label: str) -> None:
-    if connection.vendor not in _CLOCK:
+    if connection.vendor not in VENDORS:
         raise ConfigurationError(
             f"ORMMetaBackend keeps records on PostgreSQL and SQLite; the database {connection.alias!r} of {label} is"
             f" {connection.display_name}"

@@ -7,6 +7,7 @@ To write one, subclass `MetaBackend`, implement the underscored hooks, and hold 
 from __future__ import annotations
 
 import abc
+import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, overload
 
@@ -166,6 +167,7 @@ class MetaBackend(abc.ABC):
             Conflict: with `expect`, the record is gone or has another token or version.
             NotFound: without `expect`, there is no such record.
             AlreadyExists: ``changes["path"]`` is taken.
+            AccessDenied: ``changes["state"]`` is ``deleting``, and the database would not let the record go.
             ValueError: `changes` names a field that is not in `CHANGEABLE`.
             BackendUnavailable, DeadlineExceeded.
         """
@@ -178,6 +180,7 @@ class MetaBackend(abc.ABC):
         Raises:
             Conflict: with `expect`, the record is gone or has another token or version.
             NotFound: without `expect`, there is no such record.
+            AccessDenied: the database does not let it go, because of what refers to it.
             BackendUnavailable, DeadlineExceeded.
         """
         if await self._call("delete", path, self._delete(path, expect)):
@@ -419,6 +422,19 @@ class MetaBackend(abc.ABC):
 
     async def _aclose(self) -> None:
         pass
+
+    def _database_asked(self) -> str | None:
+        """Return the database that the last call of this context went to; None where calls of all contexts go to the
+        same. Override both where the caller's context decides."""
+        return None
+
+    def _context_for(self, database: str | None) -> contextvars.Context:
+        """Return the context for work that goes on without its caller: empty, but calls go to `database`."""
+        return contextvars.Context()
+
+    def _later(self) -> contextvars.Context:
+        """Return the context for work that goes on without the caller of this context."""
+        return self._context_for(self._database_asked())
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
         """Return our error for a native one. Extend it with the driver's; fall back to this."""

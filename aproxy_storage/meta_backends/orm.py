@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,6 +21,7 @@ try:
 
     from ._orm_errors import DJANGO_ERRORS, NotConnected, orm_error
     from ._orm_rows import PARAMETERS, Batch, Rows, in_transaction
+    from ._orm_table import VENDORS
     from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
     raise MissingDependency.of("Django", "django") from error
@@ -28,6 +31,35 @@ __all__ = ["ORMMetaBackend"]
 A = TypeVar("A")
 
 _CHUNK = 250  # items of one call that share a hop and a transaction
+
+_Aliases = contextvars.ContextVar[Mapping[Rows, str]]
+
+#: The database that the last call of this context went to. Routers may decide by request or by thread, which what the
+#: call has begun does not know where it goes on without its caller: the renewal of a lease, the undo of a save.
+_asked: _Aliases = contextvars.ContextVar("aproxy_storage.orm.asked", default=MappingProxyType({}))
+#: The database that all calls of this context go to, whatever routers say.
+_settled: _Aliases = contextvars.ContextVar("aproxy_storage.orm.settled", default=MappingProxyType({}))
+
+
+def _set(variable: _Aliases, rows: Rows, alias: str) -> None:
+    known = variable.get()
+    if known.get(rows) != alias:
+        variable.set({**known, rows: alias})
+
+
+class _Alias:
+    """Names the database for one call: that of this context, else what the routers say in the thread of the call."""
+
+    __slots__ = ("_rows", "answer")
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.answer = _settled.get().get(rows)
+
+    def __call__(self) -> str:
+        if self.answer is None:
+            self.answer = self._rows.alias()
+        return self.answer
 
 
 class ORMMetaBackend(MetaBackend):
@@ -39,9 +71,10 @@ class ORMMetaBackend(MetaBackend):
     run one after another, as all of Django's ORM does.
 
     Fields of ``extra`` go to the model's columns of that name, the others to its JSON column ``extra`` if it has one.
-    A column comes back in ``extra`` where its value is not its default, and always in ``native``, with the primary
-    key. Signals and ``save()`` of the model are not called, its managers are not asked; ``pre_save`` and
-    ``get_db_prep_save`` of its fields are. Deletes that other models must follow go through Django's.
+    A column comes back in ``extra`` where its value (None, too) is not its default, and always in ``native``, with the
+    primary key. Signals and ``save()`` of the model are not called, its managers are not asked; ``pre_save`` and
+    ``get_db_prep_save`` of its fields are. Deletes that other models must follow go through Django's; whether these
+    forbid it is found out before the first byte goes.
 
     Leases are kept by the clock of the database, ``created_at`` and ``updated_at`` by that of the caller.
 
@@ -64,12 +97,17 @@ class ORMMetaBackend(MetaBackend):
         ConfigurationError: Django is not set up, there is no such model or database, the table is not migrated, the
             database refuses name or password, or there is no column for a field of ``extra``.
         Conflict: a deadlock or a serialisation failure of the database; a constraint of the model's own.
+        AccessDenied: rows of other models refer to a record that is to be deleted, or to become ``deleting``, by a
+            foreign key that forbids it.
         InvalidPath, NotSupported: a value that its column cannot hold; found before anything is sent.
     """
 
     keeps_deadlines: ClassVar[bool] = True
     works_here: ClassVar[bool] = True
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = DJANGO_ERRORS
+
+    #: The kinds of databases that can keep records, by their ``vendor``.
+    vendors: ClassVar[frozenset[str]] = VENDORS
 
     #: How a callback of `after_commit` is awaited in the thread that commits. `sync_bridge` puts its own way here.
     run_callback: ClassVar[Callable[[Callable[[], Awaitable[None]]], Any]] = staticmethod(
@@ -112,12 +150,23 @@ class ORMMetaBackend(MetaBackend):
     # -- hops
 
     async def _run(self, function: Callable[..., A], *args: Any, repeatable: bool = False) -> A:
+        alias = self._rows.alias if self.using is not None else _Alias(self._rows)
         try:
-            return await in_djangos_thread(
-                self._rows.alias, function, *args, limit=self.timeouts.operation, repeatable=repeatable
-            )
+            return await in_djangos_thread(alias, function, *args, limit=self.timeouts.operation, repeatable=repeatable)
         except NotConnected as error:
             raise self._map_error(error, f"use {self}") from error.__cause__
+        finally:
+            if isinstance(alias, _Alias) and alias.answer is not None:
+                _set(_asked, self._rows, alias.answer)
+
+    def _database_asked(self) -> str | None:
+        return None if self.using is not None else _settled.get().get(self._rows) or _asked.get().get(self._rows)
+
+    def _context_for(self, database: str | None) -> contextvars.Context:
+        context = contextvars.Context()
+        if database is not None:
+            context.run(_set, _settled, self._rows, database)
+        return context
 
     @property
     def looks_here(self) -> bool:
@@ -125,7 +174,7 @@ class ORMMetaBackend(MetaBackend):
 
     def look_here(self, path: str) -> MetaRecord | None:
         try:
-            return in_this_thread(self._rows.alias, self._rows.get, path)
+            return in_this_thread(_Alias(self._rows), self._rows.get, path)
         except NotConnected as error:
             raise self._map_error(error, f"use {self}") from error.__cause__
         except StorageError as error:
@@ -203,8 +252,8 @@ class ORMMetaBackend(MetaBackend):
     ) -> list[A | StorageError]:
         """Call ``function(connection, *item)`` for each; return answers and errors in order.
 
-        A chunk is one hop and one transaction, after a cancellation done or not as a whole, and those after it are
-        not done.
+        A chunk is one hop and one transaction (where the database refuses that, one per item), after a cancellation
+        done or not as a whole, and those after it are not done.
         """
 
         def refused(error: Exception, path: str) -> StorageError:
@@ -273,8 +322,16 @@ class ORMMetaBackend(MetaBackend):
         """Return whether there is a transaction whose commit will await `callback`."""
         if not in_transaction(connection):
             return False
+
+        def in_its_database() -> None:
+            before = _settled.set({**_settled.get(), self._rows: connection.alias})
+            try:
+                run(callback)
+            finally:
+                _settled.reset(before)
+
         # Robust: it is committed; what goes wrong now is logged, and must not reach the caller or stop others.
-        transaction.on_commit(lambda: run(callback), using=connection.alias, robust=True)
+        transaction.on_commit(in_its_database, using=connection.alias, robust=True)
         return True
 
     async def setup(self) -> None:

@@ -14,17 +14,18 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.files.base import ContentFile
 from django.core.files.storage import storages
 from django.core.management import call_command
-from django.db import models
+from django.db import connections, models
 from django.test import override_settings
 from django.test.utils import isolate_apps
 
 from aproxy_storage import ConfigurationError, ProxyStorage, registry
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from sync_bridge import BridgeStorage, ProxyStorageFileField, get_storage, proxy_storage_settings
 from sync_bridge.bridge import bridge
 from sync_bridge.checks import check_storages, check_tables
-from tests.django_support.setup import migrated_sqlite  # noqa: F401
+from tests.django_support.setup import add_database, migrated_sqlite  # noqa: F401
 
 
 def make(name: str) -> ProxyStorage:
@@ -190,6 +191,29 @@ def test_mistakes_in_storages_are_found_at_start(
         assert all(message in one.msg for one in found)
 
 
+@pytest.fixture
+def unsupported() -> Iterator[str]:
+    """A database that cannot keep records, and cannot be connected to."""
+    add_database("unsupported", {"ENGINE": "django.db.backends.dummy"})
+    assert connections["unsupported"].vendor == "unknown"
+    yield "unsupported"
+    del connections["unsupported"], connections.settings["unsupported"]
+
+
+@pytest.mark.parametrize(
+    ("using", "message"), [("unsupported", "which is unknown"), ("nowhere", "which is not in DATABASES")]
+)
+def test_records_in_a_database_that_cannot_keep_them(using: str, message: str, unsupported: str) -> None:
+    meta = f"django-orm://shelf.Document?using={using}"
+    with with_default(meta=meta, original="memory:", name="x"):
+        (found,) = check_storages()
+    assert (found.id, found.level) == ("sync_bridge.E009", checks.ERROR)
+    assert f"STORAGES['default'] keeps its records in the database {using!r}, {message}" in found.msg
+    storage = ProxyStorage("cv", originals=MemoryBackend(), meta=ORMMetaBackend("shelf.Document", using))
+    with setting(cv=storage):
+        assert "sync_bridge.E009" in ids(check_storages())
+
+
 LOCAL = {"location": "{tmp}/private", "name": "private"}
 
 
@@ -278,6 +302,8 @@ def test_what_a_field_needs() -> None:
     assert check(BridgeStorage(storage="unknown")) == ["sync_bridge.E001"]
     assert check(BridgeStorage(name="bare", original="memory://", meta="shelf.PlainFile")) == ["sync_bridge.E008"]
     assert check(BridgeStorage(name="own", original="memory://", meta="shelf.Document")) == []
+    nowhere = "django-orm://shelf.Document?using=nowhere"
+    assert check(BridgeStorage(name="lost", original="memory://", meta=nowhere)) == ["sync_bridge.E009"]
     without = [name for name in _installed() if name != "django.contrib.contenttypes"]
     with override_settings(INSTALLED_APPS=[name for name in without if "django.contrib" not in name]):
         assert check(BridgeStorage(name="x", original="memory://", meta="memory://")) == ["sync_bridge.W005"]

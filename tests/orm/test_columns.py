@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from asgiref.sync import async_to_sync, sync_to_async
-from django.db import transaction
+from django.db import connections, transaction
 from django.test import override_settings
 
 from aproxy_storage import (
+    AccessDenied,
     ConfigurationError,
     Conflict,
     InvalidPath,
@@ -27,9 +29,23 @@ from aproxy_storage import (
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.records import Revision
+from aproxy_storage.testing.meta_backends import make_record
+from aproxy_storage.tools.reconcile import reconcile
 from sync_bridge.models import StoredFile
 from tests.django_support.setup import forget_connections
-from tests.django_support.shelf.models import Document, Mark, NamedFile, Note, PlainFile, Shelf, Stamped
+from tests.django_support.shelf.models import (
+    Document,
+    Invoice,
+    Loose,
+    Mark,
+    NamedFile,
+    Note,
+    PlainFile,
+    Receipt,
+    Shelf,
+    Stamped,
+    Ticket,
+)
 
 pytestmark = pytest.mark.asyncio
 
@@ -106,6 +122,20 @@ async def test_update_replaces_the_whole_mapping(make: Make) -> None:
     assert changed.extra == {"pages": 2}
     row = await Document.objects.using(storage.meta.using).aget()
     assert (row.title, row.pages, row.version) == ("", 2, changed.version)
+
+
+async def test_nothing_is_a_value_where_the_default_is_another(make: Make) -> None:
+    """Or whoever adds to the mapping, as a file field does with the owner, would change the column."""
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1", extra={"rating": None})
+    record = await storage.get(path)
+    assert record.extra == {"rating": None}
+    assert (await storage.update(path, extra={**record.extra, "field": "cv"})).extra == {"rating": None, "field": "cv"}
+    copy = await storage.copy(path, "b.txt")
+    rows = Document.objects.using(storage.meta.using)
+    assert [row.rating async for row in rows.all()] == [None, None]
+    await storage.update(copy, extra={})
+    assert (await rows.aget(path=copy)).rating == 5
 
 
 async def test_copies_have_the_same_columns(make: Make) -> None:
@@ -218,6 +248,175 @@ async def test_what_belongs_to_a_file_goes_with_it(make: Make) -> None:
         assert await model.objects.using(using).acount() == 0
     with pytest.raises(NotFound):
         await storage.meta.delete(path)
+
+
+def referring(kind: str, using: str, document_id: int) -> Any:
+    """Refer to a document by a foreign key of `kind`; return the row that forbids its deletion."""
+    if kind == "protected":
+        return Invoice.objects.using(using).create(document_id=document_id)
+    if kind == "restricted":
+        return Receipt.objects.using(using).create(document_id=document_id)
+    if kind == "by the database":
+        return Ticket.objects.using(using).create(document_id=document_id)
+    note = Note.objects.using(using).create(document_id=document_id)
+    return Ticket.objects.using(using).create(note=note)
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+@pytest.mark.parametrize("kind", ["protected", "restricted", "by the database", "by the database, of what goes along"])
+async def test_a_file_whose_record_cannot_go_keeps_its_bytes(
+    make: Make, tmp_path: Path, kind: str, in_transaction: bool
+) -> None:
+    storage = make(Document, keep_replaced=0)
+    using = storage.meta.using
+    path = await storage.save("a.txt", b"1")
+    row = await sync_to_async(referring)(kind, using, (await storage.get(path))["id"])
+
+    def delete() -> None:
+        if not in_transaction:
+            async_to_sync(storage.delete)(path)
+        else:
+            with transaction.atomic(using=using):
+                with pytest.raises(AccessDenied):
+                    async_to_sync(storage.delete)(path)
+                assert Document.objects.using(using).count() == 1, "the transaction is usable"
+                async_to_sync(storage.delete)(path)
+
+    with pytest.raises(AccessDenied, match=rf"{row._meta.label} {row.pk}, and on_delete") as caught:
+        await sync_to_async(delete)()
+    assert not caught.value.retryable
+    assert not caught.value.outcome_unknown
+    assert (await storage.get(path)).state == "stored"
+    assert written(tmp_path) == ["a.txt"]
+    assert [type(each.error) async for each in storage.delete_many([path])] == [AccessDenied]
+    assert (await reconcile(storage, force=True, dry_run=False)).counts == {}
+
+    await row.adelete()
+    await storage.delete(path)
+    assert written(tmp_path) == []
+    assert await Document.objects.using(using).acount() == 0
+
+
+async def test_what_refers_to_a_file_without_keeping_it(make: Make, tmp_path: Path, database: str) -> None:
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1")
+    document_id = (await storage.get(path))["id"]
+    note = await Note.objects.using(database).acreate(document_id=document_id)
+    # Restricted, but it goes along with the note.
+    await Receipt.objects.using(database).acreate(document_id=document_id, note=note)
+    await Loose.objects.using(database).acreate(document_id=document_id)
+    await storage.delete(path)
+    assert written(tmp_path) == []
+    counts = [await model.objects.using(database).acount() for model in (Document, Note, Receipt, Loose)]
+    assert counts == [0, 0, 0, 1]
+
+
+@pytest.fixture
+def tickets_that_go_along(database: str) -> Iterator[None]:
+    """Let the database itself delete the tickets of a document: DO_NOTHING is what Django is told then."""
+
+    def follow(rule: str) -> None:
+        with connections[database].cursor() as cursor:
+            if connections[database].vendor == "sqlite":
+                if rule:
+                    cursor.execute("DROP TABLE shelf_ticket")
+                    cursor.execute(
+                        "CREATE TABLE shelf_ticket (id integer PRIMARY KEY, note_id bigint REFERENCES shelf_note (id),"
+                        f" document_id bigint REFERENCES shelf_document (id) {rule})"
+                    )
+                return
+            cursor.execute(
+                "SELECT conname FROM pg_constraint WHERE conrelid = 'shelf_ticket'::regclass"
+                " AND confrelid = 'shelf_document'::regclass"
+            )
+            (name,) = cursor.fetchone()
+            cursor.execute(
+                f"ALTER TABLE shelf_ticket DROP CONSTRAINT {name}, ADD CONSTRAINT {name} FOREIGN KEY (document_id)"
+                f" REFERENCES shelf_document {rule} DEFERRABLE INITIALLY DEFERRED"
+            )
+
+    follow("ON DELETE CASCADE")
+    yield
+    follow("")
+
+
+async def test_a_foreign_key_that_the_database_follows(
+    make: Make, tmp_path: Path, database: str, tickets_that_go_along: None
+) -> None:
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1")
+    await Ticket.objects.using(database).acreate(document_id=(await storage.get(path))["id"])
+    await storage.delete(path)
+    assert await Ticket.objects.using(database).acount() == 0
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["protected", "by the database"])
+async def test_what_begins_to_refer_to_a_file_that_is_being_deleted(make: Make, kind: str) -> None:
+    storage = make(Document)
+    path = await storage.save("a.txt", b"1")
+    marked = await storage.journal.mark(await storage.get(path))
+    row = await sync_to_async(referring)(kind, storage.meta.using, marked.record["id"])
+    with pytest.raises(AccessDenied):
+        await storage.journal.sweep(marked)
+    report = await reconcile(storage, force=True, dry_run=False)
+    assert report.counts == {"failed": 1}, "not moved on"
+    assert f"{row._meta.label} {row.pk}" in str(report.findings[0].error)
+    await row.adelete()
+    assert (await reconcile(storage, force=True, dry_run=False)).counts == {"deleted": 1}
+
+
+async def test_a_rule_that_no_file_may_be_deleted(make: Make, tmp_path: Path, database: str) -> None:
+    storage = make(StoredFile)
+    path = await storage.save("a.txt", b"1")
+    table = "sync_bridge_storedfile"
+    add, remove = {
+        "sqlite": (
+            f"CREATE TRIGGER rule BEFORE UPDATE OF state ON {table} BEGIN SELECT RAISE(ABORT, 'broken rule'); END",
+            "DROP TRIGGER rule",
+        ),
+        "postgresql": (
+            f"ALTER TABLE {table} ADD CONSTRAINT rule CHECK (state <> 'deleting')",
+            f"ALTER TABLE {table} DROP CONSTRAINT rule",
+        ),
+    }[connections[database].vendor]
+
+    def do(text: str) -> None:
+        with connections[database].cursor() as cursor:
+            cursor.execute(text)
+
+    await sync_to_async(do)(add)
+    try:
+        with pytest.raises(Conflict, match="rule") as caught:
+            async with asyncio.timeout(20):  # and not again and again
+                await storage.delete(path)
+        assert not caught.value.retryable
+        assert written(tmp_path) == ["a.txt"]
+    finally:
+        await sync_to_async(do)(remove)
+
+
+async def test_a_foreign_key_that_is_wrong_is_the_error_of_its_item(make: Make) -> None:
+    """The database looks at it when the transaction of all items commits."""
+    meta = make(Document).meta
+    using = meta.using
+    right = (await Shelf.objects.using(using).acreate(title="top")).pk
+    shelves = [None, right, right + 1, None, right]
+    records = [make_record(f"{number}", extra={"shelf_id": shelf}) for number, shelf in enumerate(shelves)]
+
+    def kinds(answers: Sequence[Any]) -> list[type]:
+        return [type(each) for each in answers]
+
+    good, bad = MetaRecord, Conflict
+    assert kinds(await meta.create_many(records)) == [good, good, bad, good, good]
+    assert [record.path async for record in meta.list()] == ["0", "1", "3", "4"]
+    changes = [("0", {"extra": {"shelf_id": right}}, None), ("1", {"extra": {"shelf_id": right + 1}}, None)]
+    assert kinds(await meta.update_many(changes)) == [good, bad]
+    assert [(await meta.get(path))["shelf_id"] for path in "01"] == [right, right]
+    await Ticket.objects.using(using).acreate(document_id=(await meta.get("3"))["id"])
+    answers = await meta.delete_many([("1", None), ("3", None), ("4", None)])
+    assert kinds(answers) == [type(None), AccessDenied, type(None)]
+    assert [record.path async for record in meta.list()] == ["0", "3"]
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from django.core import checks
 from django.core.management import call_command
-from django.db import connection
+from django.db import connection, models
+from django.test.utils import isolate_apps
 
 from tests.django_support.setup import configure
 
@@ -41,6 +42,24 @@ def test_a_model_whose_meta_forgets_the_indexes_is_warned_of() -> None:
     finally:
         del Forgetful._meta.apps.all_models["shelf"]["forgetful"]
         Forgetful._meta.apps.clear_cache()
+
+
+def test_a_model_without_a_table_of_records_of_its_own_needs_no_indexes() -> None:
+    with isolate_apps("tests.django_support.shelf"):
+
+        class Proxy(StoredFile):
+            class Meta:
+                proxy = True
+                app_label = "shelf"
+
+        class Child(StoredFile):
+            remark = models.CharField(max_length=3, default="")
+
+            class Meta:
+                app_label = "shelf"
+
+        found = [message.id for message in [*Proxy.check(), *Child.check()]]
+        assert "sync_bridge.W001" not in found
 
 
 def test_the_system_checks_are_content() -> None:

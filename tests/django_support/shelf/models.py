@@ -31,6 +31,7 @@ class Document(OriginalStorageNameMixin, ContentObjectFieldMixin, ProxyStorageMo
     price = models.DecimalField(max_digits=8, decimal_places=2, null=True)
     isbn = models.CharField(max_length=20, null=True, unique=True)
     shelf = models.ForeignKey(Shelf, null=True, on_delete=models.SET_NULL)
+    rating = models.IntegerField(null=True, default=5)
 
 
 class Note(models.Model):
@@ -52,3 +53,29 @@ class Mark(models.Model):
     """The same, unknown to the document."""
 
     document = models.ForeignKey(Document, on_delete=models.CASCADE, related_name="+")
+
+
+class Invoice(models.Model):
+    """What keeps its document."""
+
+    document = models.ForeignKey(Document, on_delete=models.PROTECT)
+
+
+class Receipt(models.Model):
+    """The same, unless what it belongs to goes too."""
+
+    note = models.ForeignKey(Note, null=True, on_delete=models.CASCADE)
+    document = models.ForeignKey(Document, null=True, on_delete=models.RESTRICT)
+
+
+class Ticket(models.Model):
+    """The same, by the database alone, and whatever is about its note."""
+
+    note = models.ForeignKey(Note, null=True, on_delete=models.DO_NOTHING)
+    document = models.ForeignKey(Document, null=True, on_delete=models.DO_NOTHING)
+
+
+class Loose(models.Model):
+    """What may refer to a document that is gone."""
+
+    document = models.ForeignKey(Document, on_delete=models.DO_NOTHING, db_constraint=False)
