@@ -104,7 +104,7 @@ class Job:
         rekey: names a token key instead of one that is taken; None: a taken key is the caller's affair.
         careful: ask whether the key is taken before the content is touched, because it cannot be read twice.
         forced: the caller has named the original, so it is tried even when its circuit is open.
-        begun: filled with the places that something was sent to.
+        whole: filled with the places where an attempt has put the content, whatever becomes of the save.
         unsure: filled with the places where bytes may be, or may still land, although they are not wanted.
         losers: attempts that were left behind, with their tasks.
         errors: of the attempts that failed, oldest first.
@@ -118,7 +118,7 @@ class Job:
     rekey: Callable[[Place], Awaitable[Place]] | None = None
     careful: bool = False
     forced: bool = False
-    begun: list[Place] = field(default_factory=list)
+    whole: list[Place] = field(default_factory=list)
     unsure: list[Place] = field(default_factory=list)
     losers: list[tuple[asyncio.Task[Any], Try]] = field(default_factory=list)
     errors: list[StorageError] = field(default_factory=list)
@@ -128,7 +128,6 @@ class Job:
     def begin(self, one: Try) -> None:
         self.check()
         one.begun = True
-        self.begun.append(one.place)
 
     def doubt(self, place: Place) -> None:
         if place not in self.unsure:
@@ -326,6 +325,7 @@ class Attempts:
             written = await self._limited(job, one, gate, admission, source, movable)
             outcome = "ok"
             one.certain = True
+            job.whole.append(one.place)
             return Placed((one.place,), written)
         except StorageError as error:
             failure = error

@@ -24,6 +24,7 @@ from aproxy_storage import (
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
 from aproxy_storage.mending import mend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.faults import Fail, Fault, Hang, Late, Lie, Slow, at
 from aproxy_storage.tools.reconcile import reconcile
@@ -111,6 +112,38 @@ def test_below_the_quorum_the_save_fails_and_leaves_nothing() -> None:
                     assert await world.meta.count() == 0
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["below the quorum", "cancelled", "taken at one"])
+def test_inside_a_transaction_a_save_that_fails_leaves_no_copy_without_a_record(how: str) -> None:
+    class InTransaction(MemoryMetaBackend):
+        async def reserve(self, *args: Any, **options: Any) -> None:
+            return None
+
+    async def main() -> None:
+        async with World(Replicate(3, quorum=3, breaker=None), "abc") as world:
+            world.storage.meta = world.storage.journal.meta = InTransaction()
+            lagging = Hang()
+            world.plan["c"].set(write=lagging)
+            saving = asyncio.ensure_future(world.storage.save("x", b"1"))
+            await lagging.reached.wait()
+            await asyncio.sleep(1)  # of the loop's own time: the two other copies are done, and known to be
+            assert [await world.keys(name) for name in "ab"] == [["x"], ["x"]]
+            if how == "taken at one":
+                await world.inner["c"].write("x", b"somebody else's")
+                lagging.release()
+            elif how == "cancelled":
+                saving.cancel()  # otherwise the attempt comes to its timeout
+            await asyncio.wait([saving])
+            if how == "taken at one":
+                assert await saving != "x", "a taken key means a taken name"
+                await world.storage.delete(saving.result())
+            else:
+                assert saving.cancelled() or isinstance(saving.exception(), BackendUnavailable)
+            assert [await world.keys(name) for name in "ab"] == [[], []]
+            assert await world.keys("c") == (["x"] if how == "taken at one" else [])
+
+    run(main())
 
 
 def test_what_an_original_refuses_is_raised_at_once() -> None:
