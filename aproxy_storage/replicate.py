@@ -85,10 +85,11 @@ class Replicate(Placement):
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What brings a file to its number of copies: places to make, and places to give up."""
+    """What brings a file to its number of copies: places to make, others where one of them fails, places to give up."""
 
     make: tuple[str, ...] = ()
     drop: tuple[Place, ...] = ()
+    spare: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.make or self.drop)
@@ -110,5 +111,6 @@ def what_is_to_do(record: MetaRecord, good: Sequence[Place], targets: Sequence[s
             kept.setdefault(place.original, place)
     if len(kept) < copies:
         free = [name for name in targets if name not in kept]
-        return Todo(make=tuple(free[: copies - len(kept)]))
+        wanted = copies - len(kept)
+        return Todo(make=tuple(free[:wanted]), spare=tuple(free[wanted:]))
     return Todo(drop=tuple(place for place in good if place not in kept.values()))

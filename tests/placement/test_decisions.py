@@ -209,7 +209,7 @@ def test_route_by_size_and_extra_and_asynchronously() -> None:
 A, B, C = Place("a", "k"), Place("b", "k"), Place("c", "k")
 TODO: list[tuple[list[Place], list[str], int, Todo]] = [
     ([A, B], ["a", "b", "c"], 2, Todo()),
-    ([A], ["a", "b", "c"], 2, Todo(make=("b",))),
+    ([A], ["a", "b", "c"], 2, Todo(make=("b",), spare=("c",))),
     ([A], ["a", "b", "c"], 3, Todo(make=("b", "c"))),
     ([A, B, C], ["a", "b", "c"], 2, Todo(drop=(C,))),
     ([C, A, B], ["a", "b", "c"], 2, Todo(drop=(B,))),  # the primary one stays

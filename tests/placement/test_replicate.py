@@ -185,6 +185,7 @@ def test_a_hung_original_is_dropped_after_its_attempt_timeout() -> None:
             assert record.original_storage_name == "b"
             assert [(place.original, place.state) for place in record.places] == [("a", "doubtful")]
             assert await taken(world.storage.save("y", b"1")) == 0, "its circuit is open"
+            await asyncio.sleep(60)
             await world.assert_clean()
             assert sorted(await copies(world, "x")) == ["a", "b"]
 
@@ -541,6 +542,94 @@ def test_reconcile_makes_nothing_in_the_stead_of_a_copy_that_is_out_of_reach() -
             assert report.counts == {"failed": 1}
             assert await copies(world, "x") == ["a", "b"]
             assert await world.keys("c") == []
+
+    run(main())
+
+
+def test_reconcile_copies_only_from_what_it_sees() -> None:
+    """What is out of reach is no source; one that cannot be read after all leaves the next one."""
+
+    async def main() -> None:
+        async with World(Replicate(4, quorum=1, breaker=None), "abcd") as world:
+            await world.storage.save("x", b"1")
+            await world.inner["d"].discard("x")
+            world.plan["a"].set(stat=DOWN, read=DOWN)
+            world.plan["b"].set(read=DOWN)
+            report = await world.reconcile(force=False)
+            assert report.counts == {"missing": 1, "failed": 2, "copied": 1}
+            assert [each.original for each in report.findings] == ["a", "d", "b", "d"]
+            assert await copies(world, "x") == ["a", "b", "c", "d"]
+            await world.inner["d"].discard((await world.keys("d"))[0])
+            world.plan["c"].set(read=DOWN)
+            assert "copied" not in (await world.reconcile(force=False)).counts
+            assert await copies(world, "x") == ["a", "b", "c"]
+            await world.assert_clean()
+            assert await copies(world, "x") == ["a", "b", "c", "d"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_reconcile_gives_nothing_up_for_a_copy_that_it_does_not_see(how: str) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, breaker=None)) as world:
+            await world.storage.save("x", b"whole")
+            await world.inner["b"].discard("x")
+            if how == "cut":
+                await world.inner["b"].write("x", b"who")
+            world.plan["a"].set(stat=DOWN, read=DOWN)
+            for _ in range(3):
+                report = await world.reconcile()
+                assert report.counts == {"failed": 1, "missing" if how == "gone" else "damaged": 1}
+            assert await copies(world, "x") == ["a", "b"]
+            assert await world.keys("b") == ([] if how == "gone" else ["x"]), "the last bytes within reach"
+            world.heal()
+            assert (await world.reconcile()).counts["copied"] == 1
+            assert await content_of(world.storage, "x") == b"whole"
+
+    run(main())
+
+
+@pytest.mark.parametrize("circuit", [None, Breaker(failures=1, reset_after=60)], ids=["asked", "circuit"])
+def test_reconcile_goes_past_an_original_that_is_away(circuit: Breaker | None) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, breaker=circuit), "abc") as world:
+            away = dict.fromkeys(("write", "stat", "read", "discard"), DOWN)
+            world.plan["b"].set(**away)
+            await world.storage.save("x", b"1")
+            world.plan["c"].set(**away)
+            for _ in range(4):
+                report = await world.reconcile(force=False)
+                assert report.counts["failed"] >= 2
+                record = await world.storage.get("x")
+                assert len(record.places) <= 2, "a run adds no name for an original that is still away"
+            world.plan["c"].faults.clear()
+            await asyncio.sleep(60)
+            assert (await world.reconcile(force=False)).counts["copied"] == 1
+            assert await copies(world, "x") == ["a", "c"]
+            await asyncio.sleep(60)
+            await world.assert_clean()
+            assert await copies(world, "x") == ["a", "c"]
+
+    run(main())
+
+
+def test_reconcile_leaves_a_file_that_was_replaced_while_a_copy_of_it_failed() -> None:
+    async def main() -> None:
+        async with World(Replicate(3, quorum=1, breaker=None), "abcd", keep_replaced=0.0) as world:
+            world.plan["c"].set(write=DOWN)
+            await world.storage.save("x", b"old")
+
+            async def change() -> None:
+                world.heal()
+                await world.storage.replace("x", b"new")
+                raise BackendUnavailable("out of order")
+
+            world.plan["c"].set(write=Meanwhile(change))
+            report = await world.reconcile(force=False)
+            assert report.counts == {"moved on": 1}
+            assert await content_of(world.storage, "x") == b"new"
+            await world.assert_clean()
 
     run(main())
 
