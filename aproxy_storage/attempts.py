@@ -334,7 +334,8 @@ class Attempts:
             raise
         except BaseException as error:
             failure = error
-            outcome = "outrun" if one.outrun else "cancelled"
+            if one.outrun:
+                outcome = "crowded" if one.waiting else "outrun"
             raise
         finally:
             if failure is not None:

@@ -30,7 +30,7 @@ Kind = Literal["write", "read"]
 #: How a call ended: ``"ok"``; ``"failed"``: an outage; ``"timeout"``: no progress in time; ``"refused"``: the error was
 #: the call's own, the original is in order; ``"outrun"``: too slow, another original was faster; ``"aborted"``: the
 #: content failed, or the record; ``"cancelled"``; ``"skipped"``: the circuit is open, nothing was tried;
-#: ``"crowded"``: no slot was free in time.
+#: ``"crowded"``: no slot was free in time, or before another original was done.
 Outcome = Literal["ok", "failed", "timeout", "refused", "outrun", "aborted", "cancelled", "skipped", "crowded"]
 
 _BAD: frozenset[Outcome] = frozenset({"failed", "timeout", "outrun"})

@@ -27,6 +27,8 @@ __all__ = ["Opened", "in_read_order", "open_bytes"]
 
 _log = logging.getLogger(__name__)
 
+_OUTRUN = "outrun"  # what an attempt is cancelled with when another one was faster
+
 
 class Opened:
     """The bytes of a file, open at one place; an async context manager that closes them."""
@@ -113,6 +115,7 @@ async def _hedged(
 ) -> Opened | None:
     left = deque(places)
     running: dict[asyncio.Task[Opened], Place] = {}
+    why = "not wanted any more"  # by a caller that is cancelled, or for an error that no other copy would mend
     try:
         while left or running:
             if left:
@@ -131,11 +134,12 @@ async def _hedged(
                     errors.append(error)
                 else:
                     del running[task]
+                    why = _OUTRUN
                     return opened
         return None
     finally:
         for task in running:
-            task.cancel("outrun")
+            task.cancel(why)
             task.add_done_callback(lambda done: _close_late(storage, done))
 
 
@@ -197,7 +201,8 @@ async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | 
         raise
     except BaseException as error:
         failure = error
-        outcome = "outrun" if error.args == ("outrun",) else "cancelled"
+        if error.args == (_OUTRUN,):
+            outcome = "crowded" if waiting else "outrun"
         raise
     finally:
         took = gate.finish(admission, outcome)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aproxy_storage import (
+    AccessDenied,
     BackendUnavailable,
     Breaker,
     ByteRange,
@@ -180,6 +181,41 @@ def test_a_read_is_hedged() -> None:
             world.plan["b"].set(read=DOWN)
             with pytest.raises(BackendUnavailable):
                 await content_of(world.storage, "x")
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["the caller is cancelled", "another copy refuses"])
+def test_a_hedged_read_that_nobody_has_won_says_nothing_about_an_original(how: str) -> None:
+    async def main() -> None:
+        breaker = Breaker(failures=1, reset_after=60)
+        async with World(Replicate(hedge_after=1, attempt_timeout=10, breaker=breaker)) as world:
+            await world.storage.save("x", DATA)
+            world.plan["a"].set(read=Slow(5))
+            world.plan["b"].set(read=Slow(5) if how == "the caller is cancelled" else Fail(AccessDenied("no")))
+            reading = asyncio.ensure_future(content_of(world.storage, "x"))
+            await asyncio.sleep(2)
+            reading.cancel()
+            await asyncio.wait([reading])
+            await world.storage.cleanup.drain(within=10)
+            assert ("a", "cancelled") in world.outcomes("read")
+            traffic = [part.reads for part in await world.storage.health() if part.reads is not None]
+            assert [(each.breaker, each.failures) for each in traffic] == [("closed", 0)] * 2
+
+    run(main())
+
+
+def test_a_hedged_read_that_waited_for_a_slot_says_nothing_about_its_original() -> None:
+    async def main() -> None:
+        placement = Replicate(hedge_after=1, attempt_timeout=10, breaker=Breaker(failures=2, reset_after=60))
+        async with World(placement, rules={"a": {"max_concurrency": 1}}) as world:
+            await world.storage.save("x", DATA)
+            world.plan["a"].set(read=Slow(0.9))
+            assert await taken(asyncio.gather(*(content_of(world.storage, "x") for _ in range(5)))) == 1
+            await world.storage.cleanup.drain(within=10)
+            told = [outcome for name, outcome in world.outcomes("read") if name == "a"]
+            assert sorted(told) == ["crowded", "crowded", "crowded", "ok", "outrun"]
+            assert world.storage.gates["a"].allows("read")
 
     run(main())
 
