@@ -83,10 +83,11 @@ class Placed(NamedTuple):
 class Try:
     """One attempt: its place, which moves to a token key where the key is taken, and how sure its end is."""
 
-    __slots__ = ("begun", "certain", "outrun", "place", "waiting")
+    __slots__ = ("admission", "begun", "certain", "outrun", "place", "waiting")
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, admission: Admission | None = None) -> None:
         self.place = place
+        self.admission = admission  # of one that was let in before it has started
         self.waiting = False  # for a slot
         self.begun = False  # something was sent to the original
         self.certain = False  # ended, and nothing of it can still take effect
@@ -144,9 +145,20 @@ class Attempts:
     def chunk_bytes(self) -> int:
         return self._storage.chunk_bytes
 
-    def allows(self, place: Place) -> bool:
-        """Return whether an attempt at `place` would be made now."""
-        return self._storage.gate_of(place.original).allows("write")
+    def admit(self, job: Job, place: Place) -> Try | None:
+        """Return an attempt at `place` that is let in, for who chooses among several before any of them starts; None:
+        its circuit is open. `release` must follow, unless `attempt` has begun.
+        """
+        try:
+            return Try(place, self._storage.gate_of(place.original).start("write", forced=job.forced))
+        except BackendUnavailable:
+            return None
+
+    def release(self, one: Try) -> None:
+        """Give back the admission of an attempt that will not be started; one that has started is left alone."""
+        admission, one.admission = one.admission, None
+        if admission is not None:
+            self._storage.gate_of(one.place.original).finish(admission, "cancelled")
 
     @property
     def side_by_side(self) -> bool:
@@ -313,7 +325,8 @@ class Attempts:
         storage = self._storage
         gate = storage.gate_of(one.place.original)
         try:
-            admission = gate.start("write", forced=job.forced)
+            admission = one.admission or gate.start("write", forced=job.forced)
+            one.admission = None
         except BackendUnavailable as error:
             one.certain = True
             tell(storage, gate.name, "write", "skipped", 0.0, error=error)

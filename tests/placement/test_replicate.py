@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,52 @@ def test_a_slow_original_holds_the_others_up_no_further_than_its_buffer() -> Non
             await saving
             assert asyncio.get_running_loop().time() < 6, "then it is dropped, and the others go on"
             assert await copies(world, "x") == ["a"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+@pytest.mark.parametrize("size", [1, MEBIBYTE, None], ids=["small", "large", "stream"])
+def test_who_does_not_get_to_probe_an_original_takes_the_next_one(quorum: int, size: int | None) -> None:
+    async def main() -> None:
+        placement = Replicate(2, quorum, breaker=Breaker(failures=1, reset_after=60))
+        async with World(placement, "abc") as world:
+            world.plan["a"].set(write=DOWN)
+            with contextlib.suppress(BackendUnavailable):
+                await world.storage.save("first", b"1")
+            world.plan["a"].set(write=Slow(1))
+            await asyncio.sleep(60)
+            contents = [once(b"12345") if size is None else b"1" * size for _ in range(6)]
+            paths = await asyncio.gather(*(world.storage.save("x", content) for content in contents))
+            found = [await copies(world, path) for path in paths]
+            assert sorted(found) == [["a", "b"], *[["b", "c"]] * 5]
+            assert await copies(world, await world.storage.save("x", b"1")) == ["a", "b"], "it is back"
+
+    run(main())
+
+
+def test_an_attempt_that_was_let_in_and_never_started_leaves_the_probe_to_the_next() -> None:
+    async def main() -> None:
+        placement = Replicate(2, 2, breaker=Breaker(failures=1, reset_after=60))
+        async with World(placement, "ab") as world:
+            gates = world.storage.gates
+            gates["a"].finish(gates["a"].start("write"), "failed")
+            await asyncio.sleep(60)
+            gates["b"].finish(gates["b"].start("write"), "failed")
+            with pytest.raises(BackendUnavailable, match="1 of 2 originals"):
+                await world.storage.save("x", b"1")
+            await asyncio.sleep(59)
+            assert gates["a"].allows("write")
+            await asyncio.sleep(1)
+            for ticks in range(20):
+                saving = asyncio.ensure_future(world.storage.save("x", b"1"))
+                for _ in range(ticks):
+                    await asyncio.sleep(0)
+                saving.cancel()
+                await asyncio.wait([saving])
+                assert [gate.traffic("write").in_flight for gate in gates.values()] == [0, 0]
+                assert [gate.allows("write") for gate in gates.values()] == [True, True]
+            await world.assert_clean()
 
     run(main())
 
