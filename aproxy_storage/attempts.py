@@ -23,7 +23,6 @@ from .errors import (
     Conflict,
     ContentError,
     DeadlineExceeded,
-    NotFound,
     StorageError,
     outcome_unknown,
 )
@@ -35,7 +34,6 @@ from .timeouts import Alarm, IdleWatch
 from .writes import Write, Written
 
 if TYPE_CHECKING:
-    from .backends.base import Backend
     from .proxy_reading import ReadingVerbs
     from .proxy_writing import WritingVerbs
 
@@ -406,11 +404,11 @@ class Attempts:
         if job.name is not None and one.place not in job.named:
             await self._rename(job, one, job.name, watch)
         try:
-            if not job.careful or not await _is_taken(backend, one.place.key):
+            if not job.careful or not await backend.is_taken(one.place.key):
                 job.begin(one)
                 return await put(backend, one.place.key, job.token, source=source, movable=movable)
         except AlreadyExists:
-            if job.rekey is None:
+            if job.rekey is None or (source is not None and source.spent):
                 raise
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
@@ -488,14 +486,6 @@ def _too_slow(name: str, seconds: float, error: TimeoutError) -> DeadlineExceede
     return DeadlineExceeded(
         f"no progress at the original {name!r} for {seconds:g} seconds", backend=name, outcome_unknown=unknown
     )
-
-
-async def _is_taken(backend: Backend, key: str) -> bool:
-    try:
-        await backend.stat(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _seen(task: asyncio.Task[Any]) -> None:

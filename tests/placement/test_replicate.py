@@ -16,9 +16,12 @@ from aproxy_storage import (
     Breaker,
     ConfigurationError,
     ContentError,
+    Fallback,
+    First,
     IntegrityError,
     NotFound,
     OutOfSpace,
+    Placement,
     ProxyStorage,
     Replicate,
 )
@@ -376,6 +379,43 @@ def test_foreign_files_at_the_keys_are_left_alone() -> None:
                 assert (await world.keys("a"), await world.keys("b")) == ([], ["x"])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [10, None], ids=["bytes", "stream"])
+def test_a_key_taken_between_the_look_and_the_write_costs_a_stream_one_copy(size: int | None) -> None:
+    async def main() -> None:
+        async with World(Replicate(3, 1), "abc") as world:
+
+            async def take() -> None:
+                world.heal()
+                await world.inner["c"].write("x", b"somebody else's")
+
+            world.plan["c"].set(write=Meanwhile(take))
+            assert await world.storage.save("x", once(b"1" * 10) if size is None else b"1" * size) == "x"
+            assert await copies(world, "x") == ["a", "b", *(["c"] if size else [])]
+            assert await content_of(world.storage, "x") == b"1" * 10
+            async with world.inner["c"].read("x") as reading:
+                assert reading.data == b"somebody else's"
+
+    run(main())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("placement", [First(), Fallback(), Replicate(2)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("what", ["directory", "link"])
+async def test_a_stream_is_not_spent_on_a_key_that_something_else_has(
+    what: str, placement: Placement, tmp_path: Path
+) -> None:
+    originals = {name: FileSystemBackend(tmp_path / name) for name in "ab"}
+    async with ProxyStorage("media", originals=originals, meta=MemoryMetaBackend(), placement=placement) as storage:
+        await originals["a"].write("inner/file", b"1")
+        if what == "link":
+            (tmp_path / "a" / "x").symlink_to("/dev/null")
+        path = await storage.save("inner" if what == "directory" else "x", once(b"content"))
+        record = await storage.get(path)
+        assert record.original_storage_path != path
+        assert len(record.good_places()) == placement.limits.copies
+        assert await content_of(storage, path) == b"content"
 
 
 def test_too_few_originals_are_said_before_anything_is_written() -> None:
