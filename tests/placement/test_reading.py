@@ -12,11 +12,13 @@ from aproxy_storage import (
     BackendUnavailable,
     Breaker,
     ByteRange,
+    ConfigurationError,
     Conflict,
     DeadlineExceeded,
     Fallback,
     IntegrityError,
     NotFound,
+    ProxyStorage,
     Replicate,
 )
 from aproxy_storage.testing.faults import Fail, Hang, Slow, at
@@ -136,6 +138,37 @@ def test_a_read_of_one_copy_that_breaks_off_raises() -> None:
             world.plan["a"].set(chunk=at(3, DOWN))
             with pytest.raises(BackendUnavailable):
                 await content_of(world.storage, "x")
+
+    run(main())
+
+
+@pytest.mark.parametrize("after", [None, 1], ids=["in turn", "hedged"])
+def test_a_file_with_a_copy_in_an_original_that_has_left_is_read_copied_and_mended(after: float | None) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, hedge_after=after, breaker=None), "abc") as world:
+            await world.storage.save("x", DATA)
+            before = world.storage
+            world.storage = storage = ProxyStorage(
+                "media",
+                originals={name: before.originals[name] for name in "bc"},
+                meta=before.meta,
+                placement=before.placement,
+            )
+            assert await content_of(storage, "x") == DATA
+            assert (await storage.size("x"), storage._preferred(await storage.get("x")).original) == (len(DATA), "b")
+            assert await content_of(storage, await storage.copy("x", "y")) == DATA
+            world.plan["b"].set(read=DOWN)
+            with pytest.raises(BackendUnavailable) as caught:
+                await content_of(storage, "x")
+            assert [type(error) for error in caught.value.attempts] == [ConfigurationError]
+            world.plan["b"].set(read=GONE)
+            with pytest.raises(ConfigurationError, match="no original 'a'"):
+                await content_of(storage, "x")
+            world.heal()
+            report = await world.reconcile(force=False)
+            assert report.counts == {"failed": 1, "copied": 1}, "one copy is where nobody can look"
+            world.plan["b"].set(read=DOWN)
+            assert await content_of(storage, "x") == DATA
 
     run(main())
 
