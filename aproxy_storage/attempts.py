@@ -193,7 +193,7 @@ class Attempts:
             ones in ``attempts``; and what the meta-backend raises.
         """
         limits = self._storage.placement.limits
-        if limits.deadline is None or limits.copies > 1:  # copies are counted at the deadline
+        if limits.deadline is None or (limits.copies > 1 and len(places) > 1):  # copies are counted at the deadline
             return await self._place(job, places)
         deadline = Alarm(limits.deadline)
         try:

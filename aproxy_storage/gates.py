@@ -173,7 +173,7 @@ class Gate:
                 ticket = breaker.begin(now)
                 if ticket is None:
                     if not forced:
-                        raise self._is_open()
+                        raise self._is_open(kind)
                     ticket = "normal"
             self._in_flight[kind] += 1
         return Admission(kind, ticket, now, self._pid)
@@ -231,7 +231,7 @@ class Gate:
                 admission.has_slot = False
                 self._pass_on()
         for waiter in left:
-            waiter.answer(self._is_open())
+            waiter.answer(self._is_open(kind))
         if opened:
             _log.warning(
                 "the circuit of %r for calls that %s is open: no more of them for %g seconds",
@@ -261,10 +261,10 @@ class Gate:
                 return
         self._busy -= 1
 
-    def _is_open(self) -> BackendUnavailable:
+    def _is_open(self, kind: Kind) -> BackendUnavailable:
         return BackendUnavailable(
             f"the original {self.name!r} is left alone: its circuit is open after failures in a row; "
-            "it is tried again soon, or now with using="
+            "it is tried again soon" + (", or now with using=" if kind == "write" else "")
         )
 
     def traffic(self, kind: Kind) -> Traffic:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from .breaker import Breaker
 from .errors import ConfigurationError, StorageError
 from .fallback import is_outage, nearest
-from .placement import Limits, Placement, Request, in_order
+from .placement import Limits, Placement, Request, as_order, in_order
 from .records import MetaRecord, Place
 
 __all__ = ["Replicate", "Todo", "what_is_to_do"]
@@ -49,7 +49,7 @@ class Replicate(Placement):
         hedge_after: float | None = None,
         breaker: Breaker | None = _BREAKER,
     ) -> None:
-        self.order = None if order is None else tuple(order)
+        self.order = as_order(order)
         self.limits = Limits(
             attempt_timeout=attempt_timeout,
             source_timeout=source_timeout,

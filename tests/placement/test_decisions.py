@@ -161,6 +161,12 @@ def test_order(kind: Any, order: Any, wanted: Any) -> None:
             asyncio.run(ask())
 
 
+@pytest.mark.parametrize("kind", [Fallback, Replicate])
+def test_order_names_each_original_once(kind: Any) -> None:
+    with pytest.raises(ConfigurationError, match="'a'"):
+        kind(order=["a", "b", "a"])
+
+
 def test_replicate_needs_as_many_originals_as_copies() -> None:
     with pytest.raises(ConfigurationError, match="copies=3"):
         Replicate(3).targets(["a", "b"])

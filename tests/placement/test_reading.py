@@ -54,10 +54,12 @@ def test_reads_of_a_file_whose_circuit_is_open_do_not_wait() -> None:
             waited = []
             for _ in range(4):
                 since = asyncio.get_running_loop().time()
-                with pytest.raises(BackendUnavailable):
+                with pytest.raises(BackendUnavailable) as caught:
                     await content_of(world.storage, "x")
                 waited.append(asyncio.get_running_loop().time() - since)
             assert waited == [5, 5, 0, 0]
+            assert "it is tried again soon" in str(caught.value)
+            assert "using=" not in str(caught.value), "open has no such thing"
             world.plan["a"].set(read=None)
             await asyncio.sleep(60)
             assert await content_of(world.storage, "x") == b"1"

@@ -16,6 +16,7 @@ from aproxy_storage import (
     Breaker,
     ConfigurationError,
     ContentError,
+    DeadlineExceeded,
     Fallback,
     First,
     IntegrityError,
@@ -211,6 +212,19 @@ def test_a_save_returns_at_the_deadline_if_the_quorum_has_it() -> None:
                 await world.storage.save("y", b"1")
             await world.assert_clean()
             assert await world.meta.count() == 1
+
+    run(main())
+
+
+def test_the_deadline_holds_for_one_copy_too() -> None:
+    async def main() -> None:
+        async with World(Replicate(2, deadline=4, attempt_timeout=100, breaker=None)) as world:
+            world.plan["a"].set(write=Slow(50))
+            with pytest.raises(DeadlineExceeded, match="deadline of 4 seconds"):
+                await world.storage.save("x", b"1", using="a")
+            assert asyncio.get_running_loop().time() < 5
+            await world.assert_clean()
+            assert await world.meta.count() == 0
 
     run(main())
 
