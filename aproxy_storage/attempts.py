@@ -23,7 +23,6 @@ from .errors import (
     Conflict,
     ContentError,
     DeadlineExceeded,
-    NotFound,
     StorageError,
     outcome_unknown,
 )
@@ -35,7 +34,6 @@ from .timeouts import Alarm, IdleWatch
 from .writes import Write, Written
 
 if TYPE_CHECKING:
-    from .backends.base import Backend
     from .proxy_reading import ReadingVerbs
     from .proxy_writing import WritingVerbs
 
@@ -83,10 +81,11 @@ class Placed(NamedTuple):
 class Try:
     """One attempt: its place, which moves to a token key where the key is taken, and how sure its end is."""
 
-    __slots__ = ("begun", "certain", "outrun", "place", "waiting")
+    __slots__ = ("admission", "begun", "certain", "outrun", "place", "waiting")
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, admission: Admission | None = None) -> None:
         self.place = place
+        self.admission = admission  # of one that was let in before it has started
         self.waiting = False  # for a slot
         self.begun = False  # something was sent to the original
         self.certain = False  # ended, and nothing of it can still take effect
@@ -104,7 +103,7 @@ class Job:
         rekey: names a token key instead of one that is taken; None: a taken key is the caller's affair.
         careful: ask whether the key is taken before the content is touched, because it cannot be read twice.
         forced: the caller has named the original, so it is tried even when its circuit is open.
-        begun: filled with the places that something was sent to.
+        whole: filled with the places where an attempt has put the content, whatever becomes of the save.
         unsure: filled with the places where bytes may be, or may still land, although they are not wanted.
         losers: attempts that were left behind, with their tasks.
         errors: of the attempts that failed, oldest first.
@@ -118,7 +117,7 @@ class Job:
     rekey: Callable[[Place], Awaitable[Place]] | None = None
     careful: bool = False
     forced: bool = False
-    begun: list[Place] = field(default_factory=list)
+    whole: list[Place] = field(default_factory=list)
     unsure: list[Place] = field(default_factory=list)
     losers: list[tuple[asyncio.Task[Any], Try]] = field(default_factory=list)
     errors: list[StorageError] = field(default_factory=list)
@@ -128,7 +127,6 @@ class Job:
     def begin(self, one: Try) -> None:
         self.check()
         one.begun = True
-        self.begun.append(one.place)
 
     def doubt(self, place: Place) -> None:
         if place not in self.unsure:
@@ -145,9 +143,20 @@ class Attempts:
     def chunk_bytes(self) -> int:
         return self._storage.chunk_bytes
 
-    def allows(self, place: Place) -> bool:
-        """Return whether an attempt at `place` would be made now."""
-        return self._storage.gate_of(place.original).allows("write")
+    def admit(self, job: Job, place: Place) -> Try | None:
+        """Return an attempt at `place` that is let in, for who chooses among several before any of them starts; None:
+        its circuit is open. `release` must follow, unless `attempt` has begun.
+        """
+        try:
+            return Try(place, self._storage.gate_of(place.original).start("write", forced=job.forced))
+        except BackendUnavailable:
+            return None
+
+    def release(self, one: Try) -> None:
+        """Give back the admission of an attempt that will not be started; one that has started is left alone."""
+        admission, one.admission = one.admission, None
+        if admission is not None:
+            self._storage.gate_of(one.place.original).finish(admission, "cancelled")
 
     @property
     def side_by_side(self) -> bool:
@@ -184,7 +193,7 @@ class Attempts:
             ones in ``attempts``; and what the meta-backend raises.
         """
         limits = self._storage.placement.limits
-        if limits.deadline is None or limits.copies > 1:  # copies are counted at the deadline
+        if limits.deadline is None or (limits.copies > 1 and len(places) > 1):  # copies are counted at the deadline
             return await self._place(job, places)
         deadline = Alarm(limits.deadline)
         try:
@@ -314,7 +323,8 @@ class Attempts:
         storage = self._storage
         gate = storage.gate_of(one.place.original)
         try:
-            admission = gate.start("write", forced=job.forced)
+            admission = one.admission or gate.start("write", forced=job.forced)
+            one.admission = None
         except BackendUnavailable as error:
             one.certain = True
             tell(storage, gate.name, "write", "skipped", 0.0, error=error)
@@ -326,6 +336,7 @@ class Attempts:
             written = await self._limited(job, one, gate, admission, source, movable)
             outcome = "ok"
             one.certain = True
+            job.whole.append(one.place)
             return Placed((one.place,), written)
         except StorageError as error:
             failure = error
@@ -334,7 +345,8 @@ class Attempts:
             raise
         except BaseException as error:
             failure = error
-            outcome = "outrun" if one.outrun else "cancelled"
+            if one.outrun:
+                outcome = "crowded" if one.waiting else "outrun"
             raise
         finally:
             if failure is not None:
@@ -392,11 +404,11 @@ class Attempts:
         if job.name is not None and one.place not in job.named:
             await self._rename(job, one, job.name, watch)
         try:
-            if not job.careful or not await _is_taken(backend, one.place.key):
+            if not job.careful or not await backend.is_taken(one.place.key):
                 job.begin(one)
                 return await put(backend, one.place.key, job.token, source=source, movable=movable)
         except AlreadyExists:
-            if job.rekey is None:
+            if job.rekey is None or (source is not None and source.spent):
                 raise
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
@@ -474,14 +486,6 @@ def _too_slow(name: str, seconds: float, error: TimeoutError) -> DeadlineExceede
     return DeadlineExceeded(
         f"no progress at the original {name!r} for {seconds:g} seconds", backend=name, outcome_unknown=unknown
     )
-
-
-async def _is_taken(backend: Backend, key: str) -> bool:
-    try:
-        await backend.stat(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _seen(task: asyncio.Task[Any]) -> None:

@@ -196,8 +196,13 @@ class Source:
         self._check_replay()
         return Chunks(self)
 
+    @property
+    def spent(self) -> bool:
+        """Whether it has been read, wholly or in part, and cannot be read again."""
+        return self._begun and not self.replayable
+
     def _check_replay(self) -> None:
-        if self._begun and not self.replayable:
+        if self.spent:
             raise ContentError(
                 "the content can be read only once, and has been; "
                 "hand over bytes, a path or a file that can seek, or let it be spooled"
@@ -245,7 +250,7 @@ class Source:
         return self._head[:count]
 
     async def _read_head(self, count: int) -> bytes:
-        if self._live is not None or (self._begun and not self.replayable):
+        if self._live is not None or self.spent:
             raise ContentError("the first bytes can be looked at only before the content is read")
         if self._spool is not None:
             feed: Feed = SpoolFeed(self._spool, peek=True)

@@ -19,7 +19,7 @@ from .errors import (
     OutOfSpace,
     StorageError,
 )
-from .placement import Limits, Placement, Request, in_order
+from .placement import Limits, Placement, Request, as_order, in_order
 from .timeouts import Timeouts
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Fallback(Placement):
         breaker: Breaker | None = _BREAKER,
         spool_bytes: int | None = 1 << 20,
     ) -> None:
-        self.order = None if order is None else tuple(order)
+        self.order = as_order(order)
         self.limits = Limits(
             attempt_timeout=attempt_timeout,
             source_timeout=source_timeout,

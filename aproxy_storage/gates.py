@@ -30,7 +30,7 @@ Kind = Literal["write", "read"]
 #: How a call ended: ``"ok"``; ``"failed"``: an outage; ``"timeout"``: no progress in time; ``"refused"``: the error was
 #: the call's own, the original is in order; ``"outrun"``: too slow, another original was faster; ``"aborted"``: the
 #: content failed, or the record; ``"cancelled"``; ``"skipped"``: the circuit is open, nothing was tried;
-#: ``"crowded"``: no slot was free in time.
+#: ``"crowded"``: no slot was free in time, or before another original was done.
 Outcome = Literal["ok", "failed", "timeout", "refused", "outrun", "aborted", "cancelled", "skipped", "crowded"]
 
 _BAD: frozenset[Outcome] = frozenset({"failed", "timeout", "outrun"})
@@ -173,7 +173,7 @@ class Gate:
                 ticket = breaker.begin(now)
                 if ticket is None:
                     if not forced:
-                        raise self._is_open()
+                        raise self._is_open(kind)
                     ticket = "normal"
             self._in_flight[kind] += 1
         return Admission(kind, ticket, now, self._pid)
@@ -231,7 +231,7 @@ class Gate:
                 admission.has_slot = False
                 self._pass_on()
         for waiter in left:
-            waiter.answer(self._is_open())
+            waiter.answer(self._is_open(kind))
         if opened:
             _log.warning(
                 "the circuit of %r for calls that %s is open: no more of them for %g seconds",
@@ -261,10 +261,10 @@ class Gate:
                 return
         self._busy -= 1
 
-    def _is_open(self) -> BackendUnavailable:
+    def _is_open(self, kind: Kind) -> BackendUnavailable:
         return BackendUnavailable(
             f"the original {self.name!r} is left alone: its circuit is open after failures in a row; "
-            "it is tried again soon, or now with using="
+            "it is tried again soon" + (", or now with using=" if kind == "write" else "")
         )
 
     def traffic(self, kind: Kind) -> Traffic:

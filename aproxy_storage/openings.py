@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .attempts import note, tell, verdict_of
 from .backends.base import Backend, Reading
-from .errors import BackendUnavailable, DeadlineExceeded, NotFound, StorageError
+from .errors import BackendUnavailable, ConfigurationError, DeadlineExceeded, NotFound, StorageError
 from .futures import outcome_of
 from .gates import Outcome
 from .records import ByteRange, MetaRecord, Place
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Opened", "in_read_order", "open_bytes"]
 
 _log = logging.getLogger(__name__)
+
+_OUTRUN = "outrun"  # what an attempt is cancelled with when another one was faster
 
 
 class Opened:
@@ -49,11 +51,22 @@ class Opened:
 
 
 def in_read_order(storage: ReadingVerbs, places: Sequence[Place]) -> Sequence[Place]:
-    """Return `places` in the order in which they are tried: those whose circuit is open last, the near ones first."""
+    """Return `places` in the order in which they are tried: the near ones first, then those whose circuit is open, then
+    those in originals that the storage does not have any more."""
     if len(places) < 2:
         return places
     order = list(storage.placement.read_order([place.original for place in places]))
-    return sorted(places, key=lambda at: (not storage.gate_of(at.original).allows("read"), order.index(at.original)))
+
+    def rank(place: Place) -> tuple[int, int]:
+        if not _is_configured(storage, place):
+            return 2, 0
+        return int(not storage.gate_of(place.original).allows("read")), order.index(place.original)
+
+    return sorted(places, key=rank)
+
+
+def _is_configured(storage: ReadingVerbs, place: Place) -> bool:
+    return not place.original or place.original in storage.originals
 
 
 async def open_bytes(
@@ -71,7 +84,8 @@ async def open_bytes(
 
     Raises:
         NotFound: they are at none of them. Where one could not be asked, the error of that, with the others in
-        ``attempts``: what cannot be reached is not gone.
+        ``attempts``: what cannot be reached is not gone. ConfigurationError: the storage has not got the original any
+        more, and no other one that could be asked has them either.
     """
     ordered = in_read_order(storage, places)
     if len(ordered) == 1:
@@ -83,7 +97,8 @@ async def open_bytes(
     if opened is not None:
         return opened
     out_of_reach = [error for error in errors if not isinstance(error, NotFound)]
-    last = (out_of_reach or errors)[-1]
+    passing = [error for error in out_of_reach if not isinstance(error, ConfigurationError)]  # it may be back soon
+    last = (passing or out_of_reach or errors)[-1]
     raise note(last, [error for error in errors if error is not last])
 
 
@@ -113,6 +128,7 @@ async def _hedged(
 ) -> Opened | None:
     left = deque(places)
     running: dict[asyncio.Task[Opened], Place] = {}
+    why = "not wanted any more"  # by a caller that is cancelled, or for an error that no other copy would mend
     try:
         while left or running:
             if left:
@@ -131,11 +147,12 @@ async def _hedged(
                     errors.append(error)
                 else:
                     del running[task]
+                    why = _OUTRUN
                     return opened
         return None
     finally:
         for task in running:
-            task.cancel("outrun")
+            task.cancel(why)
             task.add_done_callback(lambda done: _close_late(storage, done))
 
 
@@ -146,9 +163,10 @@ def _close_late(storage: ReadingVerbs, task: asyncio.Task[Opened]) -> None:
 
 def _goes_on(storage: ReadingVerbs, place: Place, error: StorageError) -> None:
     """Log that a copy could not be opened; raise what no other copy would mend."""
-    outage = verdict_of(error, None, storage.gate_of(place.original).fallback_on) in ("failed", "timeout")
-    if not outage and not isinstance(error, NotFound):
-        raise error
+    if _is_configured(storage, place) and not isinstance(error, NotFound):
+        verdict = verdict_of(error, None, storage.gate_of(place.original).fallback_on)
+        if verdict not in ("failed", "timeout"):
+            raise error
     _log.warning(
         "a copy in the original %r could not be opened, trying the next one: %s", place.original, error,
         extra={"storage": storage.name, "original": place.original, "fallback": True},
@@ -197,7 +215,8 @@ async def _open_at(storage: ReadingVerbs, place: Place, byte_range: ByteRange | 
         raise
     except BaseException as error:
         failure = error
-        outcome = "outrun" if error.args == ("outrun",) else "cancelled"
+        if error.args == (_OUTRUN,):
+            outcome = "crowded" if waiting else "outrun"
         raise
     finally:
         took = gate.finish(admission, outcome)

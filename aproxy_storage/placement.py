@@ -24,6 +24,7 @@ __all__ = [
     "Placement",
     "Request",
     "Route",
+    "as_order",
     "by_content_type",
     "by_suffix",
     "in_order",
@@ -173,6 +174,19 @@ def route_by(
         return await found if inspect.isawaitable(found) else found
 
     return Route(choose)
+
+
+def as_order(order: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the wished `order` of originals, as a placement keeps it.
+
+    Raises:
+        ConfigurationError: it names one twice, where a second attempt or a second copy would be no other one.
+    """
+    if order is None:
+        return None
+    if twice := sorted({name for name in order if order.count(name) > 1}):
+        raise ConfigurationError(f"order={list(order)} names {twice} more than once")
+    return tuple(order)
 
 
 def in_order(order: Sequence[str] | None, originals: Sequence[str]) -> Sequence[str]:

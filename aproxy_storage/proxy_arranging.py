@@ -42,7 +42,8 @@ class ArrangingVerbs(WritingVerbs):
 
     async def _copy_candidates(self, record: MetaRecord, source: Source, using: str | None) -> Sequence[str]:
         """Return where a copy may go: `using`, else where the file is, and where else the placement tries."""
-        own = using or record.original_storage_name or next(iter(self.originals))
+        here = [place.original or next(iter(self.originals)) for place in record.good_places()]
+        own = using or next((name for name in here if name in self.originals), here[0])
         self.get_original(own)
         if using is not None or not self.placement.tries_several:
             return [own]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from .breaker import Breaker
 from .errors import ConfigurationError, StorageError
 from .fallback import is_outage, nearest
-from .placement import Limits, Placement, Request, in_order
+from .placement import Limits, Placement, Request, as_order, in_order
 from .records import MetaRecord, Place
 
 __all__ = ["Replicate", "Todo", "what_is_to_do"]
@@ -49,7 +49,7 @@ class Replicate(Placement):
         hedge_after: float | None = None,
         breaker: Breaker | None = _BREAKER,
     ) -> None:
-        self.order = None if order is None else tuple(order)
+        self.order = as_order(order)
         self.limits = Limits(
             attempt_timeout=attempt_timeout,
             source_timeout=source_timeout,
@@ -85,10 +85,11 @@ class Replicate(Placement):
 
 @dataclass(frozen=True, slots=True)
 class Todo:
-    """What brings a file to its number of copies: places to make, and places to give up."""
+    """What brings a file to its number of copies: places to make, others where one of them fails, places to give up."""
 
     make: tuple[str, ...] = ()
     drop: tuple[Place, ...] = ()
+    spare: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.make or self.drop)
@@ -110,5 +111,6 @@ def what_is_to_do(record: MetaRecord, good: Sequence[Place], targets: Sequence[s
             kept.setdefault(place.original, place)
     if len(kept) < copies:
         free = [name for name in targets if name not in kept]
-        return Todo(make=tuple(free[: copies - len(kept)]))
+        wanted = copies - len(kept)
+        return Todo(make=tuple(free[:wanted]), spare=tuple(free[wanted:]))
     return Todo(drop=tuple(place for place in good if place not in kept.values()))

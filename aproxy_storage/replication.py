@@ -38,7 +38,8 @@ async def place_copies(attempts: Attempts, job: Job, places: Sequence[Place], li
     """
     run = _Copies(attempts, job, limits)
     try:
-        return await run.place(run.chosen(places))
+        run.choose(places)
+        return await run.place()
     except BaseException:
         await run.stop()
         raise
@@ -51,36 +52,48 @@ class _Copies:
         self._attempts = attempts
         self._job = job
         self._limits = limits
+        self._chosen: list[Try] = []
         self._running: dict[asyncio.Task[Placed], Try] = {}
         self._good: list[Place] = []
         clock = asyncio.get_running_loop().time
         self._clock = clock
         self._deadline = None if limits.deadline is None else clock() + limits.deadline
 
-    def chosen(self, places: Sequence[Place]) -> list[Place]:
-        able = [place for place in places if self._attempts.allows(place)]
-        if len(able) < self._limits.quorum:
+    def choose(self, places: Sequence[Place]) -> None:
+        """Let attempts in at as many of `places` as there shall be copies.
+
+        Here, not when each starts: where one original is to be probed, of all saves at a time one gets it, and the
+        others have to take the next original.
+        """
+        for place in places:
+            one = self._attempts.admit(self._job, place)
+            if one is not None:
+                self._chosen.append(one)
+                if len(self._chosen) == self._limits.copies:
+                    return
+        if len(self._chosen) < self._limits.quorum:
             raise BackendUnavailable(
-                f"{len(able)} of {len(places)} originals are not left alone at the moment, "
+                f"{len(self._chosen)} of {len(places)} originals are not left alone at the moment, "
                 f"and a save needs {self._limits.quorum}: nothing was tried"
             )
-        return able[: self._limits.copies]
 
-    async def place(self, places: Sequence[Place]) -> Placed:
-        job, write = self._job, self._job.write
+    async def place(self) -> Placed:
+        """Write the content with all attempts that were let in."""
+        job, write, chosen = self._job, self._job.write, self._chosen
+        order = {one.place.original: index for index, one in enumerate(chosen)}
         data = write.source.data
         try:
             if data is not None:
                 if len(data) <= _SMALL:
                     await write.source.measure()
-                for place in places:
-                    self._start(place, Source.of(data, checksum=None))
+                for one in chosen:
+                    self._start(one, Source.of(data, checksum=None))
                 await write.source.measure()  # of large content, beside the writes
             else:
                 job.careful = job.rekey is not None  # its part of the stream cannot be read twice
-                tee = _Tee(write, len(places), self._attempts.chunk_bytes)
-                for place, branch in zip(places, tee.branches, strict=True):
-                    task = self._start(place, branch.source())
+                tee = _Tee(write, len(chosen), self._attempts.chunk_bytes)
+                for one, branch in zip(chosen, tee.branches, strict=True):
+                    task = self._start(one, branch.source())
                     task.add_done_callback(branch.close)
                 await self._pump(tee)
             await self._wait()
@@ -89,11 +102,9 @@ class _Copies:
         written = await write.written()
         async with job.naming:  # none is cut short in the middle of a change of the record
             await self.stop()
-        order = {place.original: index for index, place in enumerate(places)}
         return Placed(tuple(sorted(self._good, key=lambda place: order[place.original])), written)
 
-    def _start(self, place: Place, source: Source) -> asyncio.Task[Placed]:
-        one = Try(place)
+    def _start(self, one: Try, source: Source) -> asyncio.Task[Placed]:
         task = self._attempts.start(self._job, one, source)
         self._running[task] = one
         return task
@@ -154,6 +165,8 @@ class _Copies:
         """Drop those that are not done; they are not waited for beyond a moment."""
         tasks = [task for task in self._running if not task.done()]
         self._attempts.leave(self._job, self._running, outrun=False)
+        for one in self._chosen:  # whoever has not started by now never does
+            self._attempts.release(one)
         if tasks:
             await asyncio.wait(tasks, timeout=_STOP)
 

@@ -110,19 +110,19 @@ class Swapping:
         journal = self._storage.journal
         return await journal.change(record, changes, lease=journal.lease_for(places))
 
-    async def add_copy(self, record: MetaRecord, original: str, source: Place) -> MetaRecord:
-        """Give a stored file one more copy, in `original`, read from `source`; return the new record.
+    async def add_copy(self, record: MetaRecord, original: str, write: Transfer) -> MetaRecord:
+        """Give a stored file one more copy, in `original`, by a `write` of its bytes; return the new record.
 
         The copy counts when it is whole and has the recorded checksum.
 
         Raises:
-            IntegrityError: what is at `source` is not the file. Conflict: it was changed meanwhile. And as `save`.
+            IntegrityError: what was read is not the file. Conflict: it was changed meanwhile. And as `save`; what is
+            ``write.failure`` is the fault of where the bytes are read.
         """
-        storage, journal = self._storage, self._storage.journal
+        journal = self._storage.journal
         new = Place(original, self._token_key(record.path, new_token(), original), "doubtful")
         since = asyncio.get_running_loop().time()
         named = await self._with_latest(record, True, lambda now: {"places": (*now.places, new)})
-        write = Transfer(storage, named, (source,))
         with journal.leases.hold(named, since=since) as held:
             job = Job(write, named.token, held.check, forced=True)
             try:
@@ -136,8 +136,6 @@ class Swapping:
                 unsure = [new] if outcome_unknown(error) else job.unsure
                 await self._finish(self._take_back(held.record, [new], unsure), "undo of a copy")
                 raise
-            finally:
-                await write.aclose()
 
     async def _with_latest(
         self,

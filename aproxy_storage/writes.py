@@ -191,8 +191,9 @@ class Transfer(Write):
     def _on_the_server(self, backend: Backend) -> Place | None:
         if not backend.capabilities.server_copy:
             return None
-        places = (place for place in self._places if self._storage.get_original(place.original) is backend)
-        return next(places, None)
+        originals = self._storage.originals
+        first = next(iter(originals))
+        return next((place for place in self._places if originals.get(place.original or first) is backend), None)
 
     async def written(self) -> Written:
         return await self._checked(self.source.seen_size, self.source.checksum)

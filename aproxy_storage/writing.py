@@ -195,15 +195,15 @@ class Writing(Swapping):
                 return stored
             except AlreadyExists:
                 if exact:
-                    await self._finish(self._discard_own(job, placed, record), "removal of bytes without a record")
+                    await self._finish(self._discard_own(job, record), "removal of bytes without a record")
                     raise
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
-                    await self._finish(self._discard_own(job, placed, record), "removal of bytes without a record")
+                    await self._finish(self._discard_own(job, record), "removal of bytes without a record")
                 raise
             # Whichever was taken, bytes of ours at the key would have no record.
-            await self._discard_own(job, placed, record)
+            await self._discard_own(job, record)
             path = self.next_name(path, candidates, max_length)
         raise AlreadyExists(f"no free name for {path!r} in {_MAX_NAMES} tries", operation="save", path=path)
 
@@ -237,9 +237,9 @@ class Writing(Swapping):
                 record = replace(record, path=rename(record.path))
         raise AlreadyExists(f"no free name for {record.path!r} in {_MAX_NAMES} tries", path=record.path)
 
-    async def _discard_own(self, job: Job, placed: Placed | None, record: MetaRecord) -> None:
+    async def _discard_own(self, job: Job, record: MetaRecord) -> None:
         """Discard what a save without a record has written: not what lay at a key that it found taken."""
-        await self._storage.journal.discard([*(placed.good if placed is not None else ()), *job.unsure], record)
+        await self._storage.journal.discard(dict.fromkeys((*job.whole, *job.unsure)), record)
 
     # -- what is written
 

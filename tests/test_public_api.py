@@ -272,6 +272,7 @@ BY_POSITION = {
     "Backend.copy": ["key", "new_key"],
     "Backend.discard": ["key"],
     "Backend.full_path": ["key"],
+    "Backend.is_taken": ["key"],
     "Backend.list": ["prefix"],
     "Backend.read": ["key"],
     "Backend.stat": ["key"],

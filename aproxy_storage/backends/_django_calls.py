@@ -131,6 +131,10 @@ def _knows(storage: Any, name: str) -> bool:
         return True
 
 
+def exists(storage: Any, name: str) -> bool:
+    return bool(storage.exists(name))
+
+
 def stat(storage: Any, name: str) -> tuple[int | None, datetime | None]:
     try:
         size = _size_of(storage, name)

@@ -21,6 +21,7 @@ from ..errors import (
     BackendUnavailable,
     ConfigurationError,
     DeadlineExceeded,
+    NotFound,
     NotSupported,
     StorageError,
     from_os_error,
@@ -164,6 +165,16 @@ class Backend(abc.ABC):
         """
         return await self._call("stat", key, self._stat(key), self.timeouts.operation)
 
+    async def is_taken(self, key: str) -> bool:
+        """Return whether a write would find `key` taken: by an object, or by whatever else the service keeps there.
+
+        For content that can be read only once: by the time that `write` says so it may be spent. No promise for later.
+
+        Raises:
+            AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        return await self._call("is_taken", key, self._is_taken(key), self.timeouts.operation)
+
     async def discard(self, key: str, *, token: str | None = None, durable: bool = False) -> None:
         """Remove the object and whatever a broken write of it left; idempotent.
 
@@ -271,6 +282,14 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     async def _discard(self, key: str, *, token: str | None) -> None: ...
+
+    async def _is_taken(self, key: str) -> bool:
+        """Return whether `key` is taken. To be overridden where what is no object is in the way of one too."""
+        try:
+            await self.stat(key)
+        except NotFound:
+            return False
+        return True
 
     async def _sync_discard(self, key: str) -> None:
         """Make the discard of `key` survive a power failure, where its answer alone does not promise that."""

@@ -362,6 +362,18 @@ class DjangoStorageBackend(Backend):
         )
         return ObjectInfo(key, size=size, modified_at=moment)
 
+    async def _is_taken(self, key: str) -> bool:
+        """Besides what `stat` sees, ask the storage as before a write: a directory is no file, but has the name."""
+        if await super()._is_taken(key):
+            return True
+        try:
+            name = self._asked(key, "look up")
+        except NotFound:
+            return False
+        return await self._call_storage(
+            calls.exists, name, timeout=self.timeouts.operation, what=f"look up {key!r} in {self}"
+        )
+
     async def _discard(self, key: str, *, token: str | None) -> None:
         try:
             name = self._asked(key, "discard")

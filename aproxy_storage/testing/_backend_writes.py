@@ -169,6 +169,14 @@ class WriteTests(BackendHooks):
                 assert await self.get_behind(backend, key) == kept
         assert sorted(await self._objects_behind(backend)) == ["ours", "theirs"]
 
+    async def test_taken_keys_are_known_before_a_write(self, backend: Any) -> None:
+        await backend.write("dir/ours", b"first")
+        await self.put_behind(backend, "theirs", b"foreign")
+        for key, taken in (("dir/ours", True), ("theirs", True), ("free", False), ("dir/free", False)):
+            assert await backend.is_taken(key) is taken, key
+        await backend.discard("dir/ours")
+        assert not await backend.is_taken("dir/ours")
+
     async def _objects_behind(self, backend: Any) -> list[str]:
         await backend.aclose()  # its cleanup has ended
         return [name for name in await self.list_behind(backend) if not name.endswith("/")]

@@ -215,6 +215,9 @@ class FaultyBackend(Backend):
     async def _stat(self, key: str) -> ObjectInfo:
         return await self.plan.next("stat", key)(lambda: self.inner.stat(key))
 
+    async def _is_taken(self, key: str) -> bool:
+        return await self.plan.next("is_taken", key)(lambda: self.inner.is_taken(key))
+
     async def _discard(self, key: str, *, token: str | None) -> None:
         await self.plan.next("discard", key)(lambda: self.inner.discard(key, token=token))
 

@@ -92,6 +92,13 @@ class TestFileSystemStorage(ShownWhileWritten, BackendTests):
     async def list_behind(self, backend: Any) -> list[str]:
         return files_below(self.root)
 
+    async def test_the_name_of_a_directory_is_taken(self, backend: DjangoStorageBackend) -> None:
+        await backend.write("dir/key", b"1")
+        assert await backend.is_taken("dir")
+        with pytest.raises(AlreadyExists):
+            await backend.write("dir", b"1")
+        assert not await backend.is_taken("../dir"), "no name at all"
+
 
 class TestInMemoryStorage(ShownWhileWritten, BackendTests):
     memory_bytes = None

@@ -69,6 +69,16 @@ class Overwrites(MemoryBackend):
         return found.info
 
 
+class SeesNoTakenKey(MemoryBackend):
+    async def _is_taken(self, key: str) -> bool:
+        return False
+
+
+class SeesNoFreeKey(MemoryBackend):
+    async def _is_taken(self, key: str) -> bool:
+        return True
+
+
 class TakesTheKeyTooLate(MemoryBackend):
     """Looks first and writes later: two may pass the look."""
 
@@ -479,6 +489,8 @@ class ListsTemporaries(FileSystemBackend):
 
 MUTANTS: list[tuple[type[Backend], str]] = [
     (Overwrites, "test_taken_key_is_refused_and_untouched"),
+    (SeesNoTakenKey, "test_taken_keys_are_known_before_a_write"),
+    (SeesNoFreeKey, "test_taken_keys_are_known_before_a_write"),
     (TakesTheKeyTooLate, "test_one_of_many_simultaneous_writers_wins"),
     (KeepsTruncated, "test_failing_content_leaves_nothing"),
     (KeepsTruncated, "test_short_and_long_content_leaves_nothing"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from aproxy_storage import Attempt, Original, Placement, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import STORED
-from aproxy_storage.testing.faults import FaultyBackend, FaultyMetaBackend, Plan
+from aproxy_storage.testing.faults import Fault, FaultyBackend, FaultyMetaBackend, Plan
 from aproxy_storage.tools.reconcile import Report, reconcile
 
 T = TypeVar("T")
@@ -135,3 +135,18 @@ async def once(data: bytes, pieces: int = 4) -> AsyncIterator[bytes]:
     size = max(1, len(data) // pieces)
     for at in range(0, len(data), size):
         yield data[at : at + size]
+
+
+async def copies(world: World, path: str) -> list[str]:
+    return [place.original for place in (await world.storage.get(path)).good_places()]
+
+
+class Meanwhile(Fault):
+    """Something happens right before the call."""
+
+    def __init__(self, change: Callable[[], Awaitable[None]]) -> None:
+        self.change = change
+
+    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
+        await self.change()
+        return await call()

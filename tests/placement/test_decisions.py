@@ -161,6 +161,12 @@ def test_order(kind: Any, order: Any, wanted: Any) -> None:
             asyncio.run(ask())
 
 
+@pytest.mark.parametrize("kind", [Fallback, Replicate])
+def test_order_names_each_original_once(kind: Any) -> None:
+    with pytest.raises(ConfigurationError, match="'a'"):
+        kind(order=["a", "b", "a"])
+
+
 def test_replicate_needs_as_many_originals_as_copies() -> None:
     with pytest.raises(ConfigurationError, match="copies=3"):
         Replicate(3).targets(["a", "b"])
@@ -209,7 +215,7 @@ def test_route_by_size_and_extra_and_asynchronously() -> None:
 A, B, C = Place("a", "k"), Place("b", "k"), Place("c", "k")
 TODO: list[tuple[list[Place], list[str], int, Todo]] = [
     ([A, B], ["a", "b", "c"], 2, Todo()),
-    ([A], ["a", "b", "c"], 2, Todo(make=("b",))),
+    ([A], ["a", "b", "c"], 2, Todo(make=("b",), spare=("c",))),
     ([A], ["a", "b", "c"], 3, Todo(make=("b", "c"))),
     ([A, B, C], ["a", "b", "c"], 2, Todo(drop=(C,))),
     ([C, A, B], ["a", "b", "c"], 2, Todo(drop=(B,))),  # the primary one stays

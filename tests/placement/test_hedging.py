@@ -198,6 +198,20 @@ def test_the_circuit_opens_for_an_original_that_always_loses() -> None:
     run(main())
 
 
+def test_to_be_outrun_while_waiting_for_a_slot_is_no_failure() -> None:
+    async def main() -> None:
+        placement = Fallback(hedge_after=1, attempt_timeout=5, breaker=Breaker(failures=2, reset_after=60))
+        async with World(placement, rules={"a": {"max_concurrency": 1}}) as world:
+            world.plan["a"].set(write=Slow(0.9))
+            assert await taken(asyncio.gather(*(world.storage.save(f"{n}", b"1") for n in range(5)))) == 1
+            await world.storage.cleanup.drain(within=10)
+            told = [outcome for name, outcome in world.outcomes() if name == "a"]
+            assert sorted(told) == ["crowded", "crowded", "crowded", "ok", "outrun"]
+            assert world.storage.gates["a"].allows("write")
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("content", "hedged"),
     [

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from aproxy_storage import (
+    AccessDenied,
     BackendUnavailable,
     Breaker,
     ByteRange,
+    ConfigurationError,
     Conflict,
     DeadlineExceeded,
     Fallback,
     IntegrityError,
     NotFound,
+    ProxyStorage,
     Replicate,
 )
 from aproxy_storage.testing.faults import Fail, Hang, Slow, at
@@ -51,10 +54,12 @@ def test_reads_of_a_file_whose_circuit_is_open_do_not_wait() -> None:
             waited = []
             for _ in range(4):
                 since = asyncio.get_running_loop().time()
-                with pytest.raises(BackendUnavailable):
+                with pytest.raises(BackendUnavailable) as caught:
                     await content_of(world.storage, "x")
                 waited.append(asyncio.get_running_loop().time() - since)
             assert waited == [5, 5, 0, 0]
+            assert "it is tried again soon" in str(caught.value)
+            assert "using=" not in str(caught.value), "open has no such thing"
             world.plan["a"].set(read=None)
             await asyncio.sleep(60)
             assert await content_of(world.storage, "x") == b"1"
@@ -139,6 +144,37 @@ def test_a_read_of_one_copy_that_breaks_off_raises() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("after", [None, 1], ids=["in turn", "hedged"])
+def test_a_file_with_a_copy_in_an_original_that_has_left_is_read_copied_and_mended(after: float | None) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, hedge_after=after, breaker=None), "abc") as world:
+            await world.storage.save("x", DATA)
+            before = world.storage
+            world.storage = storage = ProxyStorage(
+                "media",
+                originals={name: before.originals[name] for name in "bc"},
+                meta=before.meta,
+                placement=before.placement,
+            )
+            assert await content_of(storage, "x") == DATA
+            assert (await storage.size("x"), storage._preferred(await storage.get("x")).original) == (len(DATA), "b")
+            assert await content_of(storage, await storage.copy("x", "y")) == DATA
+            world.plan["b"].set(read=DOWN)
+            with pytest.raises(BackendUnavailable) as caught:
+                await content_of(storage, "x")
+            assert [type(error) for error in caught.value.attempts] == [ConfigurationError]
+            world.plan["b"].set(read=GONE)
+            with pytest.raises(ConfigurationError, match="no original 'a'"):
+                await content_of(storage, "x")
+            world.heal()
+            report = await world.reconcile(force=False)
+            assert report.counts == {"failed": 1, "copied": 1}, "one copy is where nobody can look"
+            world.plan["b"].set(read=DOWN)
+            assert await content_of(storage, "x") == DATA
+
+    run(main())
+
+
 def test_near_and_healthy_copies_are_read_first() -> None:
     async def main() -> None:
         placement = Replicate(3, order=["c", "a", "b"], breaker=Breaker(failures=1, reset_after=60))
@@ -180,6 +216,41 @@ def test_a_read_is_hedged() -> None:
             world.plan["b"].set(read=DOWN)
             with pytest.raises(BackendUnavailable):
                 await content_of(world.storage, "x")
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["the caller is cancelled", "another copy refuses"])
+def test_a_hedged_read_that_nobody_has_won_says_nothing_about_an_original(how: str) -> None:
+    async def main() -> None:
+        breaker = Breaker(failures=1, reset_after=60)
+        async with World(Replicate(hedge_after=1, attempt_timeout=10, breaker=breaker)) as world:
+            await world.storage.save("x", DATA)
+            world.plan["a"].set(read=Slow(5))
+            world.plan["b"].set(read=Slow(5) if how == "the caller is cancelled" else Fail(AccessDenied("no")))
+            reading = asyncio.ensure_future(content_of(world.storage, "x"))
+            await asyncio.sleep(2)
+            reading.cancel()
+            await asyncio.wait([reading])
+            await world.storage.cleanup.drain(within=10)
+            assert ("a", "cancelled") in world.outcomes("read")
+            traffic = [part.reads for part in await world.storage.health() if part.reads is not None]
+            assert [(each.breaker, each.failures) for each in traffic] == [("closed", 0)] * 2
+
+    run(main())
+
+
+def test_a_hedged_read_that_waited_for_a_slot_says_nothing_about_its_original() -> None:
+    async def main() -> None:
+        placement = Replicate(hedge_after=1, attempt_timeout=10, breaker=Breaker(failures=2, reset_after=60))
+        async with World(placement, rules={"a": {"max_concurrency": 1}}) as world:
+            await world.storage.save("x", DATA)
+            world.plan["a"].set(read=Slow(0.9))
+            assert await taken(asyncio.gather(*(content_of(world.storage, "x") for _ in range(5)))) == 1
+            await world.storage.cleanup.drain(within=10)
+            told = [outcome for name, outcome in world.outcomes("read") if name == "a"]
+            assert sorted(told) == ["crowded", "crowded", "crowded", "ok", "outrun"]
+            assert world.storage.gates["a"].allows("read")
 
     run(main())
 

@@ -1,8 +1,9 @@
-"""Replicate: several originals from one pass, a quorum, and copies that reconcile makes and takes away."""
+"""Replicate: several originals from one pass, and a quorum."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,24 @@ from aproxy_storage import (
     Breaker,
     ConfigurationError,
     ContentError,
-    IntegrityError,
+    DeadlineExceeded,
+    Fallback,
+    First,
     NotFound,
     OutOfSpace,
+    Placement,
     ProxyStorage,
     Replicate,
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
-from aproxy_storage.mending import mend
-from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from aproxy_storage.testing.faults import Fail, Fault, Hang, Late, Lie, Slow, at
-from aproxy_storage.tools.reconcile import reconcile
-from tests.placement.support import World, content_of, once, run
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.testing.faults import Fail, Fault, Hang, Lie, Slow
+from tests.placement.support import Meanwhile, World, content_of, copies, once, run
 from tests.placement.test_limits import slowly, taken
 
 DOWN = Fail(BackendUnavailable("out of order"))
 MEBIBYTE = 1 << 20
-
-
-async def copies(world: World, path: str) -> list[str]:
-    return [place.original for place in (await world.storage.get(path)).good_places()]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +111,38 @@ def test_below_the_quorum_the_save_fails_and_leaves_nothing() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["below the quorum", "cancelled", "taken at one"])
+def test_inside_a_transaction_a_save_that_fails_leaves_no_copy_without_a_record(how: str) -> None:
+    class InTransaction(MemoryMetaBackend):
+        async def reserve(self, *args: Any, **options: Any) -> None:
+            return None
+
+    async def main() -> None:
+        async with World(Replicate(3, quorum=3, breaker=None), "abc") as world:
+            world.storage.meta = world.storage.journal.meta = InTransaction()
+            lagging = Hang()
+            world.plan["c"].set(write=lagging)
+            saving = asyncio.ensure_future(world.storage.save("x", b"1"))
+            await lagging.reached.wait()
+            await asyncio.sleep(1)  # of the loop's own time: the two other copies are done, and known to be
+            assert [await world.keys(name) for name in "ab"] == [["x"], ["x"]]
+            if how == "taken at one":
+                await world.inner["c"].write("x", b"somebody else's")
+                lagging.release()
+            elif how == "cancelled":
+                saving.cancel()  # otherwise the attempt comes to its timeout
+            await asyncio.wait([saving])
+            if how == "taken at one":
+                assert await saving != "x", "a taken key means a taken name"
+                await world.storage.delete(saving.result())
+            else:
+                assert saving.cancelled() or isinstance(saving.exception(), BackendUnavailable)
+            assert [await world.keys(name) for name in "ab"] == [[], []]
+            assert await world.keys("c") == (["x"] if how == "taken at one" else [])
+
+    run(main())
+
+
 def test_what_an_original_refuses_is_raised_at_once() -> None:
     async def main() -> None:
         async with World(Replicate(2), "ab") as world:
@@ -152,6 +182,7 @@ def test_a_hung_original_is_dropped_after_its_attempt_timeout() -> None:
             assert record.original_storage_name == "b"
             assert [(place.original, place.state) for place in record.places] == [("a", "doubtful")]
             assert await taken(world.storage.save("y", b"1")) == 0, "its circuit is open"
+            await asyncio.sleep(60)
             await world.assert_clean()
             assert sorted(await copies(world, "x")) == ["a", "b"]
 
@@ -173,6 +204,19 @@ def test_a_save_returns_at_the_deadline_if_the_quorum_has_it() -> None:
                 await world.storage.save("y", b"1")
             await world.assert_clean()
             assert await world.meta.count() == 1
+
+    run(main())
+
+
+def test_the_deadline_holds_for_one_copy_too() -> None:
+    async def main() -> None:
+        async with World(Replicate(2, deadline=4, attempt_timeout=100, breaker=None)) as world:
+            world.plan["a"].set(write=Slow(50))
+            with pytest.raises(DeadlineExceeded, match="deadline of 4 seconds"):
+                await world.storage.save("x", b"1", using="a")
+            assert asyncio.get_running_loop().time() < 5
+            await world.assert_clean()
+            assert await world.meta.count() == 0
 
     run(main())
 
@@ -248,6 +292,52 @@ def test_a_slow_original_holds_the_others_up_no_further_than_its_buffer() -> Non
     run(main())
 
 
+@pytest.mark.parametrize("quorum", [1, 2])
+@pytest.mark.parametrize("size", [1, MEBIBYTE, None], ids=["small", "large", "stream"])
+def test_who_does_not_get_to_probe_an_original_takes_the_next_one(quorum: int, size: int | None) -> None:
+    async def main() -> None:
+        placement = Replicate(2, quorum, breaker=Breaker(failures=1, reset_after=60))
+        async with World(placement, "abc") as world:
+            world.plan["a"].set(write=DOWN)
+            with contextlib.suppress(BackendUnavailable):
+                await world.storage.save("first", b"1")
+            world.plan["a"].set(write=Slow(1))
+            await asyncio.sleep(60)
+            contents = [once(b"12345") if size is None else b"1" * size for _ in range(6)]
+            paths = await asyncio.gather(*(world.storage.save("x", content) for content in contents))
+            found = [await copies(world, path) for path in paths]
+            assert sorted(found) == [["a", "b"], *[["b", "c"]] * 5]
+            assert await copies(world, await world.storage.save("x", b"1")) == ["a", "b"], "it is back"
+
+    run(main())
+
+
+def test_an_attempt_that_was_let_in_and_never_started_leaves_the_probe_to_the_next() -> None:
+    async def main() -> None:
+        placement = Replicate(2, 2, breaker=Breaker(failures=1, reset_after=60))
+        async with World(placement, "ab") as world:
+            gates = world.storage.gates
+            gates["a"].finish(gates["a"].start("write"), "failed")
+            await asyncio.sleep(60)
+            gates["b"].finish(gates["b"].start("write"), "failed")
+            with pytest.raises(BackendUnavailable, match="1 of 2 originals"):
+                await world.storage.save("x", b"1")
+            await asyncio.sleep(59)
+            assert gates["a"].allows("write")
+            await asyncio.sleep(1)
+            for ticks in range(20):
+                saving = asyncio.ensure_future(world.storage.save("x", b"1"))
+                for _ in range(ticks):
+                    await asyncio.sleep(0)
+                saving.cancel()
+                await asyncio.wait([saving])
+                assert [gate.traffic("write").in_flight for gate in gates.values()] == [0, 0]
+                assert [gate.allows("write") for gate in gates.values()] == [True, True]
+            await world.assert_clean()
+
+    run(main())
+
+
 def test_slow_but_steady_is_waited_for() -> None:
     async def main() -> None:
         async with World(Replicate(2, attempt_timeout=5), chunk_bytes=1000, checksum=None) as world:
@@ -295,6 +385,43 @@ def test_foreign_files_at_the_keys_are_left_alone() -> None:
                 assert (await world.keys("a"), await world.keys("b")) == ([], ["x"])
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [10, None], ids=["bytes", "stream"])
+def test_a_key_taken_between_the_look_and_the_write_costs_a_stream_one_copy(size: int | None) -> None:
+    async def main() -> None:
+        async with World(Replicate(3, 1), "abc") as world:
+
+            async def take() -> None:
+                world.heal()
+                await world.inner["c"].write("x", b"somebody else's")
+
+            world.plan["c"].set(write=Meanwhile(take))
+            assert await world.storage.save("x", once(b"1" * 10) if size is None else b"1" * size) == "x"
+            assert await copies(world, "x") == ["a", "b", *(["c"] if size else [])]
+            assert await content_of(world.storage, "x") == b"1" * 10
+            async with world.inner["c"].read("x") as reading:
+                assert reading.data == b"somebody else's"
+
+    run(main())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("placement", [First(), Fallback(), Replicate(2)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("what", ["directory", "link"])
+async def test_a_stream_is_not_spent_on_a_key_that_something_else_has(
+    what: str, placement: Placement, tmp_path: Path
+) -> None:
+    originals = {name: FileSystemBackend(tmp_path / name) for name in "ab"}
+    async with ProxyStorage("media", originals=originals, meta=MemoryMetaBackend(), placement=placement) as storage:
+        await originals["a"].write("inner/file", b"1")
+        if what == "link":
+            (tmp_path / "a" / "x").symlink_to("/dev/null")
+        path = await storage.save("inner" if what == "directory" else "x", once(b"content"))
+        record = await storage.get(path)
+        assert record.original_storage_path != path
+        assert len(record.good_places()) == placement.limits.copies
+        assert await content_of(storage, path) == b"content"
 
 
 def test_too_few_originals_are_said_before_anything_is_written() -> None:
@@ -358,242 +485,3 @@ def test_a_copy_of_a_file_reads_from_whichever_copy_answers() -> None:
             assert await content_of(world.storage, "x") == b"1" * 5000
 
     run(main())
-
-
-# -- reconcile
-
-
-def test_reconcile_makes_a_copy_that_was_lost_and_names_it() -> None:
-    async def main() -> None:
-        async with World(Replicate(2), "abc") as world:
-            await world.storage.save("x", b"1")
-            await world.inner["a"].discard("x")
-            dry = await reconcile(world.storage)
-            assert dry.counts == {"missing": 1, "copied": 1}
-            assert await copies(world, "x") == ["a", "b"], "a dry run changes nothing"
-            report = await world.reconcile(force=False)
-            assert report.counts == {"missing": 1, "copied": 1}
-            assert await copies(world, "x") == ["b", "a"]
-            assert len(await world.keys("a")) == 1
-            await world.assert_clean()
-            world.plan["b"].set(read=DOWN)
-            assert await content_of(world.storage, "x") == b"1"
-
-    run(main())
-
-
-def test_reconcile_makes_no_copy_of_a_damaged_one() -> None:
-    """The source is compared with the recorded checksum before the new copy counts."""
-
-    async def main() -> None:
-        async with World(Replicate(3, quorum=1), "abc") as world:
-            world.plan["c"].set(write=DOWN)
-            await world.storage.save("x", b"good")
-            await world.inner["a"].discard("x")
-            await world.inner["a"].write("x", b"evil")
-            world.heal()
-            report = await world.reconcile(force=False)
-            assert report.counts == {"damaged": 1, "copied": 1}
-            assert not report.clean
-            key = next(place.key for place in (await world.storage.get("x")).good_places() if place.original == "c")
-            async with world.inner["c"].read(key) as reading:
-                assert reading.data == b"good"
-            assert len(await world.keys("c")) == 1
-
-    run(main())
-
-
-def test_reconcile_without_a_whole_copy_throws_nothing_away() -> None:
-    async def main() -> None:
-        async with World(Replicate(2), "ab") as world:
-            world.plan["b"].set(write=DOWN)
-            await world.storage.save("x", b"good")
-            await world.inner["a"].discard("x")
-            await world.inner["a"].write("x", b"evil")
-            world.heal()
-            report = await world.reconcile(force=False)
-            assert report.counts == {"damaged": 1, "failed": 1}
-            assert (await world.keys("a"), await world.keys("b")) == (["x"], [])
-            await world.inner["a"].discard("x")
-            assert (await world.reconcile(force=False)).counts == {"missing": 1, "lost": 1}
-            assert await copies(world, "x") == ["a"], "the record still says where it was"
-
-    run(main())
-
-
-@pytest.mark.parametrize("dry_run", [True, False])
-@pytest.mark.parametrize("how", ["gone", "cut"])
-def test_reconcile_says_that_a_file_is_lost(how: str, dry_run: bool) -> None:
-    async def main() -> None:
-        async with World(Replicate(2)) as world:
-            await world.storage.save("x", b"1")
-            await world.storage.save("y", b"22")
-            for name in "ab":
-                await world.inner[name].discard("y")
-                if how == "cut":
-                    await world.inner[name].write("y", b"2")
-            report = await reconcile(world.storage, dry_run=dry_run)
-            assert report.counts == {"missing" if how == "gone" else "damaged": 2, "lost": 1}
-            assert not report.clean
-            (lost,) = [finding for finding in report.findings if finding.action == "lost"]
-            assert lost.path == "y"
-            assert isinstance(lost.error, IntegrityError)
-            world.plan["b"].set(stat=DOWN)
-            report = await reconcile(world.storage, dry_run=dry_run)
-            assert "lost" not in report.counts, "the copy that is out of reach may be there"
-
-    run(main())
-
-
-@pytest.mark.parametrize("dry_run", [True, False])
-@pytest.mark.parametrize("lost", ["a", "ab"])
-@pytest.mark.parametrize("what", ["deleted", "replaced", "saved anew"])
-def test_reconcile_misses_nothing_of_a_file_that_was_changed_meanwhile(what: str, lost: str, dry_run: bool) -> None:
-    async def main() -> None:
-        async with World(Replicate(2), keep_replaced=0.0) as world:
-            await world.storage.save("x", b"1")
-            record = await world.storage.get("x")
-            if what == "replaced":
-                await world.storage.replace("x", b"2")
-            else:
-                await world.storage.delete("x")
-            if lost == "a":  # it has been looked at before the other copy was removed
-                await world.inner["b"].write("x", b"1")
-            elif what == "saved anew":
-                await world.storage.save("x", b"2")
-                for name in "ab":
-                    await world.inner[name].discard("x")
-            assert [each.action for each in await mend(world.storage, record, dry_run=dry_run)] == ["moved on"]
-
-    run(main())
-
-
-def test_reconcile_that_cannot_ask_whether_a_file_is_still_there_goes_on() -> None:
-    async def main() -> None:
-        async with World(Replicate(2)) as world:
-            for name in "xy":
-                await world.storage.save(name, b"1")
-                await world.inner["a"].discard(name)
-            world.meta_plan.set(get=at(1, DOWN))
-            report = await world.reconcile(force=False)
-            assert report.counts == {"failed": 1, "missing": 1, "copied": 1}
-
-    run(main())
-
-
-def test_reconcile_removes_surplus_copies_after_they_were_kept() -> None:
-    async def main() -> None:
-        async with World(Replicate(3), "abc") as world:
-            await world.storage.save("x", b"1")
-            world.storage.placement = Replicate(2, order=["b", "c", "a"])
-            report = await world.reconcile(force=False)
-            assert report.counts == {"dropped": 1}
-            assert await copies(world, "x") == ["a", "b"], "the primary one stays, then the nearest"
-            assert [len(await world.keys(name)) for name in "abc"] == [1, 1, 1], "kept for those who read it"
-            await world.assert_clean()
-            assert [len(await world.keys(name)) for name in "abc"] == [1, 1, 0]
-            world.storage.placement = Replicate(2, order=["b", "c"])
-            await world.assert_clean()
-            assert sorted(await copies(world, "x")) == ["b", "c"], "copies leave an original that is not in the order"
-
-    run(main())
-
-
-def test_reconcile_makes_nothing_in_the_stead_of_a_copy_that_is_out_of_reach() -> None:
-    async def main() -> None:
-        async with World(Replicate(2), "abc") as world:
-            await world.storage.save("x", b"1")
-            world.plan["a"].set(stat=DOWN)
-            report = await world.reconcile(force=False)
-            assert report.counts == {"failed": 1}
-            assert await copies(world, "x") == ["a", "b"]
-            assert await world.keys("c") == []
-
-    run(main())
-
-
-@pytest.mark.parametrize("fault", [DOWN, Lie(), Late(), Fail(OutOfSpace("full"))], ids=["down", "lie", "late", "full"])
-def test_a_copy_that_reconcile_cannot_make_leaves_nothing(fault: Any) -> None:
-    async def main() -> None:
-        async with World(Replicate(2), "ab") as world:
-            world.plan["b"].set(write=DOWN)
-            await world.storage.save("x", b"1")
-            world.plan["b"].set(write=fault)
-            report = await world.reconcile(force=False)
-            assert report.counts == {"failed": 1}
-            assert await content_of(world.storage, "x") == b"1"
-            if isinstance(fault, Late):
-                await fault.land()
-            await world.assert_clean()
-            assert await copies(world, "x") == ["a", "b"]
-
-    run(main())
-
-
-@pytest.mark.parametrize("what", ["replace", "delete", "rename"])
-def test_a_file_that_is_changed_while_reconcile_copies_it(what: str) -> None:
-    async def main() -> None:
-        async with World(Replicate(2), "ab", keep_replaced=0.0) as world:
-            world.plan["b"].set(write=DOWN)
-            await world.storage.save("x", b"old")
-            world.plan["b"].set(write=Meanwhile(lambda: change(world)))
-
-            async def change(world: World) -> None:
-                world.plan["b"].set(write=None)
-                if what == "replace":
-                    await world.storage.replace("x", b"new")
-                elif what == "delete":
-                    await world.storage.delete("x")
-                else:
-                    await world.storage.rename("x", "y")
-
-            await world.reconcile(force=False)
-            await world.assert_clean()
-            files = {record.path async for record in world.storage.list()}
-            assert files == {"replace": {"x"}, "delete": set(), "rename": {"y"}}[what]
-            for path in files:
-                assert await content_of(world.storage, path) == (b"new" if what == "replace" else b"old")
-                assert len(await copies(world, path)) == 2
-
-    run(main())
-
-
-class Meanwhile(Fault):
-    def __init__(self, change: Callable[[], Awaitable[None]]) -> None:
-        self.change = change
-
-    async def __call__(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        await self.change()
-        return await call()
-
-
-@pytest.mark.asyncio
-async def test_two_directories_one_of_which_is_wiped(tmp_path: Path) -> None:
-    """rm -rf of one root, the directory made anew, and reconcile: every file has its two copies again."""
-    import shutil
-
-    storage = ProxyStorage(
-        "media",
-        originals={name: FileSystemBackend(tmp_path / name) for name in "ab"},
-        meta=SQLiteMetaBackend(tmp_path / "meta.sqlite3"),
-        placement=Replicate(2),
-    )
-    async with storage:
-        for number in range(5):
-            await storage.save(f"d/{number}", b"%d" % number * (1 + 300_000 * (number % 2)))
-        shutil.rmtree(tmp_path / "a")
-        for number in range(5):
-            assert await content_of(storage, f"d/{number}") == b"%d" % number * (1 + 300_000 * (number % 2))
-        path = await storage.save("meanwhile", b"one copy")
-        assert [place.original for place in (await storage.get(path)).good_places()] == ["b"]
-        (tmp_path / "a").mkdir()
-        await storage.get_original("a").aclose()  # it takes the new directory for its root from here on
-        for gate in storage.gates.values():
-            gate._fresh()
-        report = await reconcile(storage, dry_run=False, force=True)
-        assert report.counts["copied"] == 6
-        await reconcile(storage, dry_run=False, force=True)
-        async for record in storage.list():
-            assert sorted(place.original for place in record.all_places()) == ["a", "b"]
-            assert record.lease is None
-        assert len([path for path in (tmp_path / "a").rglob("*") if path.is_file()]) == 6
