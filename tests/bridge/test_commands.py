@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from tests.django_support.setup import configure
 
 configure()
 
+from django.apps import apps  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.core.files.storage import FileSystemStorage, Storage, default_storage, storages  # noqa: E402
 from django.core.management import CommandError, call_command  # noqa: E402
+from django.db.models import FileField  # noqa: E402
 from django.test import override_settings  # noqa: E402
 
 from aproxy_storage import MetaRecord  # noqa: E402
-from sync_bridge import BridgeStorage, get_content_object  # noqa: E402
+from sync_bridge import BridgeStorage, base, get_content_object  # noqa: E402
 from sync_bridge.management.base import StorageCommand, bridge_storage, unwrapped  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Picture, Plain  # noqa: E402
@@ -361,12 +364,67 @@ def test_verify_records_the_checksums_of_adopted_files(before: FileSystemStorage
     assert default_storage.get("a.txt").checksum == f"sha256:{hashlib.sha256(b'content').hexdigest()}"
 
 
-def test_a_scan_knows_the_files_of_all_storages(media: Path, django_database: Path) -> None:
+SCAN = {"scan": True, "apply": True, "min_age": -1.0}
+
+
+@pytest.fixture
+def no_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let there be only the storages of the settings and of the models, none that another test has left behind."""
+    fields = (field for model in apps.get_models() for field in model._meta.fields if isinstance(field, FileField))
+    found = {unwrapped(field.storage) for field in fields} | {storages["default"]}
+    kept = weakref.WeakSet(one for one in found if isinstance(one, BridgeStorage))
+    before = base._instances
+    monkeypatch.setattr(base, "_instances", kept)
+    yield
+    before.update(kept)
+
+
+def test_a_scan_finds_what_no_record_names(media: Path, django_database: Path, no_others: None) -> None:
     bridge_storage("default").save("known.txt", ContentFile(b"x"))
     StoredFile.objects.all().delete()  # as after the loss of a database
-    scan = {"scan": True, "apply": True, "min_age": -1.0}
-    assert "1 removed" in run("proxystorage_reconcile", "default", **scan)[0]
+    assert "1 removed" in run("proxystorage_reconcile", "default", **SCAN)[0]
     assert not (media / "known.txt").exists()
+
+
+@pytest.mark.parametrize("where", ["of a field", "live"])
+def test_a_scan_knows_storages_that_the_settings_do_not_name(
+    where: str, media: Path, tmp_path: Path, django_database: Path, no_others: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the same directory, with records of its own."""
+    other = BridgeStorage(location=media, name=f"other {where}", meta=f"sqlite:///{tmp_path}/records.sqlite3")
+    if where == "of a field":
+        monkeypatch.setattr(Plain._meta.get_field("file"), "storage", other)
+        base._instances.discard(other)  # as one that another thread has just made
+    other.save("contract.txt", ContentFile(b"contract"))
+    assert "nothing is left over" in run("proxystorage_reconcile", "default", **SCAN)[0]
+    assert other.open("contract.txt").read() == b"contract"
+
+
+def test_a_scan_is_refused_where_a_storage_cannot_be_made(media: Path, django_database: Path, no_others: None) -> None:
+    broken = BridgeStorage(location=media, name="broken", meta="nowhere.Model")
+    left = bridge_storage("default")
+    left.save("known.txt", ContentFile(b"x"))
+    StoredFile.objects.all().delete()
+    complained = run("proxystorage_reconcile", "default", **SCAN)[1]
+    assert f"{broken!r} cannot be made, so that nobody can tell its files" in complained
+    assert (media / "known.txt").exists()
+    assert run("proxystorage_reconcile", "default")[1] == ""
+
+
+@pytest.mark.parametrize("scanned", ["default", "private"])
+def test_a_scan_spares_the_files_of_a_directory_inside_or_around_it(
+    scanned: str, media: Path, django_database: Path, no_others: None
+) -> None:
+    from django.conf import settings
+
+    options = {"name": "private", "location": str(media / "private")}
+    aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
+    with override_settings(STORAGES=aliases):
+        bridge_storage("default").save("private/around.txt", ContentFile(b"around"))
+        bridge_storage("private").save("secret.txt", ContentFile(b"secret"))
+        assert "nothing is left over" in run("proxystorage_reconcile", scanned, **SCAN)[0]
+        assert bridge_storage("default").open("private/around.txt").read() == b"around"
+        assert bridge_storage("private").open("secret.txt").read() == b"secret"
 
 
 # -- telling

@@ -9,7 +9,7 @@ from django.core.management.base import CommandParser
 from aproxy_storage import StorageError
 from aproxy_storage.tools.reconcile import reconcile
 
-from ..base import StorageCommand, bridge_storages
+from ..base import StorageCommand, bridge_storages, known_storages
 
 
 class Command(StorageCommand):
@@ -30,8 +30,8 @@ class Command(StorageCommand):
 
     def handle(self, *, storage: list[str], apply: bool, **options: Any) -> None:
         chosen = list(bridge_storages(storage))
-        # A scan must not take the files of another storage in the same directory for orphans.
-        metas = {id(other.proxy.meta): other.proxy.meta for other in bridge_storages([])}
+        # A scan must not take the files of another storage in the same directory, or around or below it, for orphans.
+        known = known_storages() if options["scan"] else []
         for one in chosen:
             try:
                 report = one.bridge.call(
@@ -42,7 +42,7 @@ class Command(StorageCommand):
                     force=options["force"],
                     min_age=options["min_age"],
                     older_than=options["older_than"],
-                    metas=metas.values(),
+                    storages=known,
                 )
             except StorageError as error:
                 self.failed(one.proxy.name, error)
