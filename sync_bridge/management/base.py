@@ -13,11 +13,12 @@ from django.core.files.storage import InvalidStorageError, Storage, storages
 from django.core.management.base import BaseCommand, CommandError
 from django.db import models
 
-from aproxy_storage import ConfigurationError, ProxyStorage
+from aproxy_storage import ConfigurationError, MetaRecord, ProxyStorage
 from aproxy_storage.registry import registered_names
 
 from ..base import ConfiguredStorage, live_storages
 from ..conf import proxy_storage_settings
+from ..fields import ProxyStorageFileField, ProxyStorageImageField
 from ..registry import get_storage
 from ..storage import BridgeStorage
 
@@ -26,7 +27,9 @@ __all__ = [
     "bridge_storage",
     "bridge_storages",
     "file_field",
+    "has_owner",
     "known_storages",
+    "owner_of",
     "storage_of_alias",
     "unwrapped",
 ]
@@ -162,6 +165,20 @@ def file_field(label: str) -> models.FileField:
     if not isinstance(field, models.FileField):
         raise CommandError(f"{label!r} is a {type(field).__name__}, not a file field")
     return field
+
+
+def owner_of(field: models.FileField, key: Any) -> dict[str, Any]:
+    """Return what a record is told of the row `key` of the field's model; {} where the field tells records nothing."""
+    owns = isinstance(field, ProxyStorageFileField | ProxyStorageImageField)
+    if not owns or not apps.is_installed("django.contrib.contenttypes"):
+        return {}
+    found: dict[str, Any] = field.owner_of(field.model(pk=key))
+    return found
+
+
+def has_owner(record: MetaRecord) -> bool:
+    """Return whether the record says whose file it is."""
+    return record.get("content_type_id") is not None and record.get("object_id") is not None
 
 
 def unwrapped(storage: Storage) -> Storage:
