@@ -36,6 +36,7 @@ __all__ = [
     "SuspiciousPath",
     "asked",
     "find_proxy",
+    "live_storages",
     "named",
     "saving",
     "suspicious",
@@ -305,6 +306,11 @@ def find_proxy(name: str) -> ProxyStorage | None:
         except ImproperlyConfigured as error:
             _log.warning("%r cannot be made, and so it is not known whether it is %r: %s", instance, name, error)
     return None
+
+
+def live_storages() -> list[ConfiguredStorage]:
+    """Return every BridgeStorage there is, of fields and of modules; of ``STORAGES`` those that were asked for."""
+    return list(_instances)
 
 
 class _Release:

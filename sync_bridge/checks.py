@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from django.apps import apps
@@ -49,6 +49,7 @@ def check_storages(app_configs: Any = None, **_: Any) -> list[CheckMessage]:
         found += _check_one(alias, storage, proxy)
     for (alias, one), (second, other) in itertools.combinations(made.items(), 2):
         found += _check_names(alias, one, second, other)
+    found += _check_places(made)
     return found
 
 
@@ -155,6 +156,28 @@ def _check_names(alias: str, one: ProxyStorage, second: str, other: ProxyStorage
                 id="sync_bridge.W006",
             )
             return
+
+
+def _check_places(made: Mapping[str, ProxyStorage]) -> Iterator[CheckMessage]:
+    """Look for originals inside other ones, by their names: nothing is asked."""
+    roots = [
+        (f"the original {name!r} of STORAGES[{alias!r}]", _root_of(backend))
+        for alias, proxy in made.items()
+        for name, backend in proxy.originals.items()
+    ]
+    for (outer, around), (inner, below) in itertools.permutations(roots, 2):
+        if around.endswith("/") and below != around and below.startswith(around):
+            yield Warning(
+                f"{inner[0].upper()}{inner[1:]} keeps its files in {below}, inside {outer}, {around}: who may list or"
+                " publish that has them too, and adopting everything there would give them a second record.",
+                hint="Give each a directory, a prefix or a bucket of its own, beside the other.",
+                id="sync_bridge.W007",
+            )
+
+
+def _root_of(backend: Backend) -> str:
+    root = backend.full_path("name").removesuffix("name")
+    return os.path.join(os.path.realpath(root), "") if os.path.isabs(root) else root
 
 
 def _table_of(meta: MetaBackend) -> object:

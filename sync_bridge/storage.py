@@ -137,17 +137,31 @@ class BridgeStorage(AsyncTwins):
                 raise
             raise own from None
 
-    def publish(self, name: str, content: Any, *, exclusive: bool = False) -> MetaRecord:
+    def publish(
+        self,
+        name: str,
+        content: Any,
+        *,
+        exclusive: bool = False,
+        content_type: str | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> MetaRecord:
         """Store at exactly `name`: a new file or, unless `exclusive`, new bytes for the one there; return its record.
 
-        What a file opened for writing does when it is closed.
+        What a file opened for writing does when it is closed. Where the storage has a prefix, the name gets it unless
+        it begins with it.
 
         Raises:
             AlreadyExists: with `exclusive`. And as `save`.
         """
         prepared = in_callers_thread(content)
         return self._await(
-            self._works_here and is_small(prepared), self._overwrite, name, prepared, exclusive=exclusive
+            self._works_here and is_small(prepared),
+            self._overwrite,
+            name,
+            prepared,
+            exclusive=exclusive,
+            saving=Saving(content_type=content_type, extra=extra),
         )
 
     def open(self, name: str | os.PathLike[str], mode: str = "rb") -> BridgeFile:

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -45,6 +46,10 @@ class _Root(Handle):
         self.identity = (status.st_dev, status.st_ino)
 
 
+# Not locked, so that a fork cannot leave it so.
+_trees: weakref.WeakValueDictionary[int, Tree] = weakref.WeakValueDictionary()
+
+
 class Tree:
     """The files below `root`. All methods block; nothing in here is bound to a thread, a loop or a process.
 
@@ -60,6 +65,7 @@ class Tree:
         self._create = create
         self._seen = False
         self._handle: _Root | None = None
+        _trees[id(self)] = self
 
     # -- the root
 
@@ -222,12 +228,30 @@ class Tree:
             raise
 
     def prune(self, root: int, names: Sequence[str], directories: Sequence[int]) -> None:
-        """Remove the directories of the file `names` from the innermost one outwards, while they are empty."""
+        """Remove the directories of the file `names` from the innermost one outwards, while they are empty, and none
+        is the root of another tree: that would look unmounted."""
         for depth in range(len(directories) - 1, -1, -1):
             try:
+                if len(_trees) > 1 and self._is_a_root(names[: depth + 1], directories[depth]):
+                    return
                 os.rmdir(names[depth], dir_fd=directories[depth - 1] if depth else root)
             except OSError:  # not empty, gone already, or not ours to remove: in any case the end
                 return
+
+    def _is_a_root(self, names: Sequence[str], directory: int) -> bool:
+        """Return whether a directory below this root is that of another tree of this process. No other disk is asked
+        for it, which might hang: known are the paths as they were given, and the roots that are open."""
+        status = os.fstat(directory)
+        identity = (status.st_dev, status.st_ino)
+        paths = {os.path.join(root, *names) for root in (self.root, os.path.realpath(self.root))}
+        for reference in _trees.valuerefs():
+            tree = reference()
+            if tree is None or tree is self:
+                continue
+            handle = tree._handle
+            if tree.root in paths or (handle is not None and handle.identity == identity):
+                return True
+        return False
 
     def _prune_rest(self, root: int, names: Sequence[str]) -> None:
         """Remove what a write of the file `names` has left that was killed before all its directories were made."""

@@ -136,10 +136,12 @@ class DjangoStorageBackend(Backend):
         return f"{type(self).__name__}({self._name + '/' + self.prefix.rstrip('/') if self.prefix else self._name!r})"
 
     def full_path(self, key: str) -> str:
-        if not isinstance(self._given, str):
+        storage = self._storage if isinstance(self._given, str) else self._given  # an alias is not looked up for this
+        if storage is not None:
             with contextlib.suppress(Exception):  # no file of this machine, or no settings
-                return str(self._given.path(self.prefix + key))
-        return f"django://{self._name}/{self.prefix}{key}"
+                return str(storage.path(self.prefix + key))
+        below = str(getattr(storage, "location", "") or "").strip("/")
+        return f"django://{self._name}/{below + '/' if below else ''}{self.prefix}{key}"
 
     # -- the storage, and calls of it in its threads
 

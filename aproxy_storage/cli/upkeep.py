@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..backends.base import Backend
 from ..errors import ConfigurationError, StorageError
+from ..meta_backends.base import MetaBackend
 from ..tools.reconcile import Report, reconcile
 from ..tools.verify import verify
 from .output import parse_duration, printable
@@ -96,16 +98,24 @@ async def reconcile_storage(
         raise ConfigurationError(str(error)) from None
     if force and apply:
         session.confirm(f"Does really nothing else use storage {storage.name!r} just now?", sure=yes)
-    # Every meta-backend whose files may lie in the same originals.
-    others = {id(other.meta): other.meta for other in session.storages.values() if other.meta is not storage.meta}
+    # Every storage whose files may lie in the same originals, or around or below them.
+    others = [other for other in session.storages.values() if other is not storage]
     try:
         report = await reconcile(
-            storage, older_than=older, scan=scan, dry_run=not apply, force=force, min_age=age, metas=others.values()
+            storage,
+            older_than=older,
+            scan=scan,
+            dry_run=not apply,
+            force=force,
+            min_age=age,
+            storages=others,
         )
     finally:
-        for meta in others.values():
-            with contextlib.suppress(StorageError):
-                await meta.aclose()
+        for other in others:
+            parts: list[Backend | MetaBackend] = [other.meta, *other.originals.values()]
+            for part in parts:
+                with contextlib.suppress(StorageError):
+                    await part.aclose()
     _tell(session, report)
 
 

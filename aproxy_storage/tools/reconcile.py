@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain, islice
 
 from ..backends.base import Backend
 from ..errors import NotFound, StorageError
 from ..mending import mend
 from ..meta_backends.base import MetaBackend
 from ..proxy import ProxyStorage
-from ..records import MetaRecord, ObjectInfo
+from ..records import MetaRecord
 
 __all__ = ["Finding", "Report", "reconcile"]
 
@@ -65,6 +67,7 @@ async def reconcile(
     force: bool = False,
     min_age: float = 86_400.0,
     metas: Iterable[MetaBackend] = (),
+    storages: Iterable[ProxyStorage] = (),
 ) -> Report:
     """Finish every record of `storage` that somebody left unfinished; with `scan`, look for bytes without a record.
 
@@ -80,6 +83,12 @@ async def reconcile(
         min_age: seconds; a scan leaves younger objects alone.
         metas: further meta-backends whose records may name objects in these originals; without them a scan would
             take their files for orphans.
+        storages: further storages, whose records are asked too. Those that are registered are known anyway, but only
+            by records in a meta-backend that is asked.
+
+    One original may lie inside another: in a directory or under a prefix of it. A scan takes an object for an orphan
+    only where each record of a key that might be its own, counted from any directory above it, has its bytes, and
+    they are another object. Of an original that is known by no storage here that cannot be told: the object stays.
 
     Safe beside live callers and other reconciles: every change is a compare-and-set. Pages by keyset, in bounded
     memory; can be repeated at any time.
@@ -104,9 +113,11 @@ async def reconcile(
             for each in await mend(storage, record, dry_run=dry_run):
                 report.add(Finding(each.action, record.path, each.original, each.error))
     if scan:
-        known = [storage.meta, *metas]
-        for name, backend in storage.originals.items():
-            await _scan(storage, name, backend, known, report, dry_run=dry_run, min_age=min_age)
+        others = {other.name: other for other in storages} | {storage.name: storage}
+        asked = {id(meta): meta for meta in (storage.meta, *metas, *(other.meta for other in others.values()))}
+        for name in storage.originals:
+            scan_of_one = _Scan(storage, name, list(asked.values()), others, report, dry_run=dry_run, min_age=min_age)
+            await scan_of_one.run()
     return report
 
 
@@ -120,91 +131,148 @@ async def _finish(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool, f
         return Finding("failed", record.path, record.original_storage_name, error)
 
 
-async def _scan(
-    storage: ProxyStorage,
-    name: str,
-    backend: Backend,
-    metas: list[MetaBackend],
-    report: Report,
-    *,
-    dry_run: bool,
-    min_age: float,
-) -> None:
-    batch: dict[str, ObjectInfo] = {}
+class _Scan:
+    """Looks for objects of one original that no record names."""
 
-    async def look_up() -> None:
+    def __init__(
+        self,
+        storage: ProxyStorage,
+        name: str,
+        metas: list[MetaBackend],
+        storages: Mapping[str, ProxyStorage],
+        report: Report,
+        *,
+        dry_run: bool,
+        min_age: float,
+    ) -> None:
+        self.name = name
+        self.backend = storage.originals[name]
+        self.metas = metas
+        self.storages = storages
+        self.report = report
+        self.dry_run = dry_run
+        self.min_age = min_age
+        self._roots: tuple[str, str] | None = None
+
+    async def run(self) -> None:
+        """List the original, and deal with what nobody knows."""
+        batch: list[str] = []
+        async for info in self.backend.list():
+            batch.append(info.key)
+            if len(batch) == _BATCH:
+                await self._look_up(batch)
+                batch.clear()
+        await self._look_up(batch)
+
+    async def _look_up(self, batch: list[str]) -> None:
         # The listing came first, the records come after: what was saved in between is found in them.
-        unknown = await _unknown(storage, name, batch, metas)
-        await _remove(storage, name, backend, unknown, metas, report, dry_run=dry_run, min_age=min_age)
-        batch.clear()
+        await self._remove(await self._unknown(batch))
 
-    async for info in backend.list():
-        batch[info.key] = info
-        if len(batch) == _BATCH:
-            await look_up()
-    await look_up()
+    async def _unknown(self, keys: Iterable[str]) -> list[str]:
+        """Return those of `keys` that no record names.
 
-
-async def _unknown(storage: ProxyStorage, name: str, keys: Iterable[str], metas: list[MetaBackend]) -> list[str]:
-    """Return those of `keys` in the original `name` that no record names.
-
-    Another storage may know the same original by another name, and so may this one have done: before it was renamed,
-    or as an alias. So a key that a record names in whatever original counts as known, unless that is one that this
-    storage has, and somewhere else.
-    """
-    unknown = dict.fromkeys(keys)
-    for meta in metas:
-        for key in await meta.owners(name, unknown):
-            unknown.pop(key, None)
-        elsewhere = await meta.owners(None, unknown)
-        paths = sorted({path for owners in elsewhere.values() for path in owners})
-        records = dict(zip(paths, await meta.get_many(paths), strict=True))
-        for key, owners in elsewhere.items():
-            if not all(_lies_elsewhere(storage, name, key, records[path]) for path in owners):
+        Another storage may know the same original by another name, and so may this one have done: before it was
+        renamed, or as an alias. Or its original lies inside this one, or around it, so that it knows the object by
+        another key. So whatever a record might mean counts as known, unless it certainly is another object.
+        """
+        unknown = dict.fromkeys(keys)
+        for meta in self.metas:
+            for key in await meta.owners(self.name, unknown):
                 unknown.pop(key, None)
-    return list(unknown)
+            called = {key: self._names(key) for key in unknown}
+            owners: dict[str, Sequence[str]] = {}
+            for batch in _batches(dict.fromkeys(chain.from_iterable(called.values()))):
+                owners.update(await meta.owners(None, batch))
+            records: dict[str, MetaRecord | None] = {}
+            for batch in _batches(dict.fromkeys(chain.from_iterable(owners.values()))):
+                records.update(zip(batch, await meta.get_many(batch), strict=True))
+            for key, names in called.items():
+                for name in names:
+                    named = [records[path] for path in owners.get(name, ())]
+                    if key in unknown and not await self._are_others(key, name, named):
+                        del unknown[key]
+        return list(unknown)
 
+    def _names(self, key: str) -> list[str]:
+        """Return what `key` is called in originals that have their root at any directory above it."""
+        whole = self.backend.full_path(key)
+        addresses = {whole}
+        if os.path.isabs(whole) and whole.endswith(key):
+            if self._roots is None:
+                root = whole.removesuffix(key)
+                self._roots = root, os.path.join(os.path.realpath(root), "")  # which has just been listed
+            given, real = self._roots
+            addresses.add(real + whole.removeprefix(given))
+        names = dict.fromkeys([key, *addresses])
+        for address in addresses:
+            parts = [part for part in address.split("/") if part]
+            names.update(dict.fromkeys("/".join(parts[at:]) for at in range(len(parts))))
+        return list(names)
 
-def _lies_elsewhere(storage: ProxyStorage, name: str, key: str, record: MetaRecord | None) -> bool:
-    """Return whether what `record` names `key` is certainly another object than the one in the original `name`."""
-    if record is None or record.proxy_storage_name != storage.name:
-        return False
-    here = storage.originals[name]
-    for place in record.all_places():
-        there = storage.originals.get(place.original or next(iter(storage.originals)))
-        if place.key == key and (there in (None, here) or there.full_path(key) == here.full_path(key)):
-            return False
-    return True
+    async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None]) -> bool:
+        """Return whether what `records` name `name` are certainly other objects than `key` here."""
+        for record in records:
+            storage = self._storage_of(record)
+            if record is None or storage is None:
+                return False
+            for place in record.all_places():
+                if place.key != name:
+                    continue
+                there = storage.originals.get(place.original or next(iter(storage.originals)))
+                if there is None or await _may_be_one(self.backend, key, there, name):
+                    return False
+        return True
 
-
-async def _remove(
-    storage: ProxyStorage,
-    name: str,
-    backend: Backend,
-    unknown: list[str],
-    metas: list[MetaBackend],
-    report: Report,
-    *,
-    dry_run: bool,
-    min_age: float,
-) -> None:
-    limit = datetime.now(UTC) - timedelta(seconds=min_age)
-    for key in unknown:
+    def _storage_of(self, record: MetaRecord | None) -> ProxyStorage | None:
+        if record is None:
+            return None
+        if known := self.storages.get(record.proxy_storage_name):
+            return known
         try:
-            info = await backend.stat(key)  # a listing may know neither its times nor its token
-            touched = info.changed_at or info.modified_at
-            if touched is None or touched > limit:
-                action = "young"
-            elif backend.capabilities.tokens and info.token is None:
-                action = "foreign"
-            else:
-                action = "removed"
-                if not dry_run:
-                    if not await _unknown(storage, name, [key], metas):
-                        continue  # adopted since it was listed
-                    await backend.discard(key, token=info.token)  # not what another scan has made room for since
-            report.add(Finding(action, key, name))
-        except NotFound:
-            continue
-        except StorageError as error:
-            report.add(Finding("failed", key, name, error))
+            return record.get_proxy_storage()
+        except Exception:  # not known here, or a finder cannot make it
+            return None
+
+    async def _remove(self, unknown: list[str]) -> None:
+        backend, report = self.backend, self.report
+        limit = datetime.now(UTC) - timedelta(seconds=self.min_age)
+        for key in unknown:
+            try:
+                info = await backend.stat(key)  # a listing may know neither its times nor its token
+                touched = info.changed_at or info.modified_at
+                if touched is None or touched > limit:
+                    action = "young"
+                elif backend.capabilities.tokens and info.token is None:
+                    action = "foreign"
+                else:
+                    action = "removed"
+                    if not self.dry_run:
+                        if not await self._unknown([key]):
+                            continue  # adopted since it was listed
+                        await backend.discard(key, token=info.token)  # not what another scan has made room for since
+                report.add(Finding(action, key, self.name))
+            except NotFound:
+                continue
+            except StorageError as error:
+                report.add(Finding("failed", key, self.name, error))
+
+
+async def _may_be_one(here: Backend, key: str, there: Backend, other: str) -> bool:
+    """Return whether `key` and `other` may be one object; also where it cannot be told, or `there` has none: a storage
+    may have been given another place, and what it has lost lies here."""
+    if here.full_path(key) == there.full_path(other):
+        return True
+    try:
+        one, two = await here.stat(key), await there.stat(other)
+    except StorageError:
+        return True
+    told = [(one.size, two.size), (one.token, two.token)]
+    if type(here) is type(there):
+        told.append((one.etag, two.etag))
+    return all(a == b for a, b in told if a is not None and b is not None)
+
+
+def _batches(names: Iterable[str]) -> Iterator[list[str]]:
+    every = iter(names)
+    while batch := list(islice(every, _BATCH)):
+        yield batch

@@ -13,13 +13,26 @@ from django.core.files.storage import InvalidStorageError, Storage, storages
 from django.core.management.base import BaseCommand, CommandError
 from django.db import models
 
-from aproxy_storage import ConfigurationError
+from aproxy_storage import ConfigurationError, MetaRecord, ProxyStorage
+from aproxy_storage.registry import registered_names
 
+from ..base import ConfiguredStorage, live_storages
 from ..conf import proxy_storage_settings
+from ..fields import ProxyStorageFileField, ProxyStorageImageField
 from ..registry import get_storage
 from ..storage import BridgeStorage
 
-__all__ = ["StorageCommand", "bridge_storage", "bridge_storages", "file_field", "storage_of_alias", "unwrapped"]
+__all__ = [
+    "StorageCommand",
+    "bridge_storage",
+    "bridge_storages",
+    "file_field",
+    "has_owner",
+    "known_storages",
+    "owner_of",
+    "storage_of_alias",
+    "unwrapped",
+]
 
 
 class StorageCommand(BaseCommand):
@@ -101,6 +114,31 @@ def bridge_storages(names: list[str]) -> Iterator[BridgeStorage]:
             yield storage
 
 
+def known_storages() -> list[ProxyStorage]:
+    """Return all storages that may have files: of the settings, of the fields of all models, and of whoever made one.
+
+    Raises:
+        CommandError: one of them cannot be made.
+    """
+    found = [storage.proxy for storage in bridge_storages([])]
+    for storage in [*_storages_of_fields(), *live_storages()]:
+        try:
+            found.append(storage.proxy)
+        except (ConfigurationError, ImproperlyConfigured) as error:
+            raise CommandError(f"{storage!r} cannot be made, so that nobody can tell its files: {error}") from error
+    found += [get_storage(name) for name in registered_names()]
+    return list({id(proxy): proxy for proxy in found}.values())
+
+
+def _storages_of_fields() -> Iterator[ConfiguredStorage]:
+    for model in apps.get_models(include_auto_created=True):
+        for field in model._meta.local_concrete_fields:
+            if isinstance(field, models.FileField):
+                storage = unwrapped(field.storage)
+                if isinstance(storage, ConfiguredStorage):
+                    yield storage
+
+
 def storage_of_alias(alias: str) -> Storage:
     """Return the storage of an alias in ``STORAGES``, of whatever kind.
 
@@ -127,6 +165,20 @@ def file_field(label: str) -> models.FileField:
     if not isinstance(field, models.FileField):
         raise CommandError(f"{label!r} is a {type(field).__name__}, not a file field")
     return field
+
+
+def owner_of(field: models.FileField, key: Any) -> dict[str, Any]:
+    """Return what a record is told of the row `key` of the field's model; {} where the field tells records nothing."""
+    owns = isinstance(field, ProxyStorageFileField | ProxyStorageImageField)
+    if not owns or not apps.is_installed("django.contrib.contenttypes"):
+        return {}
+    found: dict[str, Any] = field.owner_of(field.model(pk=key))
+    return found
+
+
+def has_owner(record: MetaRecord) -> bool:
+    """Return whether the record says whose file it is."""
+    return record.get("content_type_id") is not None and record.get("object_id") is not None
 
 
 def unwrapped(storage: Storage) -> Storage:

@@ -124,6 +124,22 @@ async def test_root_may_be_a_link_itself(tmp_path: Path) -> None:
     assert linked.full_path("a/b") == f"{tmp_path}/link/a/b"
 
 
+@pytest.mark.parametrize("linked", [False, True])
+async def test_the_root_of_another_backend_is_not_taken_for_an_empty_directory(tmp_path: Path, linked: bool) -> None:
+    if linked:
+        (tmp_path / "outer" / "a" / "b").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("outer/a/b")
+    outer = FileSystemBackend(tmp_path / "outer")
+    await outer.write("a/b/c/file", b"x")
+    inner = FileSystemBackend(tmp_path / "link" if linked else tmp_path / "outer" / "a" / "b")
+    if linked:
+        await inner.stat("c/file")  # from now on it knows which directory its root is
+    await outer.discard("a/b/c/file")
+    assert everything_below(inner.root) == []
+    assert os.listdir(tmp_path / "outer" / "a") == ["b"]
+    await inner.write("file", b"x")
+
+
 # -- links and special files
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ from tests.django_support.setup import configure
 
 configure()
 
+from django.apps import apps  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.core.files.storage import FileSystemStorage, Storage, default_storage, storages  # noqa: E402
 from django.core.management import CommandError, call_command  # noqa: E402
+from django.db.models import FileField  # noqa: E402
 from django.test import override_settings  # noqa: E402
 
 from aproxy_storage import MetaRecord  # noqa: E402
-from sync_bridge import BridgeStorage, get_content_object  # noqa: E402
+from sync_bridge import BridgeStorage, base, get_content_object  # noqa: E402
 from sync_bridge.management.base import StorageCommand, bridge_storage, unwrapped  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Picture, Plain  # noqa: E402
@@ -82,6 +86,24 @@ def test_two_rows_with_one_file(before: FileSystemStorage) -> None:
     Message.objects.bulk_create([Message(attach=name), Message(attach=name)])
     assert run("proxystorage_adopt", "desk.Message.attach")[1] == ""
     assert StoredFile.objects.count() == 1
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_records_without_an_owner_get_one(before: FileSystemStorage, dry_run: bool) -> None:
+    names = [default_storage.save("messages/x.txt", ContentFile(b"x")) for _ in range(3)]
+    default_storage.update(names[0], extra={"shelf": 3})
+    Message.objects.bulk_create([Message(attach=names[0]), Message(attach=names[0]), Message(attach=names[1])])
+    owner = Message.objects.create(attach=names[2])
+    Message.objects.bulk_create([Message(attach=names[2])])
+    said, complained = run("proxystorage_adopt", "desk.Message.attach", dry_run=dry_run)
+    assert said.startswith("0 adopted, 5 had a record, 2 without an owner got one.")
+    assert complained == ""
+    found = [get_content_object(default_storage.get(name)) for name in names]
+    rows = [Message.objects.filter(attach=name).order_by("pk").first() for name in names]
+    assert found == [None if dry_run else rows[0], None if dry_run else rows[1], owner]
+    assert default_storage.get(names[0])["shelf"] == 3
+    if not dry_run:
+        assert run("proxystorage_adopt", "desk.Message.attach")[0] == "0 adopted, 5 had a record.\n"
 
 
 def test_a_dry_run_changes_nothing_and_finds_what_is_missing(before: FileSystemStorage) -> None:
@@ -320,6 +342,92 @@ def test_a_target_that_renames_is_left_as_it_was(live: FileSystemStorage, monkey
     assert live.listdir("")[1] == []
 
 
+@pytest.fixture
+def staging(tmp_path: Path, media: Path, django_database: Path) -> Iterator[Callable[..., BridgeStorage]]:
+    """Return a function that makes a target with records of its own."""
+    from django.conf import settings
+
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: Any) -> BridgeStorage:
+            given = {
+                "name": "staging",
+                "location": str(tmp_path / "staging"),
+                "meta": f"sqlite:///{tmp_path}/s.sqlite3",
+            }
+            alias = {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {**given, **options}}
+            stack.enter_context(override_settings(STORAGES={**settings.STORAGES, "staging": alias}))
+            found = storages["staging"]
+            assert isinstance(found, BridgeStorage)
+            return found
+
+        yield make
+
+
+def letter(**options: Any) -> Message:
+    """Return a message with a file whose content type and extra field nobody could guess."""
+    path = bridge_storage("default").save("letter.txt", ContentFile(b"Dear Ada"), **options)
+    return Message.objects.create(attach=path)
+
+
+def test_a_copy_has_owner_content_type_and_extra_fields(staging: Callable[..., BridgeStorage]) -> None:
+    target = staging()
+    message = letter(content_type="application/x-letter", extra={"shelf": 3})
+    assert run("proxystorage_copy", "default", "staging") == ("1 copied, 0 there already.\n", "")
+    record = target.get("letter.txt")
+    assert get_content_object(record) == message
+    assert (record.content_type, record["shelf"], record["field"]) == ("application/x-letter", 3, "attach")
+
+
+def test_files_from_a_storage_without_records_get_their_owner(live: FileSystemStorage) -> None:
+    message = Message.objects.create(attach=live.save("a.txt", ContentFile(b"x")))
+    assert run("proxystorage_copy", "live", "default")[1] == ""
+    assert get_content_object(default_storage.get("a.txt")) == message
+
+
+def test_a_copy_that_was_made_without_its_owner_gets_it(staging: Callable[..., BridgeStorage]) -> None:
+    target, message = staging(), letter()
+    target.publish("letter.txt", b"Dear Ada", extra={"shelf": 3})
+    said = "0 copied, 1 there already."
+    assert run("proxystorage_copy", "default", "staging", dry_run=True)[0].startswith(said)
+    assert get_content_object(target.get("letter.txt")) is None
+    assert run("proxystorage_copy", "default", "staging") == (said + "\n", "")
+    assert get_content_object(target.get("letter.txt")) == message
+    assert target.get("letter.txt")["shelf"] == 3
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_a_copied_file_of_several_rows_keeps_its_owner(still: bool, staging: Callable[..., BridgeStorage]) -> None:
+    first, second = letter(), Message(text="forwarded")
+    second.attach = first.attach.name
+    second.save()  # which owns it now
+    if not still:
+        Message.objects.filter(pk=second.pk).update(attach="")
+    target = staging()
+    assert run("proxystorage_copy", "default", "staging")[1] == ""
+    assert get_content_object(target.get("letter.txt")) == (second if still else first)
+
+
+def test_what_the_records_of_the_target_have_no_room_for_is_said(staging: Callable[..., BridgeStorage]) -> None:
+    target, _ = staging(meta="shelf.Document"), letter(extra={"title": "To Ada", "smell": "roses"})
+    said, complained = run("proxystorage_copy", "default", "staging")
+    assert (said.count("'smell' is not copied"), said.endswith("1 copied, 0 there already.\n")) == (1, True)
+    assert complained == ""
+    assert target.get("letter.txt")["title"] == "To Ada"
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_target_that_puts_a_prefix_before_names_is_refused(
+    dry_run: bool, staging: Callable[..., BridgeStorage]
+) -> None:
+    target = staging(prefix="live/")
+    letter()
+    said, complained = run("proxystorage_copy", "default", "staging", dry_run=dry_run)
+    assert said.startswith("0 copied, 0 there already.")
+    assert "'letter.txt': the target would have called it 'live/letter.txt'" in complained
+    assert target.listdir("live")[1] == []
+
+
 # -- reconcile and verify
 
 
@@ -361,12 +469,67 @@ def test_verify_records_the_checksums_of_adopted_files(before: FileSystemStorage
     assert default_storage.get("a.txt").checksum == f"sha256:{hashlib.sha256(b'content').hexdigest()}"
 
 
-def test_a_scan_knows_the_files_of_all_storages(media: Path, django_database: Path) -> None:
+SCAN = {"scan": True, "apply": True, "min_age": -1.0}
+
+
+@pytest.fixture
+def no_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let there be only the storages of the settings and of the models, none that another test has left behind."""
+    fields = (field for model in apps.get_models() for field in model._meta.fields if isinstance(field, FileField))
+    found = {unwrapped(field.storage) for field in fields} | {storages["default"]}
+    kept = weakref.WeakSet(one for one in found if isinstance(one, BridgeStorage))
+    before = base._instances
+    monkeypatch.setattr(base, "_instances", kept)
+    yield
+    before.update(kept)
+
+
+def test_a_scan_finds_what_no_record_names(media: Path, django_database: Path, no_others: None) -> None:
     bridge_storage("default").save("known.txt", ContentFile(b"x"))
     StoredFile.objects.all().delete()  # as after the loss of a database
-    scan = {"scan": True, "apply": True, "min_age": -1.0}
-    assert "1 removed" in run("proxystorage_reconcile", "default", **scan)[0]
+    assert "1 removed" in run("proxystorage_reconcile", "default", **SCAN)[0]
     assert not (media / "known.txt").exists()
+
+
+@pytest.mark.parametrize("where", ["of a field", "live"])
+def test_a_scan_knows_storages_that_the_settings_do_not_name(
+    where: str, media: Path, tmp_path: Path, django_database: Path, no_others: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One in the same directory, with records of its own."""
+    other = BridgeStorage(location=media, name=f"other {where}", meta=f"sqlite:///{tmp_path}/records.sqlite3")
+    if where == "of a field":
+        monkeypatch.setattr(Plain._meta.get_field("file"), "storage", other)
+        base._instances.discard(other)  # as one that another thread has just made
+    other.save("contract.txt", ContentFile(b"contract"))
+    assert "nothing is left over" in run("proxystorage_reconcile", "default", **SCAN)[0]
+    assert other.open("contract.txt").read() == b"contract"
+
+
+def test_a_scan_is_refused_where_a_storage_cannot_be_made(media: Path, django_database: Path, no_others: None) -> None:
+    broken = BridgeStorage(location=media, name="broken", meta="nowhere.Model")
+    left = bridge_storage("default")
+    left.save("known.txt", ContentFile(b"x"))
+    StoredFile.objects.all().delete()
+    complained = run("proxystorage_reconcile", "default", **SCAN)[1]
+    assert f"{broken!r} cannot be made, so that nobody can tell its files" in complained
+    assert (media / "known.txt").exists()
+    assert run("proxystorage_reconcile", "default")[1] == ""
+
+
+@pytest.mark.parametrize("scanned", ["default", "private"])
+def test_a_scan_spares_the_files_of_a_directory_inside_or_around_it(
+    scanned: str, media: Path, django_database: Path, no_others: None
+) -> None:
+    from django.conf import settings
+
+    options = {"name": "private", "location": str(media / "private")}
+    aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
+    with override_settings(STORAGES=aliases):
+        bridge_storage("default").save("private/around.txt", ContentFile(b"around"))
+        bridge_storage("private").save("secret.txt", ContentFile(b"secret"))
+        assert "nothing is left over" in run("proxystorage_reconcile", scanned, **SCAN)[0]
+        assert bridge_storage("default").open("private/around.txt").read() == b"around"
+        assert bridge_storage("private").open("secret.txt").read() == b"secret"
 
 
 # -- telling

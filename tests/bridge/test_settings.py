@@ -270,6 +270,28 @@ def test_storages_that_share_names_by_mistake_are_found(
             assert "meta=" in (message.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ({"location": "{tmp}/media/private"}, True),
+        ({"original": "file://{tmp}/media/private"}, True),
+        ({"location": "{tmp}/link/private"}, True),
+        ({"originals": {"a": "gs://bucket", "b": "gs://bucket/resumes"}}, True),
+        ({"originals": {"a": "gs://bucket/cv", "b": "gs://bucket/cvs"}}, False),
+        ({"location": "{tmp}/media-private"}, False),
+        ({"location": "{tmp}/media"}, False),
+    ],
+)
+def test_originals_inside_others_are_found(options: dict[str, Any], warned: bool, tmp_path: Path) -> None:
+    (tmp_path / "media").mkdir()
+    (tmp_path / "link").symlink_to("media")
+    placed = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in options.items()}
+    second = {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {**placed, "name": "second", "meta": "memory:"}}
+    given = {"default": {"BACKEND": "sync_bridge.BridgeStorage"}, "second": second}
+    with override_settings(MEDIA_ROOT=tmp_path / "media", STORAGES=given):
+        assert ids(check_storages()) == ["sync_bridge.W007"] * warned
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from aproxy_storage import config
     from aproxy_storage.errors import MissingDependency

@@ -3,12 +3,14 @@
 import asyncio
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from obstore.store import LocalStore, MemoryStore
 
 from aproxy_storage import (
     Backend,
@@ -25,7 +27,9 @@ from aproxy_storage import (
     Timeouts,
 )
 from aproxy_storage.backends.base import Reader
+from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend, _Object
+from aproxy_storage.backends.obstore import ObstoreBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import Finding, reconcile
 from aproxy_storage.tools.verify import verify
@@ -187,6 +191,82 @@ async def test_scan_spares_files_of_an_original_that_had_another_name(make: Make
     report = await reconcile(now, scan=True, min_age=0.0, dry_run=False)
     assert report.counts == {}
     assert await content_of(before, "x") == b"1"
+
+
+def in_directories(root: Path) -> tuple[Backend, Backend]:
+    return FileSystemBackend(root), FileSystemBackend(root / "private")
+
+
+def behind_a_link(root: Path) -> tuple[Backend, Backend]:
+    (root / "real").mkdir()
+    (root / "link").symlink_to("real")
+    return FileSystemBackend(root / "link"), FileSystemBackend(root / "real" / "private")
+
+
+def with_prefixes(root: Path) -> tuple[Backend, Backend]:
+    bucket = MemoryStore()
+    return ObstoreBackend(bucket), ObstoreBackend(bucket, prefix="private")
+
+
+def of_two_kinds(root: Path) -> tuple[Backend, Backend]:
+    return ObstoreBackend(LocalStore(root)), FileSystemBackend(root / "private")
+
+
+@pytest.mark.parametrize("nested", [in_directories, behind_a_link, with_prefixes, of_two_kinds])
+@pytest.mark.parametrize("one_table", [True, False])
+async def test_a_scan_spares_files_of_an_original_inside_or_around_it(
+    nested: Callable[[Path], tuple[Backend, Backend]], one_table: bool, tmp_path: Path
+) -> None:
+    around, within = nested(tmp_path)
+    meta = MemoryMetaBackend()
+    outer = ProxyStorage("outer", originals=around, meta=meta)
+    inner = ProxyStorage("inner", originals=within, meta=meta if one_table else MemoryMetaBackend())
+    async with outer, inner:
+        await outer.save("public.txt", b"1")
+        await outer.save("private/around.txt", b"22")
+        await inner.save("secret.txt", b"333")
+        await inner.save("deep/er/secret.txt", b"4444")
+        await around.write("public/secret.txt", b"of nobody", token="tokenOfADead")
+        await around.write("private/orphan", b"of nobody", token="tokenOfADead")
+        for storage, other in ((outer, inner), (inner, outer)):
+            report = await reconcile(storage, scan=True, min_age=-1.0, dry_run=False, storages=[other])
+            removed = {each.path for each in report.findings if each.action == "removed"}
+            assert removed == ({"public/secret.txt", "private/orphan"} if storage is outer else set())
+            assert report.clean
+        assert await content_of(outer, "public.txt") == b"1"
+        assert await content_of(outer, "private/around.txt") == b"22"
+        assert await content_of(inner, "secret.txt") == b"333"
+        assert await content_of(inner, "deep/er/secret.txt") == b"4444"
+
+
+async def test_a_scan_spares_what_a_storage_may_have_that_it_does_not_know(tmp_path: Path) -> None:
+    """The records are in the same table; where the original of that storage lies nobody here can say."""
+    around, within = in_directories(tmp_path)
+    meta = MemoryMetaBackend()
+    outer, inner = (ProxyStorage(name, originals=at, meta=meta) for name, at in (("o", around), ("i", within)))
+    await inner.save("secret.txt", b"x")
+    await around.write("orphan", b"of nobody", token="tokenOfADead")
+    assert (await reconcile(outer, scan=True, min_age=-1.0, dry_run=False)).counts == {"removed": 1}
+    assert await content_of(inner, "secret.txt") == b"x"
+
+
+async def test_a_scan_spares_nested_originals_of_one_storage(tmp_path: Path) -> None:
+    around, within = in_directories(tmp_path)
+    storage = ProxyStorage("two", originals={"public": around, "private": within}, meta=MemoryMetaBackend())
+    path = await storage.save("cv.pdf", b"%PDF", using="private")
+    assert (await reconcile(storage, scan=True, min_age=-1.0, dry_run=False)).counts == {}
+    assert await content_of(storage, path) == b"%PDF"
+
+
+async def test_a_scan_spares_what_a_record_has_lost(tmp_path: Path) -> None:
+    """A storage was given another place, and its bytes have not been moved there yet."""
+    around, within = in_directories(tmp_path)
+    meta = MemoryMetaBackend()
+    await ProxyStorage("inner", originals=within, meta=meta).save("secret.txt", b"x")
+    moved = ProxyStorage("inner", originals=FileSystemBackend(tmp_path / "new"), meta=meta)
+    outer = ProxyStorage("outer", originals=around, meta=meta)
+    assert (await reconcile(outer, scan=True, min_age=-1.0, dry_run=False, storages=[moved])).counts == {}
+    assert await keys_of(within) == ["secret.txt"]
 
 
 async def test_a_scan_removes_only_what_it_has_looked_at(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,8 @@ from django.db import models
 
 from aproxy_storage import AlreadyExists, ConfigurationError, NotFound, ProxyStorage, StorageError
 
-from ...fields import ProxyStorageFileField, ProxyStorageImageField
 from ...storage import BridgeStorage
-from ..base import StorageCommand, bridge_storage, file_field, unwrapped
+from ..base import StorageCommand, bridge_storage, file_field, has_owner, owner_of, unwrapped
 
 AT_ONCE = 16  # adoptions under way at a time
 
@@ -24,7 +23,8 @@ class Command(StorageCommand):
     help = (
         "Give records to files that are there already; no byte moves. Either those that the rows of a file field name "
         "(app.Model.field, whose storage is a BridgeStorage by now), or, with --storage, all that lie in an original "
-        "of that storage. Can be repeated, and runs beside a live site."
+        "of that storage. Records that say nothing of their owner are told the row of the field. Can be repeated, and "
+        "runs beside a live site."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -42,6 +42,7 @@ class Command(StorageCommand):
         self._dry = options["dry_run"]
         self._using = options["using"]
         self._counts = {"adopted": 0, "had a record": 0}
+        self._owned = 0  # records that were there, and got an owner
         if field is not None:
             self._adopt_field(file_field(field), options["database"], options["after"], options["batch"])
         else:
@@ -49,6 +50,8 @@ class Command(StorageCommand):
             one = bridge_storage(storage)
             one.bridge.call(self._adopt_all, one.proxy, options["after"], options["batch"])
         counts = ", ".join(f"{count} {what}" for what, count in self._counts.items())
+        if self._owned:
+            counts += f", {self._owned} without an owner got one"
         self.conclude(f"{counts}.{' Nothing was changed.' if self._dry else ''}")
 
     # -- the files of a field
@@ -64,8 +67,13 @@ class Command(StorageCommand):
             known = dict(zip(rows, storage.get_many(list(rows.values())), strict=True))
             missing = {key: name for key, name in rows.items() if known[key] is None}
             self._counts["had a record"] += len(rows) - len(missing)
-            owned = isinstance(field, ProxyStorageFileField | ProxyStorageImageField)
-            extras = {key: field.owner_of(field.model(pk=key)) if owned else {} for key in missing}
+            ownerless: dict[str, Any] = {}  # several rows may name one file
+            for key, record in known.items():
+                if record is not None and not has_owner(record):
+                    ownerless.setdefault(record.path, key)
+            for name, key in ownerless.items():
+                self._write_owner(storage, name, owner_of(field, key), f"{label} of {key}")
+            extras = {key: owner_of(field, key) for key in missing}
             answers = storage.bridge.call(self._adopt_many, storage.proxy, missing, extras)
             for key, answer in answers.items():
                 if isinstance(answer, StorageError):
@@ -76,6 +84,17 @@ class Command(StorageCommand):
                     rows_of = field.model._base_manager.using(database)
                     rows_of.filter(pk=key, **{field.attname: missing[key]}).update(**{field.attname: answer})
             self.progress(f"{label}: {sum(self._counts.values())} files, up to the key {next(reversed(rows))}")
+
+    def _write_owner(self, storage: BridgeStorage, name: str, owner: Mapping[str, Any], what: str) -> None:
+        """Write `owner` into the record of `name`, unless it has one by now."""
+        try:
+            if not owner or has_owner(record := storage.get(name)):
+                return
+            if not self._dry:
+                storage.update(name, extra={**record.extra, **owner})
+            self._owned += 1
+        except StorageError as error:
+            self.failed(what, f"{name!r}: {error}")
 
     @staticmethod
     def _rows(field: models.FileField, database: str, after: Any, batch: int) -> Iterator[dict[Any, str]]:

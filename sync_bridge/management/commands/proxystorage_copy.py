@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +14,13 @@ from django.apps import apps
 from django.core.management.base import CommandParser
 from django.db import connections, models
 
+from aproxy_storage import MetaRecord
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
+
+from ...fields import OWNER
+from ...registry import get_content_object
 from ...storage import BridgeStorage
-from ..base import StorageCommand, file_field, storage_of_alias, unwrapped
+from ..base import StorageCommand, file_field, has_owner, owner_of, storage_of_alias, unwrapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +30,7 @@ class Item:
     field: models.FileField
     key: Any
     name: str
+    owner: Mapping[str, Any]
 
     def __str__(self) -> str:
         return f"{self.field.model._meta.label}.{self.field.name} of {self.key}: {self.name!r}"
@@ -33,8 +41,9 @@ class Command(StorageCommand):
 
     help = (
         "Copy the files that the rows of all models name from one alias of STORAGES to another, under the same names. "
-        "What is there already is left alone (the same checksum or, where one of them knows none, the same size), so "
-        "the command can be repeated. The source is only read."
+        "Content type, extra fields and owner go along. What is there already is left alone (the same checksum or, "
+        "where one of them knows none, the same size), but for an owner that its record lacks, so the command can be "
+        "repeated. The source is only read."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -49,6 +58,9 @@ class Command(StorageCommand):
         self._source, self._target = storage_of_alias(source), storage_of_alias(target)
         self._dry = options["dry_run"]
         self._counts = {"copied": 0, "there already": 0}
+        self._dropped: set[str] = set()
+        self._names: set[str] = set()  # that are being copied
+        self._changed = threading.Condition()
         fields = [file_field(label) for label in options["field"] or ()] or list(self._fields())
         items = self._items(fields, options["database"])
         for item, answer in self._copied(items, options["concurrency"]):
@@ -77,7 +89,7 @@ class Command(StorageCommand):
             rows = rows.exclude(**{f"{field.attname}__isnull": True}).values_list("pk", field.attname)
             last = None
             while page := list((rows if last is None else rows.filter(pk__gt=last))[:500]):
-                yield from (Item(field, key, name) for key, name in page)
+                yield from (Item(field, key, name, owner_of(field, key)) for key, name in page)
                 last = page[-1][0]
 
     def _copied(self, items: Iterator[Item], concurrency: int) -> Iterator[tuple[Item, str | Exception]]:
@@ -89,7 +101,8 @@ class Command(StorageCommand):
             try:
                 while (item := waiting.get()) is not None:
                     try:
-                        done.put((item, self._copy(item.name)))
+                        with self._alone_with(item.name):
+                            done.put((item, self._copy(item)))
                     except Exception as error:
                         done.put((item, error))
             finally:
@@ -114,29 +127,89 @@ class Command(StorageCommand):
             for thread in threads:
                 thread.join()
 
-    def _copy(self, name: str) -> str:
+    @contextlib.contextmanager
+    def _alone_with(self, name: str) -> Iterator[None]:
+        """Wait until no other thread copies the file `name`: several rows may name it."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._names)
+            self._names.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._names.remove(name)
+                self._changed.notify_all()
+
+    def _copy(self, item: Item) -> str:
         """Copy one file; return what was done.
 
         Raises:
-            FileNotFoundError: the source has none. FileExistsError: the target has another one of that name.
+            FileNotFoundError: the source has none. FileExistsError: the target has another one of that name, or would
+            call it otherwise.
         """
-        source, target = self._source, self._target
+        name, source, target = item.name, self._source, self._target
+        if isinstance(target, BridgeStorage) and not name.startswith(target.proxy.prefix):
+            raise FileExistsError(
+                f"the target would have called it {target.proxy.prefix + name!r}, for it has a prefix"
+            )
         if target.exists(name):
-            if self._is_same(name):
-                return "there already"
-            raise FileExistsError("the target has another file of that name")
+            if not self._is_same(name):
+                raise FileExistsError("the target has another file of that name")
+            self._complete(item)
+            return "there already"
         if self._dry:
             source.size(name)
             return "copied"
         with source.open(name) as file:
             if isinstance(target, BridgeStorage):
-                target.publish(name, file, exclusive=True)
+                record = source.get(name) if isinstance(source, BridgeStorage) else None
+                content_type = record.content_type if record is not None else None
+                target.publish(name, file, exclusive=True, content_type=content_type, extra=self._extra(item, record))
                 return "copied"
             saved = target.save(name, file)
         if saved != name:
             target.delete(saved)
             raise FileExistsError(f"the target would have called it {saved!r}")
         return "copied"
+
+    def _complete(self, item: Item) -> None:
+        """Write the owner into a record of the target that has none: an earlier copy may have been made without."""
+        target = self._target
+        if self._dry or not isinstance(target, BridgeStorage) or has_owner(there := target.get(item.name)):
+            return
+        record = self._source.get(item.name) if isinstance(self._source, BridgeStorage) else None
+        extra = self._extra(item, record)
+        owner = {key: extra[key] for key in OWNER if key in extra}
+        if owner:
+            target.update(item.name, extra={**there.extra, **owner})
+
+    def _extra(self, item: Item, record: MetaRecord | None) -> dict[str, Any]:
+        """Return what the record of the copy says beside what it says of every file: what that of the source does, as
+        far as it can be kept, and the owner.
+
+        Where several rows name the file its owner stays who it is, if that is one of them, and else is the row.
+        """
+        extra = dict(record.extra) if record is not None else {}
+        if not (item.owner and record is not None and _is_of_its_owner(record, item)):
+            extra.update(item.owner)
+        kept = {key: value for key, value in extra.items() if self._can_keep(key, value)}
+        for key in extra.keys() - kept.keys() - self._dropped:
+            self._dropped.add(key)
+            self.tell(f"{key!r} is not copied: the records of the target have no room for it")
+        return kept
+
+    def _can_keep(self, key: str, value: Any) -> bool:
+        meta = self._target.proxy.meta if isinstance(self._target, BridgeStorage) else None
+        if isinstance(meta, ORMMetaBackend):
+            model = apps.get_model(meta.model) if isinstance(meta.model, str) else meta.model
+            names = {name for field in model._meta.concrete_fields for name in (field.name, field.attname)}
+            if key in names or "extra" not in names:
+                return key in names
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            return False
+        return True
 
     def _is_same(self, name: str) -> bool:
         """Return whether both have the same file: by their checksums where both know them, else by the size."""
@@ -146,3 +219,10 @@ class Command(StorageCommand):
             return True
         sums = {storage.get(name).checksum for storage in (self._source, self._target)}
         return len(sums) == 1 or None in sums
+
+
+def _is_of_its_owner(record: MetaRecord, item: Item) -> bool:
+    """Return whether the object that `record` names has this file too."""
+    if not has_owner(record) or all(str(record.get(key)) == str(value) for key, value in item.owner.items()):
+        return False
+    return bool(getattr(get_content_object(record), str(record.get("field")), None) == item.name)

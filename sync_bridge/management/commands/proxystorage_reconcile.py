@@ -10,7 +10,7 @@ from aproxy_storage import StorageError
 from aproxy_storage.tools.reconcile import reconcile
 
 from ...storage import BridgeStorage
-from ..base import StorageCommand, bridge_storages
+from ..base import StorageCommand, bridge_storages, known_storages
 
 
 class Command(StorageCommand):
@@ -31,8 +31,8 @@ class Command(StorageCommand):
 
     def handle(self, *, storage: list[str], apply: bool, **options: Any) -> None:
         chosen = list(bridge_storages(storage))
-        # A scan must not take the files of another storage in the same directory for orphans.
-        metas = {id(other.proxy.meta): other.proxy.meta for other in bridge_storages([])}
+        # A scan must not take the files of another storage in the same directory, or around or below it, for orphans.
+        known = known_storages() if options["scan"] else []
         for one in chosen:
             try:
                 report = one.bridge.call(
@@ -43,7 +43,7 @@ class Command(StorageCommand):
                     force=options["force"],
                     min_age=options["min_age"],
                     older_than=options["older_than"],
-                    metas=metas.values(),
+                    storages=known,
                 )
             except StorageError as error:
                 self.failed(one.proxy.name, error)
@@ -60,7 +60,11 @@ class Command(StorageCommand):
         self.conclude("Done." if apply else "Nothing was changed; --apply does it.")
 
     def _restore_keys(self, storage: BridgeStorage, apply: bool, verbosity: int) -> None:
-        found = storage.bridge.call(storage.restore_keys, dry_run=not apply)
+        try:
+            found = storage.bridge.call(storage.restore_keys, dry_run=not apply)
+        except StorageError as error:
+            self.failed(storage.proxy.name, error)
+            return
         restored = [path for path, error in found.items() if error is None]
         for path, error in found.items():
             if error is not None:
