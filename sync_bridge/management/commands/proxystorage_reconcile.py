@@ -65,10 +65,10 @@ class Command(StorageCommand):
         except StorageError as error:
             self.failed(storage.proxy.name, error)
             return
-        restored = [path for path, error in found.items() if error is None]
-        for path, error in found.items():
-            if error is not None:
-                self.failed(f"{storage.proxy.name}: {path}", error)
+        restored = [path for path, problem in found.items() if problem is None]
+        for path, problem in found.items():
+            if problem is not None:
+                self.failed(f"{storage.proxy.name}: {path}", problem)
             elif verbosity > 1:
                 self.tell(f"{storage.proxy.name}: own key for {path}")
         if restored:
