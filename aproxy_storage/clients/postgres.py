@@ -1,7 +1,7 @@
 """PostgreSQL through asyncpg: a pool for each event loop, and what goes wrong in the words of this library.
 
 Nothing here changes the state of a session, so that connections need no reset between two users (which would double
-the round trips), and PgBouncer may stand in between.
+the round trips), and PgBouncer may stand in between; statements are prepared under names that no other process uses.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import re
+import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,11 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
 
     def get_reset_query(self) -> str:
         return ""
+
+    def _get_unique_id(self, prefix: str) -> str:
+        # asyncpg counts from 1 in each process. Behind a pooler that passes server connections on, a look-up of one
+        # process would find there, and execute, the DELETE that another one has prepared under the same name.
+        return f"__aproxy_{prefix}_{secrets.token_hex(8)}__"
 
 
 class Database:
@@ -318,6 +324,12 @@ def _name_of(dsn: str) -> str:
 
 _Kind = tuple[type[StorageError], str]
 
+_POOLER: _Kind = (
+    ConfigurationError,
+    "a pooler in between passes connections on without their prepared statements: set statement_cache_size=0 in "
+    "connect_options (or where a pool of yours is made), or PgBouncer's max_prepared_statements",
+)
+
 #: By SQLSTATE, or by its first two characters, which are its class.
 _BY_STATE: dict[str, _Kind] = {
     "08": (BackendUnavailable, "the connection was lost"),
@@ -327,12 +339,14 @@ _BY_STATE: dict[str, _Kind] = {
     "23": (NotSupported, "a constraint of the table forbids it"),
     "25P03": (BackendUnavailable, "the content came too slowly for the server's idle_in_transaction_session_timeout"),
     "25006": (BackendUnavailable, "this server only reads; name the primary one, or add target_session_attrs=primary"),
+    "26000": _POOLER,
     "28": (ConfigurationError, "the server does not accept this user with this password; see the URL and pg_hba.conf"),
     "3D000": (ConfigurationError, "there is no such database; make it with createdb, or name another one in the URL"),
     "3F000": (ConfigurationError, "there is no such schema; make it with CREATE SCHEMA, or name another one"),
     "40": (BackendUnavailable, "it collided with another transaction and was undone"),
     "42501": (AccessDenied, "this user may not do that; see GRANT"),
     "42P01": (ConfigurationError, "the table is not there; await setup(), or name the right table and schema"),
+    "42P05": _POOLER,
     "42703": (ConfigurationError, "the table lacks a column; docs/postgres.md has the statements that add them"),
     "42": (ConfigurationError, "the table is not as this library makes it; see docs/postgres.md"),
     "53100": (OutOfSpace, "the server's disk is full"),
@@ -353,7 +367,7 @@ _BY_STATE: dict[str, _Kind] = {
 #: Classes after which the statement may have taken effect: the server went away, with the answer or before.
 _UNKNOWN = ("08", "57P", "58", "XX")
 #: Classes that have nothing to do with one of the rows.
-_WHOLE = ("08", "25", "28", "3D", "3F", "42", "53", "57", "58", "XX")
+_WHOLE = ("08", "25", "26", "28", "3D", "3F", "42", "53", "57", "58", "XX")
 
 
 def map_error(error: Exception, what: str, *, sent: bool = True) -> StorageError:
@@ -367,7 +381,7 @@ def map_error(error: Exception, what: str, *, sent: bool = True) -> StorageError
     if isinstance(error, TimeoutError):
         return DeadlineExceeded(f"could not {what} in time", outcome_unknown=sent)
     if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
+        state = _state_of(error)
         cls, reason = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or (BackendUnavailable, "unexpected")
         text = f"could not {what}: {reason} ({state} {error.args[0] if error.args else ''})"
         retryable = False if reason == "unexpected" else None
@@ -392,5 +406,11 @@ def undid_itself(error: BaseException) -> bool:
         return True
     if not isinstance(error, asyncpg.PostgresError):
         return False
-    state = error.sqlstate or ""
+    state = _state_of(error)
     return state == "42501" or not state.startswith(_WHOLE)
+
+
+def _state_of(error: Any) -> str:
+    if error.sqlstate == "08P01" and error.server_source_function == "exec_bind_message":
+        return "26000"  # our values do not fit the statement of that name: it is somebody else's
+    return error.sqlstate or ""

@@ -18,6 +18,7 @@ import pytest
 
 from aproxy_storage import AccessDenied, Backend, BackendUnavailable, ConfigurationError, MetaBackend, ProxyStorage
 from aproxy_storage.backends.postgres import PostgresBackend
+from aproxy_storage.clients.postgres import map_error, undid_itself
 from aproxy_storage.config import meta_backend_from_url, original_from_url
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
@@ -158,6 +159,50 @@ asyncio.run(main())
     command = [sys.executable, "-c", script, postgres_url, postgres_table]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# -- prepared statements behind a pooler
+
+
+@pytest.mark.asyncio
+async def test_no_two_connections_call_their_statements_the_same(
+    postgres_url: str, postgres_table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a pooler that passes connections on lets one process execute what another one has prepared."""
+    named: list[set[str]] = []
+    for _ in range(2):
+        monkeypatch.setattr("asyncpg.connection._uid", 0)  # as in another process
+        meta = PostgresMetaBackend(postgres_url, table=postgres_table)
+        async with meta, meta._database.use() as connection:
+            rows = await connection.fetch("SELECT name FROM pg_prepared_statements")
+            named.append({row["name"] for row in rows})
+    assert all(named)
+    assert not named[0] & named[1]
+
+
+@both
+@pytest.mark.asyncio
+async def test_a_pooler_without_prepared_statements_is_named(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection, kind: type[Any], call: Any
+) -> None:
+    async with kind(postgres_url, table=postgres_table) as backend:
+        await call(backend)
+        async with backend._database.use() as connection:
+            await connection.execute("DEALLOCATE ALL")  # as on a server connection that is another's
+        with pytest.raises(ConfigurationError, match=r"statement_cache_size.*max_prepared_statements") as caught:
+            await call(backend)
+        assert not caught.value.outcome_unknown
+
+
+def test_a_statement_of_somebody_else_is_the_fault_of_a_pooler() -> None:
+    for fields in ({"C": "42P05"}, {"C": "26000"}, {"C": "08P01", "R": "exec_bind_message"}):
+        native = asyncpg.PostgresError.new({**fields, "M": "prepared statement"})
+        error = map_error(native, "get")
+        assert isinstance(error, ConfigurationError)
+        assert "max_prepared_statements" in str(error)
+        assert not error.outcome_unknown
+        assert not undid_itself(native)
+    assert isinstance(map_error(asyncpg.PostgresError.new({"C": "08P01", "M": "x"}), "get"), BackendUnavailable)
 
 
 # -- durability
