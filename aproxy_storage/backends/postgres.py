@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from ..clients.postgres import Database, map_error, storable
+from ..clients.postgres import Database, UniqueViolation, map_error, storable
 from ..content import Source
-from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError
+from ..errors import AlreadyExists, ConfigurationError, Conflict, IntegrityError, NotFound, StorageError
 from ..futures import outcome_of, over
 from ..loops import PerLoop
 from ..paths import new_token, successor
@@ -117,11 +117,12 @@ class PostgresBackend(Backend):
         return f"postgresql://{self._database}/{self.table}/{key}"
 
     async def setup(self) -> None:
-        """Make schema and tables where they are missing; idempotent, also under a race of processes.
+        """Make schema and tables where they are missing, or bring those of an older version to this one; idempotent,
+        also under a race of processes.
 
         Raises:
             ConfigurationError: the tables are newer than this library knows, or another program's.
-            AccessDenied: the user may not make them. BackendUnavailable, DeadlineExceeded.
+            AccessDenied: the user may not make them, or is not their owner. BackendUnavailable, DeadlineExceeded.
         """
         self._ready = False
         await self._call("setup", "", self._prepare(), self.timeouts.operation)
@@ -141,6 +142,13 @@ class PostgresBackend(Backend):
         await self._database.aclose()
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
+        if isinstance(error, UniqueViolation):
+            where: Any = error
+            if where.table_name == self._sql.chunk_table or where.constraint_name == self._sql.id_index:
+                return ConfigurationError(
+                    f"could not {what}, and did nothing: the next ids of objects are in use, as after a restore of "
+                    f"rows alone or a switch of logical replication. Run as its owner: {self._sql.catch_up}"
+                )
         return map_error(error, what)
 
     # -- write
