@@ -41,6 +41,7 @@ __all__ = [
     "Using",
     "check_server",
     "identifier",
+    "lock_timed_out",
     "locked",
     "map_error",
     "storable",
@@ -114,6 +115,12 @@ class Database:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def max_connections(self) -> int:
+        """How many the running loop can have at a time; of a pool of the caller's only once it is open."""
+        pool = self._entries.get().pool
+        return self._max_connections if pool is None else int(pool.get_max_size())
 
     def use(self) -> Using:
         """Return an async context manager that gives a connection.
@@ -408,6 +415,11 @@ def undid_itself(error: BaseException) -> bool:
         return False
     state = _state_of(error)
     return state == "42501" or not state.startswith(_WHOLE)
+
+
+def lock_timed_out(error: BaseException) -> bool:
+    """Return whether a statement did nothing because another transaction held a row for longer than it waits."""
+    return isinstance(error, asyncpg.PostgresError) and error.sqlstate == "55P03"
 
 
 def _state_of(error: Any) -> str:

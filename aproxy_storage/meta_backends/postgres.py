@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from ..clients.postgres import Database, map_error, storable, undid_itself
+from ..clients.postgres import Database, lock_timed_out, map_error, storable, undid_itself
 from ..errors import ConfigurationError, InvalidPath, StorageError
 from ..loops import PerLoop
 from ..paths import successor
@@ -102,6 +102,8 @@ class PostgresMetaBackend(MetaBackend):
             self.cleanup,
             limits.operation,
             apart=undid_itself,
+            held=lock_timed_out,
+            places=lambda: max(1, self._database.max_connections // 2),
             failed=self._failed,
         )
 
