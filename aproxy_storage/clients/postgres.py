@@ -279,10 +279,23 @@ async def check_server(connection: Any, *, durable: bool) -> None:
 
 @contextlib.asynccontextmanager
 async def locked(connection: Any, name: str) -> AsyncIterator[None]:
-    """Run the block in a transaction that no other process runs for this `name` at the same time."""
-    async with connection.transaction():
+    """Run the block in a transaction that no other process runs for this `name` at the same time.
+
+    What is no answer of the server (a cancellation, a lost connection) ends the connection: nobody waits for a
+    ROLLBACK of a server that hangs.
+    """
+    # Each statement sees what was committed before it, with the lock that is, whatever the server's default.
+    await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+    try:
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"aproxy-storage {name}")
         yield
+        await connection.execute("COMMIT")
+    except (StorageError, asyncpg.PostgresError):
+        await connection.execute("ROLLBACK")
+        raise
+    except BaseException:
+        connection.terminate()
+        raise
 
 
 def identifier(name: str, what: str) -> str:
