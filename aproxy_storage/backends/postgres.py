@@ -177,10 +177,8 @@ class PostgresBackend(Backend):
 
     async def _write_small(self, draft: _Draft, data: bytes) -> ObjectInfo:
         async def insert() -> Any:
-            async with self._database.use() as connection:
-                return await connection.fetchrow(
-                    self._sql.write_small, *draft.row(len(data), CHUNK_BYTES), data, draft.durable
-                )
+            values = draft.row(len(data), CHUNK_BYTES)
+            return await self._database.fetchrow(self._sql.write_small, *values, data, draft.durable)
 
         return await self._published(draft, len(data), insert())
 
@@ -201,7 +199,8 @@ class PostgresBackend(Backend):
 
     async def _begin(self, connection: Any, draft: _Draft) -> int:
         """Begin a transaction; return the id of the object to be."""
-        await connection.execute("BEGIN")
+        # Whatever the server's default: the last statement is to see who has taken the key meanwhile.
+        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
         if draft.durable:
             await connection.execute(self._sql.sync)
         object_id: int | None = await connection.fetchval(self._sql.begin, draft.key)
@@ -259,8 +258,8 @@ class PostgresBackend(Backend):
             return isinstance(error, Exception) and not self._map_error(error, "write").outcome_unknown
         row = task.result()
         if row is not None:
-            async with asyncio.timeout(self.timeouts.operation), self._database.use() as connection:
-                await connection.execute(self._sql.undo, key, row["id"])
+            async with asyncio.timeout(self.timeouts.operation):
+                await self._database.fetch(self._sql.undo, key, row["id"])
         return True
 
     # -- read and stat
@@ -291,14 +290,13 @@ class PostgresBackend(Backend):
                 data = data[: stop - at]
 
     async def _fetch_chunks(self, row: Any, number: int, count: int) -> bytes:
-        async with self._database.use() as connection:
-            found = await connection.fetch(self._sql.read_chunks, row["id"], number, number + count)
-            left = -(-row["size"] // row["chunk_bytes"]) - number
-            if [one["number"] for one in found] != list(range(number, number + min(count, left))):
-                still = await connection.fetchrow(self._sql.stat, row["key"])
-                if still is not None and still["id"] == row["id"]:
-                    raise IntegrityError(f"the object {row['key']!r} lacks chunks")
-                raise Conflict(f"the object {row['key']!r} was discarded while it was read")
+        found = await self._database.fetch(self._sql.read_chunks, row["id"], number, number + count)
+        left = -(-row["size"] // row["chunk_bytes"]) - number
+        if [one["number"] for one in found] != list(range(number, number + min(count, left))):
+            still = await self._database.fetchrow(self._sql.stat, row["key"])
+            if still is not None and still["id"] == row["id"]:
+                raise IntegrityError(f"the object {row['key']!r} lacks chunks")
+            raise Conflict(f"the object {row['key']!r} was discarded while it was read")
         return b"".join([one["data"] for one in found])
 
     async def _stat(self, key: str) -> ObjectInfo:
@@ -308,8 +306,7 @@ class PostgresBackend(Backend):
         row = None
         if storable(key):
             await self._prepare_once()
-            async with self._database.use() as connection:
-                row = await connection.fetchrow(text, key, *values)
+            row = await self._database.fetchrow(text, key, *values)
         if row is None:
             raise NotFound(f"there is no object {key!r}")
         return row
@@ -320,8 +317,7 @@ class PostgresBackend(Backend):
         if not storable(key) or not storable(token or ""):
             return
         await self._prepare_once()
-        async with self._database.use() as connection:
-            await connection.execute(self._sql.discard, key, token)
+        await self._database.fetch(self._sql.discard, key, token)
 
     async def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
         if not (storable(prefix) and storable(after or "")):
@@ -358,9 +354,7 @@ class PostgresBackend(Backend):
         text = self._sql.page(inclusive=inclusive, bounded=upper is not None)
         async with asyncio.timeout(self.timeouts.operation):
             await self._prepare_once()
-            async with self._database.use() as connection:
-                rows: list[Any] = await connection.fetch(text, lower, limit, *(() if upper is None else (upper,)))
-                return rows
+            return await self._database.fetch(text, lower, limit, *(() if upper is None else (upper,)))
 
     async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
         row = await self._in_time(self._row(self._sql.stat, key))

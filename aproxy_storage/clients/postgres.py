@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import random
 import re
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import (
@@ -56,6 +57,10 @@ _NATIVE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Inter
 
 #: What has to be on for a commit to survive the loss of power.
 _DURABLE = ("fsync", "full_page_writes", "synchronous_commit")
+
+_COLLIDED = ("40001", "40P01")  # with another transaction, and did nothing
+_REPEATS = 4  # of such a statement
+_PAUSE = 0.01  # seconds before the first repeat, at most; each further one twice as long
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
@@ -130,6 +135,31 @@ class Database:
         connection too, at once: nobody waits for a server that may hang.
         """
         return Using(self._entries.get())
+
+    async def fetch(self, text: str, *values: Any) -> list[Any]:
+        """Return the rows of one statement, which is a transaction of its own.
+
+        Where the server has undone it, because it collided with another transaction, it is sent again, a few times:
+        under another isolation than READ COMMITTED, which may be the default here, that is what one has to do.
+        """
+        rows: list[Any] = await self._send("fetch", text, values)
+        return rows
+
+    async def fetchrow(self, text: str, *values: Any) -> Any:
+        """Return the first row of one statement, None if there is none; otherwise as `fetch`."""
+        return await self._send("fetchrow", text, values)
+
+    async def _send(self, method: str, text: str, values: Sequence[Any]) -> Any:
+        for number in range(_REPEATS):
+            try:
+                async with self.use() as connection:
+                    return await getattr(connection, method)(text, *values)
+            except asyncpg.PostgresError as error:
+                if error.sqlstate not in _COLLIDED:
+                    raise
+            await asyncio.sleep(random.uniform(0, _PAUSE * 2**number))
+        async with self.use() as connection:
+            return await getattr(connection, method)(text, *values)
 
     async def aclose(self) -> None:
         """Close the pool of the running loop, unless it is the caller's; idempotent."""

@@ -64,14 +64,13 @@ class Table:
     # -- insert
 
     async def insert(self, new: New) -> MetaRecord:
-        async with self._database.use() as connection:
-            while True:
-                row = await connection.fetchrow(self._sql.insert, *new.values)
-                if row is not None:
-                    return created(new.values, *row[1:])
-                taken = await connection.fetchrow(self._sql.get, new.path)
-                if taken is not None:  # else it was deleted between the two
-                    return _raised(self._own(new, taken))
+        while True:
+            row = await self._database.fetchrow(self._sql.insert, *new.values)
+            if row is not None:
+                return created(new.values, *row[1:])
+            taken = await self._database.fetchrow(self._sql.get, new.path)
+            if taken is not None:  # else it was deleted between the two
+                return _raised(self._own(new, taken))
 
     async def insert_many(self, items: Sequence[New]) -> list[MetaRecord | StorageError]:
         columns = _transposed([new.values for new in _first_of_each_path(items)])
@@ -91,15 +90,13 @@ class Table:
         self, items: Sequence[New], alone: Callable[[New], Awaitable[MetaRecord]], text: str, *columns: Sequence[Any]
     ) -> list[MetaRecord | StorageError]:
         """Insert many in one statement; look in another at those whose path was taken, by others or by one another."""
-        async with self._database.use() as connection:
-            made = {row[0]: row for row in await connection.fetch(text, *columns)}
+        made = {row[0]: row for row in await self._database.fetch(text, *columns)}
         taken: dict[str, Any] = {}
         failure: Exception | None = None
         if len(made) < len(items):
             try:
-                async with self._database.use() as connection:
-                    paths = list({new.path for new in items})
-                    taken = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+                paths = list({new.path for new in items})
+                taken = {row[0]: row for row in await self._database.fetch(self._sql.get_many, paths)}
             except Exception as error:  # theirs alone: those that were inserted are there
                 failure = error
         answers: list[MetaRecord | StorageError] = []
@@ -154,23 +151,19 @@ class Table:
     # -- select
 
     async def select(self, path: str) -> MetaRecord | None:
-        async with self._database.use() as connection:
-            row = await connection.fetchrow(self._sql.get, path)
+        row = await self._database.fetchrow(self._sql.get, path)
         return None if row is None else to_record(row)
 
     async def select_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:
-        async with self._database.use() as connection:
-            rows = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+        rows = {row[0]: row for row in await self._database.fetch(self._sql.get_many, paths)}
         # A record for each who asked: two callers must not share what is in `extra`.
         return [to_record(rows[path]) if path in rows else None for path in paths]
 
     async def look(self, path: str) -> Any:
-        async with self._database.use() as connection:
-            return await connection.fetchrow(self._sql.exists, path)
+        return await self._database.fetchrow(self._sql.exists, path)
 
     async def look_many(self, paths: Sequence[str]) -> list[Any]:
-        async with self._database.use() as connection:
-            rows = {row[0]: row for row in await connection.fetch(self._sql.exists_many, paths)}
+        rows = {row[0]: row for row in await self._database.fetch(self._sql.exists_many, paths)}
         return [rows.get(path) for path in paths]
 
     # -- update
@@ -179,8 +172,7 @@ class Table:
         text = self._sql.update(tuple(change.values), expecting=change.expect is not None, many=False)
         values = (*(change.expect or ()), *change.values.values())
         try:
-            async with self._database.use() as connection:
-                row = await connection.fetchrow(text, change.path, *values)
+            row = await self._database.fetchrow(text, change.path, *values)
         except UniqueViolation as error:
             taken = change.values.get("path")
             if taken is None:
@@ -197,8 +189,7 @@ class Table:
         values = [
             (change.path, *(change.expect or ()), *change.values.values()) for change in sorted(items, key=_path_of)
         ]
-        async with self._database.use() as connection:
-            rows = await connection.fetch(text, *_transposed(values))
+        rows = await self._database.fetch(text, *_transposed(values))
         # By the old path: the new one is what the row shows.
         records = {row["old_path"]: to_record(row[:-1]) for row in rows}
         return [records.get(change.path) or self.absent(change.path, change.expect) for change in items]
@@ -212,14 +203,12 @@ class Table:
 
     async def remove(self, item: Removal) -> bool:
         text = self._sql.delete if item.expect is None else self._sql.delete_expected
-        async with self._database.use() as connection:
-            return await connection.fetchval(text, item.path, *(item.expect or ())) is not None
+        return await self._database.fetchrow(text, item.path, *(item.expect or ())) is not None
 
     async def remove_many(self, items: Sequence[Removal]) -> list[bool]:
         """Remove many in one statement: each another path."""
         values = [(item.path, *(item.expect or (None, None))) for item in sorted(items, key=_path_of)]
-        async with self._database.use() as connection:
-            gone = {row[0] for row in await connection.fetch(self._sql.delete_many, *_transposed(values))}
+        gone = {row[0] for row in await self._database.fetch(self._sql.delete_many, *_transposed(values))}
         return [item.path in gone for item in items]
 
     # -- owners
@@ -227,8 +216,7 @@ class Table:
     async def owners(self, original: str | None, keys: Iterable[str]) -> dict[str, Sequence[str]]:
         """Return the paths of the records that name each of `keys`."""
         found: dict[str, Sequence[str]] = {}
-        async with self._database.use() as connection:
-            rows = await connection.fetch(self._sql.owners, [key for key in keys if storable(key)], original)
+        rows = await self._database.fetch(self._sql.owners, [key for key in keys if storable(key)], original)
         for key, path in rows:
             found[key] = [*found.get(key, ()), path]
         return found

@@ -155,9 +155,7 @@ class PostgresMetaBackend(MetaBackend):
         async with asyncio.timeout(self.timeouts.operation):
             if not self._ready:
                 await self._prepare()
-            async with self._database.use() as connection:
-                rows: list[Any] = await connection.fetch(text, *values)
-                return rows
+            return await self._database.fetch(text, *values)
 
     async def setup(self) -> None:
         """Make schema, table and indexes where they are missing; idempotent, also under a race of processes.
