@@ -32,6 +32,10 @@ _AT_ONCE = 4  # chunks in one statement: 1 MiB
 _COPIED_AT_ONCE = 64
 _PATIENCE = 1.0  # seconds that a cancelled write waits for its own undo
 _RESERVED = 2  # connections that uploads leave to those who want one for a moment
+_TOO_FEW = (
+    "is too few for PostgresBackend: an upload has a connection for as long as its content takes, which may come over "
+    "another one. Take 2 or more; of more than 2, uploads leave 2 to others"
+)
 
 
 class PostgresBackend(Backend):
@@ -39,8 +43,8 @@ class PostgresBackend(Backend):
 
     Content of one chunk is written, and read, in one round trip. More is written in one transaction, which ends with
     the object's own row: before that nobody sees anything, and of two writers of a key one succeeds. The transaction
-    has a connection for as long as the content takes to come; `max_connections` - 2 can be under way in an event
-    loop, the next ones wait (`timeouts.idle`). Readers have a connection only while a chunk is fetched. What they
+    has a connection for as long as the content takes to come; `max_connections` - 2 (of a borrowed pool: its
+    ``max_size`` - 2) can be under way in an event loop, the next ones wait (`timeouts.idle`). Readers have a connection only while a chunk is fetched. What they
     have found they read to its end or, if it is discarded meanwhile, to a `Conflict`.
 
     Memory: 1 MiB a read; 2 MiB a write, besides those of the content.
@@ -48,8 +52,8 @@ class PostgresBackend(Backend):
     Schema and tables are made on first use. Token, content type and metadata are kept.
 
     Args:
-        dsn, pool, max_connections, connect_options: as of `meta_backends.postgres.PostgresMetaBackend`. One pool may
-            serve both.
+        dsn, pool, max_connections, connect_options: as of `meta_backends.postgres.PostgresMetaBackend`; 2 connections
+            at least. One pool may serve both.
         table: of the objects; that of the chunks has ``_chunks`` after it.
         schema: where they are. Without one the ``search_path`` decides.
         timeouts: `operation` limits a statement of `stat`, `discard` and `list`, `idle` each step of the others.
@@ -94,8 +98,11 @@ class PostgresBackend(Backend):
         super().__init__(timeouts=limits)
         self._ready = False
         self._preparing: PerLoop[asyncio.Lock] = PerLoop(asyncio.Lock)
-        uploads = max(1, max_connections - _RESERVED)
-        self._uploads: PerLoop[asyncio.Semaphore] = PerLoop(lambda: asyncio.Semaphore(uploads))
+        if pool is None and max_connections == 1:
+            raise ConfigurationError(f"max_connections=1 {_TOO_FEW}")
+        self._uploads: PerLoop[asyncio.Semaphore] = PerLoop(
+            lambda: asyncio.Semaphore(max(1, self._database.max_connections - _RESERVED))
+        )
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -135,6 +142,8 @@ class PostgresBackend(Backend):
         async with self._preparing.get():
             if not self._ready:
                 async with self._database.use() as connection:
+                    if self._database.max_connections < 2:
+                        raise ConfigurationError(f"a pool with max_size=1 {_TOO_FEW}")
                     await prepare(connection, self._sql)
                 self._ready = True
 
@@ -172,6 +181,7 @@ class PostgresBackend(Backend):
             first = await pieces.take(_AT_ONCE)
             if len(first) < 2:
                 return await self._write_small(draft, b"".join(first))
+            await self._database.open()  # only then it is known how many connections a pool of the caller's has
             async with self._uploads.get():
                 return await self._write_large(draft, first, pieces)
 

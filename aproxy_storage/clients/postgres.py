@@ -123,9 +123,13 @@ class Database:
 
     @property
     def max_connections(self) -> int:
-        """How many the running loop can have at a time; of a pool of the caller's only once it is open."""
+        """How many the running loop can have at a time; of a pool of the caller's it is known once that is open."""
         pool = self._entries.get().pool
         return self._max_connections if pool is None else int(pool.get_max_size())
+
+    async def open(self) -> None:
+        """Open the pool of the running loop, unless it is open. Errors as of `use`."""
+        await self._entries.get().open()
 
     def use(self) -> Using:
         """Return an async context manager that gives a connection.
@@ -208,7 +212,10 @@ class _Entry:
     async def open(self) -> Any:
         async with self._opening:
             if self.pool is None:
-                pool, self._ours = await self.database.open_pool()
+                try:
+                    pool, self._ours = await self.database.open_pool()
+                except Exception as error:
+                    raise map_error(error, f"connect to {self.database}", sent=False) from error
                 self._ending = _at_the_end_of_the_loop(self._shut)
                 await anext(self._ending)
                 self.pool = pool

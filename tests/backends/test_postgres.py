@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Coroutine
 
 import asyncpg
@@ -100,8 +101,9 @@ async def test_a_lost_chunk_is_damage(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("borrowed", [False, True])
 async def test_slow_uploads_leave_connections_to_others(
-    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection, borrowed: bool
 ) -> None:
     release = asyncio.Event()
 
@@ -116,7 +118,13 @@ async def test_slow_uploads_leave_connections_to_others(
         return count
 
     url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}application_name={postgres_table}"
-    async with PostgresBackend(url, table=postgres_table, max_connections=4) as backend:
+    async with contextlib.AsyncExitStack() as stack:
+        if borrowed:
+            pool = await stack.enter_async_context(asyncpg.create_pool(url, min_size=0, max_size=4))
+            backend = PostgresBackend(pool=pool, table=postgres_table)
+        else:
+            backend = PostgresBackend(url, table=postgres_table, max_connections=4)
+        await stack.enter_async_context(backend)
         uploads = [asyncio.ensure_future(backend.write(f"slow{number}", slowly())) for number in range(6)]
         async with asyncio.timeout(30):
             while await under_way() < 2:  # noqa: ASYNC110  both that may be under way have begun
@@ -126,6 +134,17 @@ async def test_slow_uploads_leave_connections_to_others(
             assert await under_way() == 2
             release.set()
             assert {info.size for info in await asyncio.gather(*uploads)} == {len(BIG) + 3}
+
+
+@pytest.mark.asyncio
+async def test_one_connection_is_too_few(postgres_url: str, postgres_table: str) -> None:
+    """It would be an upload's for as long as the content takes, which may come over a connection too."""
+    with pytest.raises(ConfigurationError, match="max_connections"):
+        PostgresBackend(postgres_url, max_connections=1)
+    async with asyncpg.create_pool(postgres_url, min_size=0, max_size=1) as pool:
+        backend = PostgresBackend(pool=pool, table=postgres_table)
+        with pytest.raises(ConfigurationError, match="max_size"):
+            await backend.setup()
 
 
 @pytest.mark.asyncio
