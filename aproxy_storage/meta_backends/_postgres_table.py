@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..clients.postgres import Database, UniqueViolation, map_error, storable
-from ..errors import AlreadyExists, Conflict, NotFound, StorageError
+from ..errors import AlreadyExists, Conflict, NotFound, NotSupported, StorageError
 from ..records import MetaRecord, Place, Revision
 from ._postgres_rows import created, to_record
 from ._postgres_sql import Statements
@@ -14,6 +14,7 @@ from ._rows import COLUMNS
 
 __all__ = ["Change", "New", "Removal", "Table", "failed"]
 
+_TURNS = 5  # of an insertion that finds its path taken, and then nobody there
 _KEY, _TOKEN, _PLACES = map(COLUMNS.index, ("original_storage_path", "token", "places"))
 
 
@@ -64,27 +65,33 @@ class Table:
     # -- insert
 
     async def insert(self, new: New) -> MetaRecord:
-        while True:
+        for _ in range(_TURNS):
             row = await self._database.fetchrow(self._sql.insert, *new.values)
             if row is not None:
                 return created(new.values, *row[1:])
             taken = await self._database.fetchrow(self._sql.get, new.path)
             if taken is not None:  # else it was deleted between the two
                 return _raised(self._own(new, taken))
+        raise self._swallowed(new)
 
     async def insert_many(self, items: Sequence[New]) -> list[MetaRecord | StorageError]:
         columns = _transposed([new.values for new in _first_of_each_path(items)])
         return await self._insert_each(items, self.insert, self._sql.insert_many, *columns)
 
-    async def reserve(self, new: New) -> MetaRecord:
-        return _raised((await self.reserve_many([new]))[0])
+    async def reserve(self, new: New, turns: int = _TURNS) -> MetaRecord:
+        if not turns:
+            raise self._swallowed(new)
+        return _raised((await self.reserve_many([new], turns))[0])
 
-    async def reserve_many(self, items: Sequence[New]) -> list[MetaRecord | StorageError]:
+    async def reserve_many(self, items: Sequence[New], turns: int = _TURNS) -> list[MetaRecord | StorageError]:
+        async def again(new: New) -> MetaRecord:
+            return await self.reserve(new, turns - 1)
+
         sent = _first_of_each_path(items)
         spares = [(*new.values, new.spare[_KEY], new.spare[_PLACES]) for new in sent]
         places = [(new.path, place.original, place.key) for new in sent for place in new.places]
         columns = (*_transposed(spares), *_transposed(places))
-        return await self._insert_each(items, self.reserve, self._sql.reserve, *columns)
+        return await self._insert_each(items, again, self._sql.reserve, *columns)
 
     async def _insert_each(
         self, items: Sequence[New], alone: Callable[[New], Awaitable[MetaRecord]], text: str, *columns: Sequence[Any]
@@ -141,6 +148,13 @@ class Table:
             return await work
         except Exception as error:
             return failed(error, f"create {new.path!r} in {self._name}")
+
+    def _swallowed(self, new: New) -> StorageError:
+        return NotSupported(
+            f"{self._name} does not take the record of {new.path!r}, though there is none: a BEFORE INSERT trigger or a "
+            "row-level security policy of the table keeps it out or hides it",
+            path=new.path,
+        )
 
     def _own(self, new: New, taken: Any) -> MetaRecord | StorageError:
         """Return the record that has the path already, if it is ours, from a call whose answer was lost."""

@@ -198,6 +198,34 @@ async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails
     assert answers[1].path == "taken"
 
 
+@pytest.mark.parametrize("company", [0, 3])
+async def test_a_trigger_that_swallows_rows_is_named(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection, company: int
+) -> None:
+    await meta.create(make_record("there"))
+    await postgres_behind.execute(f"""
+        CREATE FUNCTION {meta.table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER swallow BEFORE INSERT ON "{meta.table}" FOR EACH ROW WHEN (NEW.path LIKE 'x%')
+            EXECUTE FUNCTION {meta.table}()""")
+    try:
+        reservation, spare = make_reservation("x")
+        others = [meta.create(make_record(f"x{number}")) for number in range(company)]
+        others += [meta.create(make_record(f"good{number}")) for number in range(company)]
+        answers = await asyncio.gather(
+            meta.create(make_record("xy")),
+            meta.reserve(reservation, lease=60.0, spare=spare),
+            *others,
+            return_exceptions=True,
+        )
+        for answer in answers[: 2 + company]:
+            assert isinstance(answer, NotSupported), repr(answer)
+            assert "trigger" in str(answer)
+        assert all(isinstance(answer, MetaRecord) for answer in answers[2 + company :])
+        assert isinstance((await meta.create_many([make_record("xz")]))[0], NotSupported)
+    finally:
+        await postgres_behind.execute(f"DROP FUNCTION {meta.table} CASCADE")
+
+
 # -- reserve
 
 
@@ -308,6 +336,20 @@ async def test_a_table_of_another_program(
         page = meta._sql.page(inclusive=True, bounded=False)
         plan = await postgres_behind.fetch(f"EXPLAIN {page}", "a", None, None, 10)
         assert f"{postgres_table}_order" in str(plan), plan
+
+
+async def test_an_index_that_is_not_valid_is_named(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    """As CREATE INDEX CONCURRENTLY leaves it when it fails."""
+    index = f"{meta.table}_unfinished"
+    await postgres_behind.execute(
+        f"""UPDATE pg_index SET indisvalid = false WHERE indexrelid = '"{index}"'::regclass"""
+    )
+    with pytest.raises(ConfigurationError, match=f'DROP INDEX "{index}"'):
+        await meta.setup()
+    await postgres_behind.execute(f'DROP INDEX "{index}"')
+    await meta.setup()
 
 
 async def test_names_are_checked() -> None:
