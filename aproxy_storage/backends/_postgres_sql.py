@@ -45,7 +45,8 @@ _SCHEMA = (
 )
 
 _CATCH_UP = (
-    "SELECT setval({ids}, greatest(nextval({ids}), (SELECT max(id) FROM {objects}), (SELECT max(object) FROM {chunks})))"
+    "SELECT setval({ids}, greatest(nextval({ids}), (SELECT max(id) FROM {objects}), "
+    "(SELECT max(object) FROM {chunks})))"
 )
 # Only empty objects can share an id, with one another or with one that has chunks.
 _FROM_1 = (

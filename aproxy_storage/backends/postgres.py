@@ -44,8 +44,9 @@ class PostgresBackend(Backend):
     Content of one chunk is written, and read, in one round trip. More is written in one transaction, which ends with
     the object's own row: before that nobody sees anything, and of two writers of a key one succeeds. The transaction
     has a connection for as long as the content takes to come; `max_connections` - 2 (of a borrowed pool: its
-    ``max_size`` - 2) can be under way in an event loop, the next ones wait (`timeouts.idle`). Readers have a connection only while a chunk is fetched. What they
-    have found they read to its end or, if it is discarded meanwhile, to a `Conflict`.
+    ``max_size`` - 2) can be under way in an event loop, the next ones wait (`timeouts.idle`). Readers have a
+    connection only while a chunk is fetched. What they have found they read to its end or, if it is discarded
+    meanwhile, to a `Conflict`.
 
     Memory: 1 MiB a read; 2 MiB a write, besides those of the content.
 

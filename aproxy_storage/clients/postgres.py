@@ -383,8 +383,10 @@ _Kind = tuple[type[StorageError], str]
 
 _POOLER: _Kind = (
     ConfigurationError,
-    "a pooler in between passes connections on without their prepared statements: set statement_cache_size=0 in "
-    "connect_options (or where a pool of yours is made), or PgBouncer's max_prepared_statements",
+    (
+        "a pooler in between passes connections on without their prepared statements: set statement_cache_size=0 in "
+        "connect_options (or where a pool of yours is made), or PgBouncer's max_prepared_statements"
+    ),
 )
 
 #: By SQLSTATE, or by its first two characters, which are its class.

@@ -151,8 +151,8 @@ class Table:
 
     def _swallowed(self, new: New) -> StorageError:
         return NotSupported(
-            f"{self._name} does not take the record of {new.path!r}, though there is none: a BEFORE INSERT trigger or a "
-            "row-level security policy of the table keeps it out or hides it",
+            f"{self._name} does not take the record of {new.path!r}, though there is none: a BEFORE INSERT trigger or "
+            "a row-level security policy of the table keeps it out or hides it",
             path=new.path,
         )
 

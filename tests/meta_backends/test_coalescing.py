@@ -128,7 +128,7 @@ async def test_one_alone_in_a_statement_for_many_is_as_one_alone(
         asked = [server.ask("first", kind=item), server.ask(item, kind=item)]
         assert await asked[0] == "first"
         async with asyncio.timeout(20):
-            while len(server.sent) < 3:
+            while len(server.sent) < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert server.sent[:2] == ["first", [item]]
         server.locked.clear()

@@ -139,7 +139,7 @@ async def test_a_hanging_server_is_met_by_the_deadline(own_postgres: PostgresSer
         async with backend.read("a") as reader:
             await anext(reader)
             in_the_middle = asyncio.ensure_future(other.setup())
-            while not (in_the_middle.done() or await others_waiting()):
+            while not (in_the_middle.done() or await others_waiting()):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             own_postgres.pause()
             try:
