@@ -12,11 +12,13 @@ __all__ = ["CHUNK_BYTES", "Statements", "prepare"]
 
 CHUNK_BYTES = 256 << 10  # of a row; an object's own row says how long its chunks are, so that this may change
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2  # 1: ids were not unique
 _MARK = "aproxy-storage objects"
 
 # Chunks are numbered from 0 and belong to an object by its id, which is never used twice: a reader that has found the
-# object once can never get another one's bytes. EXTERNAL: what comes is compressed already more often than not, and
+# object once can never get another one's bytes. The index holds that also where the sequence has fallen behind, as
+# after a restore of the rows alone: else an empty object would get another's id, and be discarded with its chunks.
+# EXTERNAL: what comes is compressed already more often than not, and
 # without compression a part of a chunk is read without the rest.
 _SCHEMA = (
     """
@@ -38,7 +40,22 @@ _SCHEMA = (
         PRIMARY KEY (object, number)
     )""",
     "ALTER TABLE {chunks} ALTER COLUMN data SET STORAGE EXTERNAL",
+    "CREATE UNIQUE INDEX {id_index} ON {objects} (id)",
     f"COMMENT ON TABLE {{objects}} IS '{_MARK} {_SCHEMA_VERSION}'",
+)
+
+_CATCH_UP = (
+    "SELECT setval({ids}, greatest(nextval({ids}), (SELECT max(id) FROM {objects}), "
+    "(SELECT max(object) FROM {chunks})))"
+)
+# Only empty objects can share an id, with one another or with one that has chunks.
+_FROM_1 = (
+    "LOCK TABLE {objects} IN SHARE ROW EXCLUSIVE MODE",
+    _CATCH_UP,
+    """
+    UPDATE {objects} AS o SET id = nextval({ids})
+    WHERE size = 0 AND EXISTS (SELECT 1 FROM {objects} AS other WHERE other.id = o.id AND other.key <> o.key)""",
+    *_SCHEMA[-2:],
 )
 
 # Whatever the server's default is: a commit that the power takes back is not what was asked for. For one transaction.
@@ -58,8 +75,14 @@ class Statements:
         self.schema = schema
         self.objects = objects = where + identifier(table, "table")
         self.chunks = chunks = where + identifier(f"{table}_chunks", "table")
-        self.make = [text.format(objects=objects, chunks=chunks) for text in _SCHEMA]
-        self.new_id = f"nextval(pg_get_serial_sequence('{objects}', 'id'))"
+        ids = f"pg_get_serial_sequence('{objects}', 'id')"
+        self.id_index = f"{table}_id_key"
+        self.chunk_table = f"{table}_chunks"
+        names = {"objects": objects, "chunks": chunks, "ids": ids, "id_index": f'"{self.id_index}"'}
+        self.make = [text.format(**names) for text in _SCHEMA]
+        self.from_1 = [text.format(**names) for text in _FROM_1]
+        self.catch_up = _CATCH_UP.format(**names)
+        self.new_id = f"nextval({ids})"
         self.sync = f"SELECT {_SYNCED}"
 
         row = "key, size, chunk_bytes, token, content_type, metadata"
@@ -117,38 +140,42 @@ class Statements:
 
 
 async def prepare(connection: Any, statements: Statements) -> None:
-    """Make schema and tables where they are missing; idempotent, also under a race of processes.
+    """Make schema and tables where they are missing, or bring them to this version; idempotent, also under a race of
+    processes.
 
     Raises:
         ConfigurationError: the tables are newer than this library knows, or another program's.
         asyncpg's errors: as they come.
     """
     await check_server(connection, durable=False)
-    if await _is_there(connection, statements):
+    if await _version(connection, statements) == _SCHEMA_VERSION:
         return
     async with locked(connection, statements.objects):
-        if await _is_there(connection, statements):
+        version = await _version(connection, statements)
+        if version == _SCHEMA_VERSION:
             return
         schema = statements.schema
         if schema is not None and await connection.fetchval("SELECT to_regnamespace($1) IS NULL", f'"{schema}"'):
             await connection.execute(f'CREATE SCHEMA "{schema}"')
-        for text in statements.make:
+        for text in statements.from_1 if version == 1 else statements.make:
             await connection.execute(text)
 
 
-async def _is_there(connection: Any, statements: Statements) -> bool:
+async def _version(connection: Any, statements: Statements) -> int:
+    """Return the version of the tables that are there, 0 if there are none."""
     found = await connection.fetchrow(
         "SELECT obj_description(c.oid, 'pg_class') AS comment FROM pg_class AS c WHERE c.oid = to_regclass($1)",
         statements.objects,
     )
     if found is None:
-        return False
+        return 0
     marked = re.fullmatch(rf"{_MARK} (\d+)", found["comment"] or "")
     if marked is None:
         raise ConfigurationError(f"the table {statements.objects} belongs to another program: name another table")
-    if int(marked[1]) > _SCHEMA_VERSION:
+    version = int(marked[1])
+    if version > _SCHEMA_VERSION:
         raise ConfigurationError(
-            f"the table {statements.objects} has schema version {marked[1]}, this library knows {_SCHEMA_VERSION}: "
+            f"the table {statements.objects} has schema version {version}, this library knows {_SCHEMA_VERSION}: "
             "update aproxy-storage, or name another table"
         )
-    return True
+    return version

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from ..clients.postgres import Database, map_error, storable
+from ..clients.postgres import Database, UniqueViolation, map_error, storable
 from ..content import Source
-from ..errors import AlreadyExists, Conflict, IntegrityError, NotFound, StorageError
+from ..errors import AlreadyExists, ConfigurationError, Conflict, IntegrityError, NotFound, StorageError
 from ..futures import outcome_of, over
 from ..loops import PerLoop
 from ..paths import new_token, successor
@@ -32,6 +32,10 @@ _AT_ONCE = 4  # chunks in one statement: 1 MiB
 _COPIED_AT_ONCE = 64
 _PATIENCE = 1.0  # seconds that a cancelled write waits for its own undo
 _RESERVED = 2  # connections that uploads leave to those who want one for a moment
+_TOO_FEW = (
+    "is too few for PostgresBackend: an upload has a connection for as long as its content takes, which may come over "
+    "another one. Take 2 or more; of more than 2, uploads leave 2 to others"
+)
 
 
 class PostgresBackend(Backend):
@@ -39,17 +43,18 @@ class PostgresBackend(Backend):
 
     Content of one chunk is written, and read, in one round trip. More is written in one transaction, which ends with
     the object's own row: before that nobody sees anything, and of two writers of a key one succeeds. The transaction
-    has a connection for as long as the content takes to come; `max_connections` - 2 can be under way in an event
-    loop, the next ones wait (`timeouts.idle`). Readers have a connection only while a chunk is fetched. What they
-    have found they read to its end or, if it is discarded meanwhile, to a `Conflict`.
+    has a connection for as long as the content takes to come; `max_connections` - 2 (of a borrowed pool: its
+    ``max_size`` - 2) can be under way in an event loop, the next ones wait (`timeouts.idle`). Readers have a
+    connection only while a chunk is fetched. What they have found they read to its end or, if it is discarded
+    meanwhile, to a `Conflict`.
 
     Memory: 1 MiB a read; 2 MiB a write, besides those of the content.
 
     Schema and tables are made on first use. Token, content type and metadata are kept.
 
     Args:
-        dsn, pool, max_connections, connect_options: as of `meta_backends.postgres.PostgresMetaBackend`. One pool may
-            serve both.
+        dsn, pool, max_connections, connect_options: as of `meta_backends.postgres.PostgresMetaBackend`; 2 connections
+            at least. One pool may serve both.
         table: of the objects; that of the chunks has ``_chunks`` after it.
         schema: where they are. Without one the ``search_path`` decides.
         timeouts: `operation` limits a statement of `stat`, `discard` and `list`, `idle` each step of the others.
@@ -94,8 +99,11 @@ class PostgresBackend(Backend):
         super().__init__(timeouts=limits)
         self._ready = False
         self._preparing: PerLoop[asyncio.Lock] = PerLoop(asyncio.Lock)
-        uploads = max(1, max_connections - _RESERVED)
-        self._uploads: PerLoop[asyncio.Semaphore] = PerLoop(lambda: asyncio.Semaphore(uploads))
+        if pool is None and max_connections == 1:
+            raise ConfigurationError(f"max_connections=1 {_TOO_FEW}")
+        self._uploads: PerLoop[asyncio.Semaphore] = PerLoop(
+            lambda: asyncio.Semaphore(max(1, self._database.max_connections - _RESERVED))
+        )
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -117,11 +125,12 @@ class PostgresBackend(Backend):
         return f"postgresql://{self._database}/{self.table}/{key}"
 
     async def setup(self) -> None:
-        """Make schema and tables where they are missing; idempotent, also under a race of processes.
+        """Make schema and tables where they are missing, or bring those of an older version to this one; idempotent,
+        also under a race of processes.
 
         Raises:
             ConfigurationError: the tables are newer than this library knows, or another program's.
-            AccessDenied: the user may not make them. BackendUnavailable, DeadlineExceeded.
+            AccessDenied: the user may not make them, or is not their owner. BackendUnavailable, DeadlineExceeded.
         """
         self._ready = False
         await self._call("setup", "", self._prepare(), self.timeouts.operation)
@@ -134,6 +143,8 @@ class PostgresBackend(Backend):
         async with self._preparing.get():
             if not self._ready:
                 async with self._database.use() as connection:
+                    if self._database.max_connections < 2:
+                        raise ConfigurationError(f"a pool with max_size=1 {_TOO_FEW}")
                     await prepare(connection, self._sql)
                 self._ready = True
 
@@ -141,6 +152,13 @@ class PostgresBackend(Backend):
         await self._database.aclose()
 
     def _map_error(self, error: Exception, what: str) -> StorageError:
+        if isinstance(error, UniqueViolation):
+            where: Any = error
+            if where.table_name == self._sql.chunk_table or where.constraint_name == self._sql.id_index:
+                return ConfigurationError(
+                    f"could not {what}, and did nothing: the next ids of objects are in use, as after a restore of "
+                    f"rows alone or a switch of logical replication. Run as its owner: {self._sql.catch_up}"
+                )
         return map_error(error, what)
 
     # -- write
@@ -164,15 +182,14 @@ class PostgresBackend(Backend):
             first = await pieces.take(_AT_ONCE)
             if len(first) < 2:
                 return await self._write_small(draft, b"".join(first))
+            await self._database.open()  # only then it is known how many connections a pool of the caller's has
             async with self._uploads.get():
                 return await self._write_large(draft, first, pieces)
 
     async def _write_small(self, draft: _Draft, data: bytes) -> ObjectInfo:
         async def insert() -> Any:
-            async with self._database.use() as connection:
-                return await connection.fetchrow(
-                    self._sql.write_small, *draft.row(len(data), CHUNK_BYTES), data, draft.durable
-                )
+            values = draft.row(len(data), CHUNK_BYTES)
+            return await self._database.fetchrow(self._sql.write_small, *values, data, draft.durable)
 
         return await self._published(draft, len(data), insert())
 
@@ -193,7 +210,8 @@ class PostgresBackend(Backend):
 
     async def _begin(self, connection: Any, draft: _Draft) -> int:
         """Begin a transaction; return the id of the object to be."""
-        await connection.execute("BEGIN")
+        # Whatever the server's default: the last statement is to see who has taken the key meanwhile.
+        await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
         if draft.durable:
             await connection.execute(self._sql.sync)
         object_id: int | None = await connection.fetchval(self._sql.begin, draft.key)
@@ -251,8 +269,8 @@ class PostgresBackend(Backend):
             return isinstance(error, Exception) and not self._map_error(error, "write").outcome_unknown
         row = task.result()
         if row is not None:
-            async with asyncio.timeout(self.timeouts.operation), self._database.use() as connection:
-                await connection.execute(self._sql.undo, key, row["id"])
+            async with asyncio.timeout(self.timeouts.operation):
+                await self._database.fetch(self._sql.undo, key, row["id"])
         return True
 
     # -- read and stat
@@ -283,14 +301,13 @@ class PostgresBackend(Backend):
                 data = data[: stop - at]
 
     async def _fetch_chunks(self, row: Any, number: int, count: int) -> bytes:
-        async with self._database.use() as connection:
-            found = await connection.fetch(self._sql.read_chunks, row["id"], number, number + count)
-            left = -(-row["size"] // row["chunk_bytes"]) - number
-            if [one["number"] for one in found] != list(range(number, number + min(count, left))):
-                still = await connection.fetchrow(self._sql.stat, row["key"])
-                if still is not None and still["id"] == row["id"]:
-                    raise IntegrityError(f"the object {row['key']!r} lacks chunks")
-                raise Conflict(f"the object {row['key']!r} was discarded while it was read")
+        found = await self._database.fetch(self._sql.read_chunks, row["id"], number, number + count)
+        left = -(-row["size"] // row["chunk_bytes"]) - number
+        if [one["number"] for one in found] != list(range(number, number + min(count, left))):
+            still = await self._database.fetchrow(self._sql.stat, row["key"])
+            if still is not None and still["id"] == row["id"]:
+                raise IntegrityError(f"the object {row['key']!r} lacks chunks")
+            raise Conflict(f"the object {row['key']!r} was discarded while it was read")
         return b"".join([one["data"] for one in found])
 
     async def _stat(self, key: str) -> ObjectInfo:
@@ -300,8 +317,7 @@ class PostgresBackend(Backend):
         row = None
         if storable(key):
             await self._prepare_once()
-            async with self._database.use() as connection:
-                row = await connection.fetchrow(text, key, *values)
+            row = await self._database.fetchrow(text, key, *values)
         if row is None:
             raise NotFound(f"there is no object {key!r}")
         return row
@@ -312,8 +328,7 @@ class PostgresBackend(Backend):
         if not storable(key) or not storable(token or ""):
             return
         await self._prepare_once()
-        async with self._database.use() as connection:
-            await connection.execute(self._sql.discard, key, token)
+        await self._database.fetch(self._sql.discard, key, token)
 
     async def _list(self, prefix: str, *, after: str | None, delimiter: str | None) -> AsyncIterator[ObjectInfo]:
         if not (storable(prefix) and storable(after or "")):
@@ -350,9 +365,7 @@ class PostgresBackend(Backend):
         text = self._sql.page(inclusive=inclusive, bounded=upper is not None)
         async with asyncio.timeout(self.timeouts.operation):
             await self._prepare_once()
-            async with self._database.use() as connection:
-                rows: list[Any] = await connection.fetch(text, lower, limit, *(() if upper is None else (upper,)))
-                return rows
+            return await self._database.fetch(text, lower, limit, *(() if upper is None else (upper,)))
 
     async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
         row = await self._in_time(self._row(self._sql.stat, key))

@@ -1,7 +1,7 @@
 """PostgreSQL through asyncpg: a pool for each event loop, and what goes wrong in the words of this library.
 
 Nothing here changes the state of a session, so that connections need no reset between two users (which would double
-the round trips), and PgBouncer may stand in between.
+the round trips), and PgBouncer may stand in between; statements are prepared under names that no other process uses.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import random
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import (
@@ -40,6 +42,7 @@ __all__ = [
     "Using",
     "check_server",
     "identifier",
+    "lock_timed_out",
     "locked",
     "map_error",
     "storable",
@@ -55,6 +58,10 @@ _NATIVE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Inter
 #: What has to be on for a commit to survive the loss of power.
 _DURABLE = ("fsync", "full_page_writes", "synchronous_commit")
 
+_COLLIDED = ("40001", "40P01")  # with another transaction, and did nothing
+_REPEATS = 4  # of such a statement
+_PAUSE = 0.01  # seconds before the first repeat, at most; each further one twice as long
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
@@ -65,6 +72,11 @@ class Connection(asyncpg.Connection):  # type: ignore[misc]
 
     def get_reset_query(self) -> str:
         return ""
+
+    def _get_unique_id(self, prefix: str) -> str:
+        # asyncpg counts from 1 in each process. Behind a pooler that passes server connections on, a look-up of one
+        # process would find there, and execute, the DELETE that another one has prepared under the same name.
+        return f"__aproxy_{prefix}_{secrets.token_hex(8)}__"
 
 
 class Database:
@@ -109,6 +121,16 @@ class Database:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def max_connections(self) -> int:
+        """How many the running loop can have at a time; of a pool of the caller's it is known once that is open."""
+        pool = self._entries.get().pool
+        return self._max_connections if pool is None else int(pool.get_max_size())
+
+    async def open(self) -> None:
+        """Open the pool of the running loop, unless it is open. Errors as of `use`."""
+        await self._entries.get().open()
+
     def use(self) -> Using:
         """Return an async context manager that gives a connection.
 
@@ -117,6 +139,31 @@ class Database:
         connection too, at once: nobody waits for a server that may hang.
         """
         return Using(self._entries.get())
+
+    async def fetch(self, text: str, *values: Any) -> list[Any]:
+        """Return the rows of one statement, which is a transaction of its own.
+
+        Where the server has undone it, because it collided with another transaction, it is sent again, a few times:
+        under another isolation than READ COMMITTED, which may be the default here, that is what one has to do.
+        """
+        rows: list[Any] = await self._send("fetch", text, values)
+        return rows
+
+    async def fetchrow(self, text: str, *values: Any) -> Any:
+        """Return the first row of one statement, None if there is none; otherwise as `fetch`."""
+        return await self._send("fetchrow", text, values)
+
+    async def _send(self, method: str, text: str, values: Sequence[Any]) -> Any:
+        for number in range(_REPEATS):
+            try:
+                async with self.use() as connection:
+                    return await getattr(connection, method)(text, *values)
+            except asyncpg.PostgresError as error:
+                if error.sqlstate not in _COLLIDED:
+                    raise
+            await asyncio.sleep(random.uniform(0, _PAUSE * 2**number))
+        async with self.use() as connection:
+            return await getattr(connection, method)(text, *values)
 
     async def aclose(self) -> None:
         """Close the pool of the running loop, unless it is the caller's; idempotent."""
@@ -165,7 +212,10 @@ class _Entry:
     async def open(self) -> Any:
         async with self._opening:
             if self.pool is None:
-                pool, self._ours = await self.database.open_pool()
+                try:
+                    pool, self._ours = await self.database.open_pool()
+                except Exception as error:
+                    raise map_error(error, f"connect to {self.database}", sent=False) from error
                 self._ending = _at_the_end_of_the_loop(self._shut)
                 await anext(self._ending)
                 self.pool = pool
@@ -266,10 +316,23 @@ async def check_server(connection: Any, *, durable: bool) -> None:
 
 @contextlib.asynccontextmanager
 async def locked(connection: Any, name: str) -> AsyncIterator[None]:
-    """Run the block in a transaction that no other process runs for this `name` at the same time."""
-    async with connection.transaction():
+    """Run the block in a transaction that no other process runs for this `name` at the same time.
+
+    What is no answer of the server (a cancellation, a lost connection) ends the connection: nobody waits for a
+    ROLLBACK of a server that hangs.
+    """
+    # Each statement sees what was committed before it, with the lock that is, whatever the server's default.
+    await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+    try:
         await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"aproxy-storage {name}")
         yield
+        await connection.execute("COMMIT")
+    except (StorageError, asyncpg.PostgresError):
+        await connection.execute("ROLLBACK")
+        raise
+    except BaseException:
+        connection.terminate()
+        raise
 
 
 def identifier(name: str, what: str) -> str:
@@ -318,6 +381,14 @@ def _name_of(dsn: str) -> str:
 
 _Kind = tuple[type[StorageError], str]
 
+_POOLER: _Kind = (
+    ConfigurationError,
+    (
+        "a pooler in between passes connections on without their prepared statements: set statement_cache_size=0 in "
+        "connect_options (or where a pool of yours is made), or PgBouncer's max_prepared_statements"
+    ),
+)
+
 #: By SQLSTATE, or by its first two characters, which are its class.
 _BY_STATE: dict[str, _Kind] = {
     "08": (BackendUnavailable, "the connection was lost"),
@@ -327,12 +398,14 @@ _BY_STATE: dict[str, _Kind] = {
     "23": (NotSupported, "a constraint of the table forbids it"),
     "25P03": (BackendUnavailable, "the content came too slowly for the server's idle_in_transaction_session_timeout"),
     "25006": (BackendUnavailable, "this server only reads; name the primary one, or add target_session_attrs=primary"),
+    "26000": _POOLER,
     "28": (ConfigurationError, "the server does not accept this user with this password; see the URL and pg_hba.conf"),
     "3D000": (ConfigurationError, "there is no such database; make it with createdb, or name another one in the URL"),
     "3F000": (ConfigurationError, "there is no such schema; make it with CREATE SCHEMA, or name another one"),
     "40": (BackendUnavailable, "it collided with another transaction and was undone"),
     "42501": (AccessDenied, "this user may not do that; see GRANT"),
     "42P01": (ConfigurationError, "the table is not there; await setup(), or name the right table and schema"),
+    "42P05": _POOLER,
     "42703": (ConfigurationError, "the table lacks a column; docs/postgres.md has the statements that add them"),
     "42": (ConfigurationError, "the table is not as this library makes it; see docs/postgres.md"),
     "53100": (OutOfSpace, "the server's disk is full"),
@@ -353,7 +426,7 @@ _BY_STATE: dict[str, _Kind] = {
 #: Classes after which the statement may have taken effect: the server went away, with the answer or before.
 _UNKNOWN = ("08", "57P", "58", "XX")
 #: Classes that have nothing to do with one of the rows.
-_WHOLE = ("08", "25", "28", "3D", "3F", "42", "53", "57", "58", "XX")
+_WHOLE = ("08", "25", "26", "28", "3D", "3F", "42", "53", "57", "58", "XX")
 
 
 def map_error(error: Exception, what: str, *, sent: bool = True) -> StorageError:
@@ -367,7 +440,7 @@ def map_error(error: Exception, what: str, *, sent: bool = True) -> StorageError
     if isinstance(error, TimeoutError):
         return DeadlineExceeded(f"could not {what} in time", outcome_unknown=sent)
     if isinstance(error, asyncpg.PostgresError):
-        state = error.sqlstate or ""
+        state = _state_of(error)
         cls, reason = _BY_STATE.get(state) or _BY_STATE.get(state[:2]) or (BackendUnavailable, "unexpected")
         text = f"could not {what}: {reason} ({state} {error.args[0] if error.args else ''})"
         retryable = False if reason == "unexpected" else None
@@ -392,5 +465,16 @@ def undid_itself(error: BaseException) -> bool:
         return True
     if not isinstance(error, asyncpg.PostgresError):
         return False
-    state = error.sqlstate or ""
+    state = _state_of(error)
     return state == "42501" or not state.startswith(_WHOLE)
+
+
+def lock_timed_out(error: BaseException) -> bool:
+    """Return whether a statement did nothing because another transaction held a row for longer than it waits."""
+    return isinstance(error, asyncpg.PostgresError) and error.sqlstate == "55P03"
+
+
+def _state_of(error: Any) -> str:
+    if error.sqlstate == "08P01" and error.server_source_function == "exec_bind_message":
+        return "26000"  # our values do not fit the statement of that name: it is somebody else's
+    return error.sqlstate or ""

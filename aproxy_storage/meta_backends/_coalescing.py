@@ -21,6 +21,7 @@ _SHARE = 256  # operations in one statement at most
 _FLYING = 2  # statements of one kind under way at a time
 _MAX_WAITING = 100_000
 _TICK = 0.05  # seconds between two looks at the deadlines of those who wait
+_PAUSE = 0.05  # seconds until a row that was held is asked for again
 
 
 class _Job:
@@ -61,6 +62,7 @@ class _Here:
         self.watched: list[_Job] = []  # the oldest first
         self.ticking = False
         self.waiting = 0
+        self.apart: asyncio.Semaphore | None = None  # since the first statement that was taken apart
 
 
 class Coalescer:
@@ -71,6 +73,10 @@ class Coalescer:
         timeout: seconds for one operation, waiting included; None for no limit.
         apart: whether an error of a statement for many means that it did nothing because of one of them; then each
             is tried alone.
+        held: whether such an error means that it did not wait any longer for a row that somebody holds; then the one
+            that wants this row is tried until there is no time left.
+        places: returns how many are tried alone at a time in the running loop, so that those who wait for rows do not
+            have all connections.
         failed: returns a new error of ours for one operation, given its kind and item, whose statement has failed.
     """
 
@@ -80,11 +86,15 @@ class Coalescer:
         timeout: float | None,
         *,
         apart: Callable[[BaseException], bool],
+        held: Callable[[BaseException], bool],
+        places: Callable[[], int],
         failed: Callable[[Any, Any, Exception], StorageError],
     ) -> None:
         self._cleanup = cleanup
         self._timeout = timeout
         self._apart = apart
+        self._held = held
+        self._places = places
         self._failed = failed
         self._here: PerLoop[_Here] = PerLoop(_Here)
 
@@ -159,9 +169,10 @@ class Coalescer:
             async with asyncio.timeout(self._timeout):
                 answers = await queue.together([job.item for job in jobs])
         except Exception as error:
-            if len(jobs) > 1 and self._apart(error):
+            if self._apart(error):
+                places = here.apart = here.apart or asyncio.Semaphore(self._places())
                 for job in jobs:
-                    self._cleanup.start(self._fly_alone(kind, queue, job), name="statement", log=False)
+                    self._cleanup.start(self._fly_alone(places, kind, queue, job), name="statement", log=False)
             else:
                 for job in jobs:
                     if not job.future.done():
@@ -177,15 +188,39 @@ class Coalescer:
             queue.flying -= 1
             self._next(here, kind, queue)
 
-    async def _fly_alone(self, kind: Hashable, queue: _Queue, job: _Job) -> None:
+    async def _fly_alone(self, places: asyncio.Semaphore, kind: Hashable, queue: _Queue, job: _Job) -> None:
+        job.sent = False
         try:
             async with asyncio.timeout_at(job.deadline if self._timeout is not None else None):
-                _answer(job, await queue.alone(job.item))
+                while True:
+                    async with places:
+                        if job.future.done() or await self._try_alone(queue, job):  # done: its caller is gone
+                            return
+                    await asyncio.sleep(_PAUSE)
         except Exception as error:
-            _answer(job, self._failed(kind, job.item, error))
+            if isinstance(error, TimeoutError) and not job.sent:
+                self._expire(job)
+            else:
+                _answer(job, self._failed(kind, job.item, error))
         except BaseException:
             _answer(job, _cut_short())
             raise
+
+    async def _try_alone(self, queue: _Queue, job: _Job) -> bool:
+        """Return whether there is an answer; False: somebody holds its row, and nothing was done."""
+        job.sent = True
+        try:
+            # Not `alone`, which waits for a row as long as it takes, with a connection.
+            (answer,) = await queue.together([job.item])
+        except Exception as error:
+            if self._held(error):
+                job.sent = False
+                return False
+            if not self._apart(error):
+                raise
+            answer = await queue.alone(job.item)
+        _answer(job, answer)
+        return True
 
     def _split(self, waiting: list[_Job], now: float) -> tuple[list[_Job], list[_Job]]:
         """Return those that can share the next statement, and those that wait on; who has given up is in neither."""

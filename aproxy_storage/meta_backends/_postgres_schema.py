@@ -21,7 +21,9 @@ _LOOK = """
            (SELECT l.collname::text FROM pg_attribute AS a JOIN pg_collation AS l ON l.oid = a.attcollation
              WHERE a.attrelid = c.oid AND a.attname = 'path') AS collation,
            (SELECT array_agg(i.relname::text) FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
-             WHERE x.indrelid = c.oid AND x.indisvalid) AS indexes
+             WHERE x.indrelid = c.oid AND x.indisvalid) AS indexes,
+           (SELECT array_agg(i.relname::text) FROM pg_index AS x JOIN pg_class AS i ON i.oid = x.indexrelid
+             WHERE x.indrelid = c.oid AND NOT x.indisvalid) AS invalid
     FROM pg_class AS c WHERE c.oid = to_regclass($1)"""
 
 
@@ -67,6 +69,13 @@ def _missing(found: Any, statements: Statements) -> list[str]:
     indexes = dict(statements.create_indexes)
     if found["collation"] != "C":
         indexes |= statements.create_order_index
+    invalid = sorted(set(indexes).intersection(found["invalid"] or ()))
+    if invalid:
+        where = "" if statements.schema is None else f'"{statements.schema}".'
+        raise ConfigurationError(
+            f"the index {invalid[0]} of the table {statements.name} is not valid: a CREATE INDEX CONCURRENTLY is under "
+            f'way or has failed. Wait for its end, or DROP INDEX {where}"{invalid[0]}"; setup() makes it anew'
+        )
     present = set(found["indexes"] or ())
     return [text for name, text in indexes.items() if name not in present]
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..clients.postgres import Database, UniqueViolation, map_error, storable
-from ..errors import AlreadyExists, Conflict, NotFound, StorageError
+from ..errors import AlreadyExists, Conflict, NotFound, NotSupported, StorageError
 from ..records import MetaRecord, Place, Revision
 from ._postgres_rows import created, to_record
 from ._postgres_sql import Statements
@@ -14,6 +14,7 @@ from ._rows import COLUMNS
 
 __all__ = ["Change", "New", "Removal", "Table", "failed"]
 
+_TURNS = 5  # of an insertion that finds its path taken, and then nobody there
 _KEY, _TOKEN, _PLACES = map(COLUMNS.index, ("original_storage_path", "token", "places"))
 
 
@@ -64,42 +65,45 @@ class Table:
     # -- insert
 
     async def insert(self, new: New) -> MetaRecord:
-        async with self._database.use() as connection:
-            while True:
-                row = await connection.fetchrow(self._sql.insert, *new.values)
-                if row is not None:
-                    return created(new.values, *row[1:])
-                taken = await connection.fetchrow(self._sql.get, new.path)
-                if taken is not None:  # else it was deleted between the two
-                    return _raised(self._own(new, taken))
+        for _ in range(_TURNS):
+            row = await self._database.fetchrow(self._sql.insert, *new.values)
+            if row is not None:
+                return created(new.values, *row[1:])
+            taken = await self._database.fetchrow(self._sql.get, new.path)
+            if taken is not None:  # else it was deleted between the two
+                return _raised(self._own(new, taken))
+        raise self._swallowed(new)
 
     async def insert_many(self, items: Sequence[New]) -> list[MetaRecord | StorageError]:
         columns = _transposed([new.values for new in _first_of_each_path(items)])
         return await self._insert_each(items, self.insert, self._sql.insert_many, *columns)
 
-    async def reserve(self, new: New) -> MetaRecord:
-        return _raised((await self.reserve_many([new]))[0])
+    async def reserve(self, new: New, turns: int = _TURNS) -> MetaRecord:
+        if not turns:
+            raise self._swallowed(new)
+        return _raised((await self.reserve_many([new], turns))[0])
 
-    async def reserve_many(self, items: Sequence[New]) -> list[MetaRecord | StorageError]:
+    async def reserve_many(self, items: Sequence[New], turns: int = _TURNS) -> list[MetaRecord | StorageError]:
+        async def again(new: New) -> MetaRecord:
+            return await self.reserve(new, turns - 1)
+
         sent = _first_of_each_path(items)
         spares = [(*new.values, new.spare[_KEY], new.spare[_PLACES]) for new in sent]
         places = [(new.path, place.original, place.key) for new in sent for place in new.places]
         columns = (*_transposed(spares), *_transposed(places))
-        return await self._insert_each(items, self.reserve, self._sql.reserve, *columns)
+        return await self._insert_each(items, again, self._sql.reserve, *columns)
 
     async def _insert_each(
         self, items: Sequence[New], alone: Callable[[New], Awaitable[MetaRecord]], text: str, *columns: Sequence[Any]
     ) -> list[MetaRecord | StorageError]:
         """Insert many in one statement; look in another at those whose path was taken, by others or by one another."""
-        async with self._database.use() as connection:
-            made = {row[0]: row for row in await connection.fetch(text, *columns)}
+        made = {row[0]: row for row in await self._database.fetch(text, *columns)}
         taken: dict[str, Any] = {}
         failure: Exception | None = None
         if len(made) < len(items):
             try:
-                async with self._database.use() as connection:
-                    paths = list({new.path for new in items})
-                    taken = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+                paths = list({new.path for new in items})
+                taken = {row[0]: row for row in await self._database.fetch(self._sql.get_many, paths)}
             except Exception as error:  # theirs alone: those that were inserted are there
                 failure = error
         answers: list[MetaRecord | StorageError] = []
@@ -145,6 +149,13 @@ class Table:
         except Exception as error:
             return failed(error, f"create {new.path!r} in {self._name}")
 
+    def _swallowed(self, new: New) -> StorageError:
+        return NotSupported(
+            f"{self._name} does not take the record of {new.path!r}, though there is none: a BEFORE INSERT trigger or "
+            "a row-level security policy of the table keeps it out or hides it",
+            path=new.path,
+        )
+
     def _own(self, new: New, taken: Any) -> MetaRecord | StorageError:
         """Return the record that has the path already, if it is ours, from a call whose answer was lost."""
         if new.values[_TOKEN] and new.values[_TOKEN] == taken["token"]:
@@ -154,23 +165,19 @@ class Table:
     # -- select
 
     async def select(self, path: str) -> MetaRecord | None:
-        async with self._database.use() as connection:
-            row = await connection.fetchrow(self._sql.get, path)
+        row = await self._database.fetchrow(self._sql.get, path)
         return None if row is None else to_record(row)
 
     async def select_many(self, paths: Sequence[str]) -> list[MetaRecord | None]:
-        async with self._database.use() as connection:
-            rows = {row[0]: row for row in await connection.fetch(self._sql.get_many, paths)}
+        rows = {row[0]: row for row in await self._database.fetch(self._sql.get_many, paths)}
         # A record for each who asked: two callers must not share what is in `extra`.
         return [to_record(rows[path]) if path in rows else None for path in paths]
 
     async def look(self, path: str) -> Any:
-        async with self._database.use() as connection:
-            return await connection.fetchrow(self._sql.exists, path)
+        return await self._database.fetchrow(self._sql.exists, path)
 
     async def look_many(self, paths: Sequence[str]) -> list[Any]:
-        async with self._database.use() as connection:
-            rows = {row[0]: row for row in await connection.fetch(self._sql.exists_many, paths)}
+        rows = {row[0]: row for row in await self._database.fetch(self._sql.exists_many, paths)}
         return [rows.get(path) for path in paths]
 
     # -- update
@@ -179,8 +186,7 @@ class Table:
         text = self._sql.update(tuple(change.values), expecting=change.expect is not None, many=False)
         values = (*(change.expect or ()), *change.values.values())
         try:
-            async with self._database.use() as connection:
-                row = await connection.fetchrow(text, change.path, *values)
+            row = await self._database.fetchrow(text, change.path, *values)
         except UniqueViolation as error:
             taken = change.values.get("path")
             if taken is None:
@@ -197,8 +203,7 @@ class Table:
         values = [
             (change.path, *(change.expect or ()), *change.values.values()) for change in sorted(items, key=_path_of)
         ]
-        async with self._database.use() as connection:
-            rows = await connection.fetch(text, *_transposed(values))
+        rows = await self._database.fetch(text, *_transposed(values))
         # By the old path: the new one is what the row shows.
         records = {row["old_path"]: to_record(row[:-1]) for row in rows}
         return [records.get(change.path) or self.absent(change.path, change.expect) for change in items]
@@ -212,14 +217,12 @@ class Table:
 
     async def remove(self, item: Removal) -> bool:
         text = self._sql.delete if item.expect is None else self._sql.delete_expected
-        async with self._database.use() as connection:
-            return await connection.fetchval(text, item.path, *(item.expect or ())) is not None
+        return await self._database.fetchrow(text, item.path, *(item.expect or ())) is not None
 
     async def remove_many(self, items: Sequence[Removal]) -> list[bool]:
         """Remove many in one statement: each another path."""
         values = [(item.path, *(item.expect or (None, None))) for item in sorted(items, key=_path_of)]
-        async with self._database.use() as connection:
-            gone = {row[0] for row in await connection.fetch(self._sql.delete_many, *_transposed(values))}
+        gone = {row[0] for row in await self._database.fetch(self._sql.delete_many, *_transposed(values))}
         return [item.path in gone for item in items]
 
     # -- owners
@@ -227,8 +230,7 @@ class Table:
     async def owners(self, original: str | None, keys: Iterable[str]) -> dict[str, Sequence[str]]:
         """Return the paths of the records that name each of `keys`."""
         found: dict[str, Sequence[str]] = {}
-        async with self._database.use() as connection:
-            rows = await connection.fetch(self._sql.owners, [key for key in keys if storable(key)], original)
+        rows = await self._database.fetch(self._sql.owners, [key for key in keys if storable(key)], original)
         for key, path in rows:
             found[key] = [*found.get(key, ()), path]
         return found

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from ..clients.postgres import Database, map_error, storable, undid_itself
+from ..clients.postgres import Database, lock_timed_out, map_error, storable, undid_itself
 from ..errors import ConfigurationError, InvalidPath, StorageError
 from ..loops import PerLoop
 from ..paths import successor
@@ -102,6 +102,8 @@ class PostgresMetaBackend(MetaBackend):
             self.cleanup,
             limits.operation,
             apart=undid_itself,
+            held=lock_timed_out,
+            places=lambda: max(1, self._database.max_connections // 2),
             failed=self._failed,
         )
 
@@ -153,9 +155,7 @@ class PostgresMetaBackend(MetaBackend):
         async with asyncio.timeout(self.timeouts.operation):
             if not self._ready:
                 await self._prepare()
-            async with self._database.use() as connection:
-                rows: list[Any] = await connection.fetch(text, *values)
-                return rows
+            return await self._database.fetch(text, *values)
 
     async def setup(self) -> None:
         """Make schema, table and indexes where they are missing; idempotent, also under a race of processes.

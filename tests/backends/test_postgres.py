@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Coroutine
 
 import asyncpg
@@ -100,8 +101,9 @@ async def test_a_lost_chunk_is_damage(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("borrowed", [False, True])
 async def test_slow_uploads_leave_connections_to_others(
-    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection, borrowed: bool
 ) -> None:
     release = asyncio.Event()
 
@@ -116,7 +118,13 @@ async def test_slow_uploads_leave_connections_to_others(
         return count
 
     url = f"{postgres_url}{'&' if '?' in postgres_url else '?'}application_name={postgres_table}"
-    async with PostgresBackend(url, table=postgres_table, max_connections=4) as backend:
+    async with contextlib.AsyncExitStack() as stack:
+        if borrowed:
+            pool = await stack.enter_async_context(asyncpg.create_pool(url, min_size=0, max_size=4))
+            backend = PostgresBackend(pool=pool, table=postgres_table)
+        else:
+            backend = PostgresBackend(url, table=postgres_table, max_connections=4)
+        await stack.enter_async_context(backend)
         uploads = [asyncio.ensure_future(backend.write(f"slow{number}", slowly())) for number in range(6)]
         async with asyncio.timeout(30):
             while await under_way() < 2:  # noqa: ASYNC110  both that may be under way have begun
@@ -126,6 +134,17 @@ async def test_slow_uploads_leave_connections_to_others(
             assert await under_way() == 2
             release.set()
             assert {info.size for info in await asyncio.gather(*uploads)} == {len(BIG) + 3}
+
+
+@pytest.mark.asyncio
+async def test_one_connection_is_too_few(postgres_url: str, postgres_table: str) -> None:
+    """It would be an upload's for as long as the content takes, which may come over a connection too."""
+    with pytest.raises(ConfigurationError, match="max_connections"):
+        PostgresBackend(postgres_url, max_connections=1)
+    async with asyncpg.create_pool(postgres_url, min_size=0, max_size=1) as pool:
+        backend = PostgresBackend(pool=pool, table=postgres_table)
+        with pytest.raises(ConfigurationError, match="max_size"):
+            await backend.setup()
 
 
 @pytest.mark.asyncio
@@ -184,3 +203,61 @@ async def test_a_write_that_aclose_cuts_short_is_no_cancellation(
     with pytest.raises(BackendUnavailable, match="closed") as caught:
         await write
     assert caught.value.outcome_unknown
+
+
+async def content_of(backend: PostgresBackend, key: str) -> bytes:
+    async with backend.read(key) as reader:
+        return b"".join([chunk async for chunk in reader])
+
+
+async def set_back(backend: PostgresBackend, behind: asyncpg.Connection) -> None:
+    """Make the sequence of ids begin again, as it does where only rows were restored or replicated."""
+    await behind.execute(f"""SELECT setval(pg_get_serial_sequence('"{backend.table}"', 'id'), 1, false)""")
+
+
+@pytest.mark.asyncio
+async def test_an_id_that_is_in_use_is_never_given_again(
+    backend: PostgresBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    for key in ("a", "empty", "c"):
+        await backend.write(key, b"" if key == "empty" else key.encode())
+    await set_back(backend, postgres_behind)
+    for content in (b"", b"x", BIG):
+        with pytest.raises(ConfigurationError, match="ids") as caught:
+            await backend.write("new", content)
+        assert not caught.value.outcome_unknown
+        await backend.discard("new")
+    await set_back(backend, postgres_behind)
+    await postgres_behind.execute(str(caught.value).partition("as its owner: ")[2])
+    for number, content in enumerate((b"", b"x", BIG)):
+        await backend.write(f"new{number}", content)
+        assert await content_of(backend, f"new{number}") == content
+        await backend.discard(f"new{number}")
+    assert await content_of(backend, "a") == b"a"
+    assert await content_of(backend, "c") == b"c"
+
+
+@pytest.mark.asyncio
+async def test_tables_of_version_1_get_unique_ids(
+    backend: PostgresBackend, postgres_url: str, postgres_behind: asyncpg.Connection
+) -> None:
+    table = backend.table
+    await backend.write("a", b"content of a")
+    await postgres_behind.execute(f"""
+        DROP INDEX IF EXISTS "{table}_id_key";
+        COMMENT ON TABLE "{table}" IS 'aproxy-storage objects 1';
+        INSERT INTO "{table}" (key, id, size, chunk_bytes)
+            SELECT e.key, id, 0, 262144 FROM "{table}", (VALUES ('empty'), ('void')) AS e (key)""")
+    await set_back(backend, postgres_behind)
+    others = [PostgresBackend(postgres_url, table=table) for _ in range(3)]
+    await asyncio.gather(*(other.setup() for other in others))
+    for other in others:
+        await other.aclose()
+    await backend.discard("empty")
+    await backend.write("new", b"")
+    await backend.discard("new")
+    assert await content_of(backend, "void") == b""
+    assert await content_of(backend, "a") == b"content of a"
+    unique = f"""SELECT count(*) = count(DISTINCT id) FROM "{table}" """
+    assert await postgres_behind.fetchval(unique)
+    await backend.setup()

@@ -23,13 +23,18 @@ class Server:
 
     def __init__(self, seconds: float | None = 20.0) -> None:
         self.sent: list[Any] = []
+        self.locked: set[Any] = set()
+        self.waiting_for_a_lock = 0
+        self.most_waiting = 0
         self.open = asyncio.Event()
         self.open.set()
         self.cleanup = Cleanup("test")
         self.coalescer = Coalescer(
             self.cleanup,
             seconds,
-            apart=lambda error: isinstance(error, ValueError),
+            apart=lambda error: isinstance(error, ValueError | BlockingIOError),
+            held=lambda error: isinstance(error, BlockingIOError),
+            places=lambda: 2,
             failed=lambda kind, item, error: NotFound(f"{kind} {item}: {error}"),
         )
 
@@ -43,8 +48,13 @@ class Server:
 
     async def together(self, items: Sequence[Any]) -> Sequence[Any]:
         self.sent.append(list(items))
+        self.waiting_for_a_lock += len(items) == 1
+        self.most_waiting = max(self.most_waiting, self.waiting_for_a_lock)
         await asyncio.sleep(0.002)
         await self.open.wait()
+        self.waiting_for_a_lock -= len(items) == 1
+        if self.locked.intersection(items):
+            raise BlockingIOError("another transaction holds a row")
         if "evil" in items:
             raise ValueError("one of them is evil")
         if "down" in items:
@@ -89,6 +99,56 @@ async def test_one_evil_does_not_hurt_the_others(server: Server) -> None:
     assert [answers[0], answers[1], answers[3]] == ["first", "a", "b"]
     assert isinstance(answers[2], NotFound)
     assert str(answers[2]) == "get evil: evil"
+
+
+async def test_held_rows_keep_only_their_own_waiting_and_few_connections(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_coalescing, "_PAUSE", 0.0)
+    server.locked = set(range(10, 20))
+    asked = [server.ask(number) for number in range(30)]
+    free = [task for number, task in enumerate(asked) if number not in server.locked]
+    async with asyncio.timeout(20):
+        await asyncio.gather(*free)
+        assert not any(asked[number].done() for number in server.locked)
+        assert server.most_waiting == 2
+        asked[10].cancel()  # nobody asks for it any more
+        server.locked = {10}
+        assert await asyncio.gather(*asked[11:20]) == list(range(11, 20))
+    await server.cleanup.drain(within=5)
+
+
+async def test_one_alone_in_a_statement_for_many_is_as_one_alone(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_coalescing, "_PAUSE", 0.0)
+    for item in ("held", "evil"):
+        server.locked = {"held"}
+        server.sent.clear()
+        asked = [server.ask("first", kind=item), server.ask(item, kind=item)]
+        assert await asked[0] == "first"
+        async with asyncio.timeout(20):
+            while len(server.sent) < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert server.sent[:2] == ["first", [item]]
+        server.locked.clear()
+        if item == "held":
+            assert await asked[1] == item
+        else:
+            with pytest.raises(NotFound, match="evil: evil"):  # as `alone` has it
+                await asked[1]
+
+
+async def test_who_waited_for_a_held_row_in_vain_has_done_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_coalescing, "_PAUSE", 60.0)
+    server = Server(seconds=0.1)
+    server.locked = {1}
+    asked = [server.ask(number) for number in range(3)]
+    assert [await asked[0], await asked[2]] == [0, 2]
+    with pytest.raises(DeadlineExceeded) as caught:
+        await asked[1]
+    assert not caught.value.outcome_unknown
+    await server.cleanup.drain(within=5)
 
 
 async def test_all_fail_with_what_concerns_all_each_with_an_error_of_its_own(server: Server) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,42 @@ async def test_killed_amid_a_load_of_saves(own_postgres: PostgresServer, tmp_pat
             assert path not in found, f"{path} has come back"
 
 
+@contextlib.asynccontextmanager
+async def another_makes_tables(server: PostgresServer) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    """Be a process that is making the table "other"; give a function that tells whether another one waits for that."""
+    connection = await asyncpg.connect(server.url)
+    await connection.execute("BEGIN")
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", 'aproxy-storage "other"')
+
+    async def waiting() -> bool:
+        text = "SELECT EXISTS (SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)"
+        found: bool = await connection.fetchval(text)
+        return found
+
+    try:
+        yield waiting
+    finally:
+        await connection.close()
+
+
 async def test_a_hanging_server_is_met_by_the_deadline(own_postgres: PostgresServer) -> None:
     meta = PostgresMetaBackend(own_postgres.url, timeouts=Timeouts(operation=1.0, cleanup=1.0))
     backend = PostgresBackend(own_postgres.url, timeouts=Timeouts(operation=1.0, idle=1.0, cleanup=1.0))
-    async with meta, backend:
+    other = PostgresMetaBackend(own_postgres.url, table="other", timeouts=Timeouts(operation=1.0, cleanup=1.0))
+    async with meta, backend, contextlib.aclosing(other), another_makes_tables(own_postgres) as others_waiting:
         record = await meta.create(make_record("a"))
         await backend.write("a", BIG)
         async with backend.read("a") as reader:
             await anext(reader)
+            in_the_middle = asyncio.ensure_future(other.setup())
+            while not (in_the_middle.done() or await others_waiting()):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
             own_postgres.pause()
             try:
                 async with asyncio.timeout(30):
                     calls: list[Any] = [
+                        in_the_middle,
+                        other.get("a"),
                         meta.get("a"),
                         meta.exists("a"),
                         meta.update("a", {"version": 1}, expect=record.revision),

@@ -16,8 +16,17 @@ from typing import Any
 import asyncpg
 import pytest
 
-from aproxy_storage import AccessDenied, Backend, BackendUnavailable, ConfigurationError, MetaBackend, ProxyStorage
+from aproxy_storage import (
+    AccessDenied,
+    AlreadyExists,
+    Backend,
+    BackendUnavailable,
+    ConfigurationError,
+    MetaBackend,
+    ProxyStorage,
+)
 from aproxy_storage.backends.postgres import PostgresBackend
+from aproxy_storage.clients.postgres import map_error, undid_itself
 from aproxy_storage.config import meta_backend_from_url, original_from_url
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
@@ -158,6 +167,104 @@ asyncio.run(main())
     command = [sys.executable, "-c", script, postgres_url, postgres_table]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# -- prepared statements behind a pooler
+
+
+@pytest.mark.asyncio
+async def test_no_two_connections_call_their_statements_the_same(
+    postgres_url: str, postgres_table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a pooler that passes connections on lets one process execute what another one has prepared."""
+    named: list[set[str]] = []
+    for _ in range(2):
+        monkeypatch.setattr("asyncpg.connection._uid", 0)  # as in another process
+        meta = PostgresMetaBackend(postgres_url, table=postgres_table)
+        async with meta, meta._database.use() as connection:
+            rows = await connection.fetch("SELECT name FROM pg_prepared_statements")
+            named.append({row["name"] for row in rows})
+    assert all(named)
+    assert not named[0] & named[1]
+
+
+@both
+@pytest.mark.asyncio
+async def test_a_pooler_without_prepared_statements_is_named(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection, kind: type[Any], call: Any
+) -> None:
+    async with kind(postgres_url, table=postgres_table) as backend:
+        await call(backend)
+        async with backend._database.use() as connection:
+            await connection.execute("DEALLOCATE ALL")  # as on a server connection that is another's
+        with pytest.raises(ConfigurationError, match=r"statement_cache_size.*max_prepared_statements") as caught:
+            await call(backend)
+        assert not caught.value.outcome_unknown
+
+
+def test_a_statement_of_somebody_else_is_the_fault_of_a_pooler() -> None:
+    for fields in ({"C": "42P05"}, {"C": "26000"}, {"C": "08P01", "R": "exec_bind_message"}):
+        native = asyncpg.PostgresError.new({**fields, "M": "prepared statement"})
+        error = map_error(native, "get")
+        assert isinstance(error, ConfigurationError)
+        assert "max_prepared_statements" in str(error)
+        assert not error.outcome_unknown
+        assert not undid_itself(native)
+    assert isinstance(map_error(asyncpg.PostgresError.new({"C": "08P01", "M": "x"}), "get"), BackendUnavailable)
+
+
+# -- another isolation by default
+
+
+async def waits(behind: asyncpg.Connection, name: str, count: int = 1) -> None:
+    """Wait until so many connections of the application `name` wait for a lock."""
+    text = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = $1"
+    async with asyncio.timeout(20):
+        while await behind.fetchval(text, name) < count:
+            await asyncio.sleep(0.001)
+            await behind.execute("SELECT pg_stat_clear_snapshot()")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+async def test_any_isolation_may_be_the_default(
+    postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection, isolation: str
+) -> None:
+    settings = {"default_transaction_isolation": isolation, "application_name": postgres_table}
+    options: dict[str, Any] = {"table": postgres_table, "connect_options": {"server_settings": settings}}
+    metas = [PostgresMetaBackend(postgres_url, **options) for _ in range(2)]
+    backend = PostgresBackend(postgres_url, **{**options, "table": f"{postgres_table}o"})
+    behind = postgres_behind
+    try:
+        # Of two that make the table, the second sees what the first has made.
+        lock = "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))"
+        async with behind.transaction():
+            await behind.execute(lock, f'aproxy-storage "{postgres_table}"')
+            made = [asyncio.ensure_future(meta.setup()) for meta in metas]
+            await waits(behind, postgres_table, 2)
+        await asyncio.gather(*made)
+        # What somebody has changed meanwhile is changed again.
+        await metas[0].create(make_record("a"))
+        async with behind.transaction():
+            await behind.execute(f"""UPDATE "{postgres_table}" SET size = 1""")
+            changed = asyncio.ensure_future(metas[0].update("a", {"name": "x"}))
+            await waits(behind, postgres_table)
+        record = await changed
+        assert (record.size, record.name) == (1, "x")
+        # A key that somebody has taken meanwhile is taken, for files of every size.
+        await backend.setup()
+        for content in (b"x", b"x" * 600_000):
+            async with behind.transaction():
+                await behind.execute(f"""INSERT INTO "{backend.table}" (key, size, chunk_bytes) VALUES ('k', 0, 1)""")
+                written = asyncio.ensure_future(backend.write("k", content))
+                await waits(behind, postgres_table)
+            with pytest.raises(AlreadyExists):
+                await written
+            await backend.discard("k")
+    finally:
+        for one in (*metas, backend):
+            await one.aclose()
+        await behind.execute(f'DROP TABLE IF EXISTS "{backend.table}", "{backend.table}_chunks"')
 
 
 # -- durability

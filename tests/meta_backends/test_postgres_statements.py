@@ -145,24 +145,40 @@ async def test_values_that_cannot_be_kept_fail_alone(meta: PostgresMetaBackend) 
     assert [isinstance(answer, StorageError) for answer in changed] == [number == 3 for number in range(10)]
 
 
-async def test_a_row_that_a_transaction_holds_keeps_only_its_own_waiting(
-    meta: PostgresMetaBackend,
+async def test_rows_that_a_transaction_holds_keep_only_their_own_waiting(
+    postgres_url: str,
+    postgres_table: str,
     postgres_behind: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await meta.create_many([make_record(f"{number:02}") for number in range(30)])
-    transaction = postgres_behind.transaction()
-    await transaction.start()
-    await postgres_behind.execute(f"""INSERT INTO "{meta.table}" (path) VALUES ('held')""")
-    await postgres_behind.execute(f"""UPDATE "{meta.table}" SET size = 1 WHERE path = '15'""")
-    held = asyncio.ensure_future(meta.create(make_record("held")))
-    creates = [held, *(asyncio.ensure_future(meta.create(make_record(f"new{number}"))) for number in range(30))]
-    updates = [asyncio.ensure_future(meta.update(f"{number:02}", {"size": 2})) for number in range(30)]
-    waiting = {held, updates[15]}
-    await asyncio.wait({*creates, *updates} - waiting, timeout=20)
-    assert {task for task in (*creates, *updates) if not task.done()} == waiting
-    await transaction.rollback()
-    assert (await held).path == "held"
-    assert (await updates[15]).size == 2
+    monkeypatch.setattr(_postgres_sql, "_HURRY", _postgres_sql._HURRY.replace("500ms", "50ms"))
+    async with PostgresMetaBackend(postgres_url, table=postgres_table, max_connections=4) as meta:
+        await meta.create_many([make_record(f"{number:02}") for number in range(30)])
+        transaction = postgres_behind.transaction()
+        await transaction.start()
+        await postgres_behind.execute(f"""INSERT INTO "{meta.table}" (path) VALUES ('held')""")
+        await postgres_behind.execute(f"""UPDATE "{meta.table}" SET size = 1 WHERE path BETWEEN '15' AND '19'""")
+        held = asyncio.ensure_future(meta.create(make_record("held")))
+        creates = [held, *(asyncio.ensure_future(meta.create(make_record(f"new{number}"))) for number in range(30))]
+        updates = [asyncio.ensure_future(meta.update(f"{number:02}", {"size": 2})) for number in range(30)]
+        waiting = {held, *updates[15:20]}  # more than there are connections
+        await asyncio.wait({*creates, *updates} - waiting, timeout=20)
+        assert {task for task in (*creates, *updates) if not task.done()} == waiting
+        assert await meta.exists("held") is False
+        await transaction.rollback()
+        assert (await held).path == "held"
+        assert {record.size for record in await asyncio.gather(*updates)} == {2}
+
+
+async def test_one_that_goes_alone_after_company_is_as_one_alone(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    await meta.create_many([make_record(path) for path in ("a", "b", "taken")])
+    first, second = await asyncio.gather(
+        meta.update("a", {"path": "c"}), meta.update("b", {"path": "taken"}), return_exceptions=True
+    )
+    assert isinstance(first, MetaRecord)
+    assert isinstance(second, AlreadyExists)
 
 
 async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails(
@@ -180,6 +196,34 @@ async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails
     answers = await meta.create_many([make_record(path) for path in ("a", "taken", "b")])
     assert [type(answer) for answer in answers] == [MetaRecord, DeadlineExceeded, MetaRecord]
     assert answers[1].path == "taken"
+
+
+@pytest.mark.parametrize("company", [0, 3])
+async def test_a_trigger_that_swallows_rows_is_named(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection, company: int
+) -> None:
+    await meta.create(make_record("there"))
+    await postgres_behind.execute(f"""
+        CREATE FUNCTION {meta.table}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER swallow BEFORE INSERT ON "{meta.table}" FOR EACH ROW WHEN (NEW.path LIKE 'x%')
+            EXECUTE FUNCTION {meta.table}()""")
+    try:
+        reservation, spare = make_reservation("x")
+        others = [meta.create(make_record(f"x{number}")) for number in range(company)]
+        others += [meta.create(make_record(f"good{number}")) for number in range(company)]
+        answers = await asyncio.gather(
+            meta.create(make_record("xy")),
+            meta.reserve(reservation, lease=60.0, spare=spare),
+            *others,
+            return_exceptions=True,
+        )
+        for answer in answers[: 2 + company]:
+            assert isinstance(answer, NotSupported), repr(answer)
+            assert "trigger" in str(answer)
+        assert all(isinstance(answer, MetaRecord) for answer in answers[2 + company :])
+        assert isinstance((await meta.create_many([make_record("xz")]))[0], NotSupported)
+    finally:
+        await postgres_behind.execute(f"DROP FUNCTION {meta.table} CASCADE")
 
 
 # -- reserve
@@ -292,6 +336,20 @@ async def test_a_table_of_another_program(
         page = meta._sql.page(inclusive=True, bounded=False)
         plan = await postgres_behind.fetch(f"EXPLAIN {page}", "a", None, None, 10)
         assert f"{postgres_table}_order" in str(plan), plan
+
+
+async def test_an_index_that_is_not_valid_is_named(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    """As CREATE INDEX CONCURRENTLY leaves it when it fails."""
+    index = f"{meta.table}_unfinished"
+    await postgres_behind.execute(
+        f"""UPDATE pg_index SET indisvalid = false WHERE indexrelid = '"{index}"'::regclass"""
+    )
+    with pytest.raises(ConfigurationError, match=f'DROP INDEX "{index}"'):
+        await meta.setup()
+    await postgres_behind.execute(f'DROP INDEX "{index}"')
+    await meta.setup()
 
 
 async def test_names_are_checked() -> None:
