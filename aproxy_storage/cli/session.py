@@ -168,7 +168,10 @@ class Session:
 
     def _stopped(self, why: str) -> None:
         done = self.tally.sentence() or "nothing was done"
-        self.out.problem(f"{why}: {done}; what was under way is undone. The same command again goes on from here.")
+        self.out.problem(
+            f"{why}: {done}; what was under way is undone, or done. The same command again goes on from here; it says"
+            " until when a path is taken about which a service has not answered."
+        )
 
 
 _Config = Annotated[
