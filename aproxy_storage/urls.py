@@ -14,6 +14,7 @@ What a driver understands itself is left to it::
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,10 @@ class URL:
             if name in target:
                 raise ConfigurationError(f"{self} gives the parameter {name!r} twice")
             try:
-                target[name] = convert(value)
+                converted = convert(value)
+                if isinstance(converted, float) and not math.isfinite(converted):
+                    raise _WrongValue("a finite number expected")
+                target[name] = converted
             except ValueError as error:
                 expected = str(error) if isinstance(error, _WrongValue) else f"{convert.__name__} expected"
                 raise ConfigurationError(f"{self}: {name}: {expected}") from None
