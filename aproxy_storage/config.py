@@ -123,7 +123,7 @@ def find_file() -> Path | None:
     named = os.environ.get("APROXY_CONFIG")
     if named:
         return Path(named)
-    return Path(FILE) if Path(FILE).is_file() else None
+    return Path(FILE) if os.path.lexists(FILE) else None  # one that cannot be read is an error, not another storage
 
 
 def load(path: str | os.PathLike[str] | None = None) -> dict[str, ProxyStorage]:
