@@ -57,6 +57,8 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy --strict
 bench: $(STAMP) ## compare with hand-made floors and django-proxy-storage (BENCH_ARGS="--only small --rounds 5")
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
 
-clean: ## remove .venv and everything that the other targets made
-	rm -rf aproxy-data .venv .venv-3.13 dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+# Not what users keep here: ./aproxy-data, and the uploads of the example site.
+clean: ## remove .venv, build, dist, what coverage measured, and caches
+	rm -rf .venv .venv-3.13 dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find .ci aproxy_storage sync_bridge tests benchmarks docs examples -path examples/django_project/var -prune \
+		-o -name __pycache__ -type d -prune -exec rm -rf {} +

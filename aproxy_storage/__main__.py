@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -9,6 +10,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; without the extra ``cli``, say how to install it and exit with 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell; its number must not become that of a file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         from .cli.app import app
     except ModuleNotFoundError as error:

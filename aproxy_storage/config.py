@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import math
 import os
 import pkgutil
 import re
@@ -23,6 +24,7 @@ from urllib.parse import quote
 from . import errors
 from .backends.base import Backend
 from .breaker import Breaker
+from .digest import hash_constructor
 from .errors import ConfigurationError, MissingDependency, StorageError
 from .fallback import Original
 from .meta_backends.base import MetaBackend
@@ -121,7 +123,7 @@ def find_file() -> Path | None:
     named = os.environ.get("APROXY_CONFIG")
     if named:
         return Path(named)
-    return Path(FILE) if Path(FILE).is_file() else None
+    return Path(FILE) if os.path.lexists(FILE) else None  # one that cannot be read is an error, not another storage
 
 
 def load(path: str | os.PathLike[str] | None = None) -> dict[str, ProxyStorage]:
@@ -236,6 +238,10 @@ class _File:
         }
         if options.get("checksum") == "none":
             options["checksum"] = None
+        elif "checksum" in options:
+            self._attempt((*at, "checksum"), lambda: hash_constructor(options["checksum"]))
+        if options.get("max_path_bytes", 1) < 1:
+            raise self._wrong((*at, "max_path_bytes"), "max_path_bytes must be at least 1")
         if "timeouts" in table:
             options["timeouts"] = self._timeouts((*at, "timeouts"), table["timeouts"])
         if "placement" in table:
@@ -328,7 +334,7 @@ class _File:
     def _placement(self, at: tuple[str, ...], given: Any) -> Placement:
         table = self._table(at, given)
         policy = table.get("policy")
-        if policy not in PLACEMENTS:
+        if not isinstance(policy, str) or policy not in PLACEMENTS:
             known = ", ".join(f'"{name}"' for name in sorted(PLACEMENTS))
             raise self._wrong(at, f"placement needs a policy, one of {known}: placement = {{policy = …}}")
         cls = _import(PLACEMENTS[policy])
@@ -336,7 +342,8 @@ class _File:
         self._only(at, options, set(inspect.signature(cls).parameters))
         # TOML has no null: "none" stands for it, as it does in timeouts.
         options = {name: None if value == "none" else value for name, value in options.items()}
-        if isinstance(breaker := options.get("breaker"), dict):
+        if (breaker := options.get("breaker")) is not None:
+            breaker = self._table((*at, "breaker"), breaker)
             self._only((*at, "breaker"), breaker, set(Breaker.__dataclass_fields__))
             options["breaker"] = self._attempt((*at, "breaker"), lambda: Breaker(**breaker))
         return cast(Placement, self._attempt(at, lambda: cls(**options)))
@@ -359,6 +366,8 @@ class _File:
     def _typed(self, at: tuple[str, ...], value: Any, kinds: tuple[type, ...]) -> Any:
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise self._wrong(at, f"{at[-1]} must be {_KINDS[kinds[-1]]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self._wrong(at, f"{at[-1]} must be a finite number")
         return value
 
     def _attempt(self, at: tuple[str, ...], make: Callable[[], T]) -> T:

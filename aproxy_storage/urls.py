@@ -14,11 +14,12 @@ What a driver understands itself is left to it::
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -29,10 +30,16 @@ __all__ = ["URL", "boolean", "choice", "mode", "optional", "redacted", "relative
 
 _LIMITS = {f"timeouts.{name}": name for name in Timeouts.__dataclass_fields__}
 
+#: Schemes of paths on this machine, in which nobody writes a password.
+_PATHS = ("file", "sqlite")
+
+#: Hosts with or without ports; what follows a colon and is no number is most likely a password.
+_HOSTS = re.compile(r"(?:(?:\[[^\]]*\]|[^:,\[\]]*)(?::\d*)?(?:,|$))*")
+
 _base: ContextVar[str | None] = ContextVar("aproxy_storage.urls.base", default=None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class URL:
     """A URL in its parts. `str` and `repr` hold neither the password nor any value of the query.
 
@@ -45,14 +52,14 @@ class URL:
         query: pairs in the order of the URL, unquoted.
     """
 
-    text: str = field(repr=False)
+    text: str
     scheme: str
     username: str | None = None
-    password: str | None = field(default=None, repr=False)
+    password: str | None = None
     host: str | None = None
     port: int | None = None
     path: str = ""
-    query: Sequence[tuple[str, str]] = field(default=(), repr=False)
+    query: Sequence[tuple[str, str]] = ()
 
     @classmethod
     def parse(cls, text: str) -> URL:
@@ -65,6 +72,9 @@ class URL:
         try:
             parts = urlsplit(text)
             several = "," in parts.netloc
+            hosts = parts.netloc.rpartition("@")[2].lower()
+            if several and not _HOSTS.fullmatch(hosts):
+                raise ValueError("a port that is no number")
             port = None if several else parts.port
             query = tuple(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
         except ValueError:
@@ -72,13 +82,12 @@ class URL:
                 f"cannot read the {scheme} URL: a port that is no number, or a query that is not name=value&…; in user"
                 " names and passwords, characters like / ? # @ : [ ] are written %2F %3F %23 %40 %3A %5B %5D"
             ) from None
-        host = parts.netloc.rpartition("@")[2].lower() if several else parts.hostname
         return cls(
             text,
             scheme,
             None if parts.username is None else unquote(parts.username),
             None if parts.password is None else unquote(parts.password),
-            host,
+            hosts if several else parts.hostname,
             port,
             unquote(parts.path),
             query,
@@ -86,6 +95,9 @@ class URL:
 
     def __str__(self) -> str:
         return redacted(self.text)
+
+    def __repr__(self) -> str:
+        return f"URL({redacted(self.text)!r})"
 
     def options(self, *, timeouts: bool = False, others: bool = False, **types: Callable[[str], Any]) -> dict[str, Any]:
         """Return the query as keyword arguments, each converted by the function that `types` gives for its name.
@@ -118,15 +130,19 @@ class URL:
             if name in target:
                 raise ConfigurationError(f"{self} gives the parameter {name!r} twice")
             try:
-                target[name] = convert(value)
+                converted = convert(value)
+                if isinstance(converted, float) and not math.isfinite(converted):
+                    raise _WrongValue("a finite number expected")
+                target[name] = converted
             except ValueError as error:
                 expected = str(error) if isinstance(error, _WrongValue) else f"{convert.__name__} expected"
-                raise ConfigurationError(f"{self}: {name}={value!r}: {expected}") from None
-        if limits:
+                raise ConfigurationError(f"{self}: {name}: {expected}") from None
+        for name, seconds in limits.items():
             try:
-                found["timeouts"] = Timeouts(**{_LIMITS[name]: value for name, value in limits.items()})
-            except ValueError as error:
-                raise ConfigurationError(f"{self}: {error}") from None
+                found["timeouts"] = found.get("timeouts", Timeouts()).but(**{_LIMITS[name]: seconds})
+            except ValueError:
+                or_none = "" if name == "timeouts.cleanup" else ", or none"
+                raise ConfigurationError(f"{self}: {name}: a positive number of seconds expected{or_none}") from None
         return found
 
     def rest(self, *names: str) -> str:
@@ -188,23 +204,34 @@ def relative_to(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def redacted(text: str) -> str:
-    """Return a URL fit to be shown: without password, values of the query, and fragment."""
+    """Return a URL fit to be shown: without password, values of the query, and fragment.
+
+    Of one that may be mistyped, only what stands before a password is shown, at least the scheme.
+    """
     try:
-        scheme_of(text)
+        scheme = scheme_of(text)
     except ConfigurationError:
         return "(not a URL)"
     address, _, fragment = text.partition("#")
     head, question, query = address.partition("?")
-    names = "&".join(pair.partition("=")[0] + "=***" for pair in query.split("&")) if query else ""
+    names = "&".join(_without_value(pair) for pair in query.split("&")) if query else ""
     before, slashes, rest = head.partition("//")
-    if slashes and not rest.startswith("/"):
-        user, at, place = rest.rpartition("@")
-        if "/" in user or "@" in names + fragment:
-            # Most likely a password with a / ? or # in it: from here on nothing is sure to be no part of it.
-            return before + "//***"
-        name, colon, _ = user.partition(":")
-        rest = name + (colon and ":***") + at + place
-    return before + slashes + rest + question + names
+    authority, slash, path = rest.partition("/")
+    user, at, hosts = authority.rpartition("@")
+    if not slashes or not authority:
+        # No place for a password. If there seems to be one, it came there by a slash too few or too many.
+        if scheme not in _PATHS and re.search("[:@]", head[len(scheme) + 1 :] + query + fragment):
+            return f"{scheme}:***"
+    elif "@" in user + path + query + fragment or not _HOSTS.fullmatch(hosts):
+        # Most likely a password with a / ? # or @ in it: from here on nothing is sure to be no part of it.
+        return f"{before}//***"
+    name, colon, _ = user.partition(":")
+    return before + slashes + name + (colon and ":***") + at + hosts + slash + path + question + names
+
+
+def _without_value(pair: str) -> str:
+    name, equals, _ = pair.partition("=")
+    return f"{name}=***" if equals else "***"
 
 
 # -- converters: functions of one text that raise ValueError

@@ -68,7 +68,8 @@ class Writing(Swapping):
                 continue
             except BaseException as error:
                 if outcome_unknown(error):
-                    await self._finish(storage.journal.undo(record, certain=False), "undo of a reservation")
+                    undo = storage.journal.undo(record, certain=storage.meta.in_order)
+                    await self._finish(undo, "undo of a reservation")
                 raise
             if reserved is None:
                 return await self._store_in_transaction(

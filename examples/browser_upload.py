@@ -9,6 +9,7 @@ POST (SeaweedFS has one for all).
 
 import os
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,13 +18,17 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from aproxy_storage import NotFound
+from aproxy_storage import InvalidPath, NotFound
 from aproxy_storage.config import storage_from_urls
 
 MAX_BYTES = 100_000_000
 
 storage = storage_from_urls(os.environ["S3_URL"], os.environ.get("META_URL", "sqlite:uploads.sqlite3"))
-begun: dict[str, str] = {}  # a secret of the browser that has begun an upload -> its path; yours: the user's session
+FORM_SECONDS = 600  # in which an upload must begin
+KEPT_SECONDS = 86_400  # in which it must be finished
+
+# A secret of the browser that has begun an upload -> when, and its path; yours: the user's session.
+begun: dict[str, tuple[float, str]] = {}
 
 PAGE = """<!doctype html>
 <meta charset="utf-8"><title>Upload</title>
@@ -66,26 +71,36 @@ async def page(request: Request) -> Response:
 async def begin(request: Request) -> Response:
     asked = await request.json()
     upload = await storage.begin_upload(
-        asked["name"], max_bytes=MAX_BYTES, content_type=asked["type"] or "application/octet-stream", expires_in=600
+        asked["name"],
+        max_bytes=MAX_BYTES,
+        content_type=asked["type"] or "application/octet-stream",
+        expires_in=FORM_SECONDS,
     )
-    secret = secrets.token_urlsafe()
-    begun[secret] = upload.path
+    secret, now = secrets.token_urlsafe(), time.monotonic()
+    while begun and now - begun[oldest := next(iter(begun))][0] > KEPT_SECONDS:
+        del begun[oldest]
+    begun[secret] = now, upload.path
     return JSONResponse({"secret": secret, "url": upload.form.url, "fields": dict(upload.form.fields)})
 
 
 async def finish(request: Request) -> Response:
-    path = begun.get((await request.json())["secret"])
+    _, path = begun.get((await request.json())["secret"], (0.0, None))
     if path is None:
         return Response("there is no such upload", 404)
-    try:
-        record = await storage.finish_upload(path)
-    except NotFound as error:
-        return Response(str(error), 404)
+    record = await storage.finish_upload(path)
     return JSONResponse({"path": record.path, "size": record.size})
 
 
 async def download(request: Request) -> Response:
     return RedirectResponse(await storage.url(request.path_params["path"], expires_in=60))
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    return Response("there is no such file", 404)
+
+
+async def bad_name(request: Request, error: Exception) -> Response:
+    return Response("no file can have this name", 400)
 
 
 @asynccontextmanager
@@ -101,5 +116,6 @@ app = Starlette(
         Route("/finish", finish, methods=["POST"]),
         Route("/files/{path:path}", download),
     ],
+    exception_handlers={NotFound: not_found, InvalidPath: bad_name},
     lifespan=lifespan,
 )

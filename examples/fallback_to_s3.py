@@ -3,16 +3,17 @@
     python examples/fallback_to_s3.py                                    # two directories
     python examples/fallback_to_s3.py --second 's3://KEY:SECRET@bucket?endpoint_url=http://localhost:8333'
 
-Uploads go to ./aproxy-fallback/first; after a third of them that directory is removed, as an unmounted disk is gone,
-and after two thirds it is back. No upload fails, and at the end every file is read back and compared.
+Uploads go to ./aproxy-fallback/first (--data DIR: to DIR/first); ./aproxy-fallback must not be there yet. After a third
+of them first is taken away, as an unmounted disk is gone, and after two thirds it is back. No upload fails, and at the
+end every file is read back and compared.
 """
 
 import argparse
 import asyncio
 import collections
-import shutil
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from aproxy_storage import Attempt, Breaker, Fallback, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
@@ -27,7 +28,6 @@ async def upload(storage: ProxyStorage, number: int) -> str:
 
 
 async def main(data: Path, second: str, count: int) -> bool:
-    data.mkdir(parents=True, exist_ok=True)
     first = data / "first"
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
 
@@ -74,9 +74,13 @@ async def main(data: Path, second: str, count: int) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Take the first store away while uploads run.")
-    parser.add_argument("--second", default="file:aproxy-fallback/second", metavar="URL", help="of the second original")
+    parser.add_argument("--second", metavar="URL", help="of the second original; a directory in DIR unless given")
     parser.add_argument("--count", type=int, default=90, metavar="N", help="uploads")
-    parser.add_argument("--data", type=Path, default=Path("aproxy-fallback"), metavar="DIR", help="made anew each time")
+    parser.add_argument("--data", type=Path, default=Path("aproxy-fallback"), metavar="DIR", help="must not exist yet")
     options = parser.parse_args()
-    shutil.rmtree(options.data, ignore_errors=True)
-    sys.exit(0 if asyncio.run(main(options.data, options.second, options.count)) else 1)
+    try:
+        options.data.mkdir(parents=True)
+    except FileExistsError:
+        parser.error(f"{options.data} is there already; remove it, or name another directory with --data")
+    second = options.second or f"file:{quote(str(options.data / 'second'))}"
+    sys.exit(0 if asyncio.run(main(options.data, second, options.count)) else 1)

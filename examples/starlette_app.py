@@ -29,11 +29,13 @@ storage = next(iter(load().values()))  # $APROXY_CONFIG, ./aproxy.toml, or ./apr
 async def upload(request):
     """PUT a new file. The body is streamed; a taken path gives the next free one, which Location names."""
     length = request.headers.get("content-length")
+    if length is not None and not re.fullmatch("[0-9]{1,18}", length):
+        raise HTTPException(400)
     try:
         path = await storage.save(
             request.path_params["path"],
             request.stream(),
-            size=int(length) if length else None,  # a body that ends too early is no file
+            size=None if length is None else int(length),  # a body that ends too early is no file
             content_type=request.headers.get("content-type"),
         )
     except ContentError as error:
@@ -75,14 +77,19 @@ async def download(request):
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers)
     # Opened before the answer begins, so that what is gone is an error and no answer cut short.
-    file = await storage.open(record, byte_range=part)
+    return OpenFileResponse(await storage.open(record, byte_range=part), status_code=status, headers=headers)
 
-    async def body():
-        async with file:
-            async for chunk in file:
-                yield chunk
 
-    return StreamingResponse(body(), status_code=status, headers=headers)
+class OpenFileResponse(StreamingResponse):
+    """Sends an open file, and closes it also where the client is gone before the first chunk is asked for."""
+
+    def __init__(self, file, **options):
+        super().__init__(file, **options)
+        self.file = file
+
+    async def __call__(self, scope, receive, send):
+        async with self.file:
+            await super().__call__(scope, receive, send)
 
 
 async def remove(request):
@@ -92,7 +99,7 @@ async def remove(request):
 
 def parse_range(text, size):
     """Return the one range that is asked for; None for none, for several and for what cannot be understood."""
-    found = re.fullmatch(r"bytes=(\d*)-(\d*)", text.replace(" ", ""))
+    found = re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", text.replace(" ", ""))
     if not found or not (found[1] or found[2]):
         return None
     first, last = found.groups()

@@ -1,6 +1,8 @@
 """What a public repository is expected to have: CI with the targets that developers run, templates, a way to report."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -37,3 +39,17 @@ def test_issue_templates_are_forms(name: str) -> None:
     assert {"name", "description", "body"} <= form.keys()
     ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
     assert len(ids) == len(set(ids))
+
+
+def test_make_clean_leaves_what_users_keep_here(tmp_path: Path) -> None:
+    """The storage without configuration, where the quickstart puts files, and the uploads of the example site."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = ["aproxy-data/records.sqlite3", "aproxy-data/files/src/__pycache__/a.pyc", "files/__pycache__/a.pyc",
+            "examples/django_project/var/media/__pycache__/a.pyc"]  # fmt: skip
+    gone = [".venv/x", "build/docs/x", "aproxy_storage/__pycache__/a.pyc", "tests/cli/__pycache__/a.pyc"]
+    for name in kept + gone + [f"{name}/.x" for name in (".ci", "sync_bridge", "benchmarks", "docs")]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert [name for name in kept if not (tmp_path / name).exists()] == []
+    assert [name for name in gone if (tmp_path / name).exists()] == []

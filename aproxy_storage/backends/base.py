@@ -80,6 +80,8 @@ class Backend(abc.ABC):
     """
 
     capabilities: Capabilities
+    #: The address of the service, where one is given: in two services the same `full_path` names two objects.
+    endpoint: str | None = None
     #: True where every hook keeps its own deadlines, because a timer per call would cost more than the call.
     keeps_deadlines: ClassVar[bool] = False
     #: True where all that waits is done by `Workers`, so that a thread that may block can do it (see `blocking`). Each

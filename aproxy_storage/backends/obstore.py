@@ -128,6 +128,8 @@ class ObstoreBackend(Backend):
         self._sorts = kind.sorts and flat_listings
         self._memory_bytes = memory_bytes
         self._min_rate = min_rate
+        known = config if ready is None else getattr(ready, "config", None) or {}
+        self.endpoint = known.get("endpoint") or known.get("account_name")
         self._made = Made(kind, ready, name, config, self.timeouts)
         self._workers = Workers(f"temporary files of {self}", 4, share=1)
 

@@ -183,6 +183,7 @@ class S3Backend(Backend):
         if querystring_auth and custom_domain is None and expires_in > MAX_EXPIRY:
             raise ConfigurationError(f"expires_in={expires_in:g}: {_TOO_LONG}")
         self.bucket = bucket
+        self.endpoint = endpoint_url
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
         super().__init__(timeouts=timeouts)
         self.capabilities = replace(

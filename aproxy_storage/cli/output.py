@@ -184,7 +184,7 @@ class Output:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self.terminal = self._console.is_terminal
 
     def line(self, text: str) -> None:
@@ -193,7 +193,9 @@ class Output:
 
     def json(self, value: dict[str, Any]) -> None:
         """Write one line of JSON; instants in ISO 8601."""
-        self.line(json.dumps(value, ensure_ascii=False, default=_plain))
+        # What another encoding cannot show would be written in escapes that are none of JSON.
+        ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        self.line(json.dumps(value, ensure_ascii=ascii_only, default=_plain))
 
     def done(self, action: str, path: str, *, told: bool = False, **fields: Any) -> None:
         """Tell what became of one file.

@@ -73,7 +73,12 @@ class Session:
             return {name: storage_from_urls(original, meta, name=name)}
         if original is not None or meta is not None:
             raise ConfigurationError("--original and --meta go together")
-        if self._config is None and find_file() is None and not self._creates and not os.path.isdir(EMBEDDED):
+        found = self._config or find_file()
+        if found is None and self._name not in (None, "default"):
+            raise ConfigurationError(
+                f"there is no storage {self._name!r}: no APROXY_CONFIG and no ./aproxy.toml; name a file with --config"
+            )
+        if found is None and not self._creates and not os.path.isdir(EMBEDDED):
             raise ConfigurationError(
                 f"there is no storage here: no APROXY_CONFIG, no ./aproxy.toml and no ./{EMBEDDED}; name one with"
                 " --config or --original and --meta, or begin one with: aproxy put FILE"
@@ -140,6 +145,7 @@ class Session:
         """
         try:
             asyncio.run(self._main(work))
+            sys.stdout.flush()
         except StorageError as error:
             self.out.problem(reason(error))
             return WRONG if isinstance(error, ConfigurationError) else FAILED
@@ -150,11 +156,19 @@ class Session:
             self._stopped("told to stop")
             return TERMINATED
         except BrokenPipeError:
-            # Whoever read our output has had enough. Nothing may be flushed there at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._give_up_output()  # whoever read it has had enough
             return PIPE_CLOSED
+        except OSError as error:  # a storage, and a local file, has a StorageError
+            self._give_up_output()
+            self.out.problem(f"could not write the output: {error.strerror}; what was under way is undone, or done")
+            return FAILED
         self.out.summary(self.tally)
         return FAILED if self.tally.failed else 0
+
+    @staticmethod
+    def _give_up_output() -> None:
+        """Let nothing be flushed to standard output at exit."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     async def _main(self, work: Callable[[Session], Awaitable[None]]) -> None:
         task = asyncio.current_task()
@@ -168,7 +182,10 @@ class Session:
 
     def _stopped(self, why: str) -> None:
         done = self.tally.sentence() or "nothing was done"
-        self.out.problem(f"{why}: {done}; what was under way is undone. The same command again goes on from here.")
+        self.out.problem(
+            f"{why}: {done}; what was under way is undone, or done. The same command again goes on from here; it says"
+            " until when a path is taken about which a service has not answered."
+        )
 
 
 _Config = Annotated[

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated
 
 import typer
@@ -61,7 +62,9 @@ class _Item:
 
 async def put(
     session: Session,
-    sources: Annotated[list[Path], typer.Argument(metavar="FILE", help="Files; - is standard input.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE", help="Files; - is standard input, ./- a file of that name.")
+    ],
     to: Annotated[
         str | None,
         typer.Option("--to", "-t", metavar="PATH", help="Path of a single one; of several, or with a / at its end, "
@@ -89,12 +92,12 @@ async def put(
         storage.get_original(using)
     with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
         await storage.tidy()
-    if Path("-") in sources:
-        if sources != [Path("-")] or not to or to.endswith("/"):
+    if "-" in sources:
+        if sources != ["-"] or not to or to.endswith("/"):
             raise ConfigurationError("standard input goes alone and needs a path: aproxy put - --to PATH")
         await _put_stdin(session, storage, to, on_conflict, using)
         return
-    wanted = named(sources, to)
+    wanted = named([Path(source) for source in sources], to)
     spare = _own_places(storage)
 
     def files() -> Iterator[Local]:
@@ -279,13 +282,14 @@ async def get(
     session: Session,
     path: Annotated[str, typer.Argument(help="A path; with -r a directory, or . for everything.")],
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="File or directory to write to.", show_default=False),
+        str | None,
+        typer.Option("--output", "-o", metavar="FILE", help="File to write to; a directory, if it is one or ends in /.",
+                     show_default=False),
     ] = None,
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="All files below PATH.")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite local files with other bytes.")] = False,
     concurrency: Concurrency = 8,
-) -> None:
+) -> None:  # fmt: skip
     """Fetch a file, or a tree with -r; every checksum is verified.
 
     A local file appears when it is whole and verified. One that is there already with the same checksum is skipped.
@@ -294,15 +298,15 @@ async def get(
     if not recursive:
         record = await storage.get(path)
         name = record.path.rpartition("/")[2]
-        target = output or Path(name)
-        if await asyncio.to_thread(os.path.isdir, target):
+        target = Path(output or name)
+        if output and (output.endswith("/") or await asyncio.to_thread(os.path.isdir, output)):
             target = target_below(target, name)
         with session.out.progress("fetching", 1) as bar:
             action = await _get_one(storage, record, target, force, bar)
         session.did(action, path, record.size, told=True, file=str(target))
         return
     prefix = directory_prefix(storage, path)
-    root = output if output is not None else Path(prefix.rstrip("/").rpartition("/")[2] or ".")
+    root = Path(output) if output is not None else Path(prefix.rstrip("/").rpartition("/")[2] or ".")
 
     async def work(record: MetaRecord) -> tuple[str, Path]:
         target = target_below(root, record.path.removeprefix(prefix))
@@ -342,6 +346,7 @@ def directory_prefix(storage: ProxyStorage, path: str) -> str:
 
 async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, force: bool, bar: Bar) -> str:
     if await asyncio.to_thread(os.path.lexists, target):
+        target = await asyncio.to_thread(_followed, target)
         if await asyncio.to_thread(os.path.isfile, target) and await has_bytes_of(target, record):
             return "skipped"
         if not force:
@@ -357,6 +362,21 @@ async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, forc
     finally:
         draft.withdraw()
     return "fetched"
+
+
+def _followed(target: Path) -> Path:
+    """Return the file that `target` is or, as a link, leads to; a link that leads nowhere itself.
+
+    Raises:
+        AlreadyExists: it is a directory, a device or the like, which no file is put in the place of.
+    """
+    try:
+        status = target.stat()
+    except OSError:
+        return target
+    if not S_ISREG(status.st_mode):
+        raise AlreadyExists(f"{target} is there already, and is no regular file; cat writes to where > leads")
+    return target.resolve()
 
 
 # -- cat

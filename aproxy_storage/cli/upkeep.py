@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..backends.base import Backend
-from ..errors import ConfigurationError, StorageError
-from ..meta_backends.base import MetaBackend
+from ..errors import ConfigurationError, NotFound, StorageError
 from ..tools.reconcile import Report, reconcile
 from ..tools.verify import verify
 from .output import parse_duration, printable
@@ -69,6 +67,8 @@ async def verify_files(
                     assert result.value is not None
                     session.did("ok", result.item, result.value.size)
                 bar.advance(result.value.size if result.value is not None else 0)
+    if prefix and not session.tally.counts and not session.tally.failed:
+        raise NotFound(f"there is no file whose path begins with {prefix!r}: nothing was verified")
 
 
 async def reconcile_storage(

@@ -287,7 +287,10 @@ def _reason(error: BaseException) -> str:
 def _database_in(uri: str) -> str:
     if not uri.startswith(("mongodb://", "mongodb+srv://")):
         raise ConfigurationError(f"{redacted(uri)} is not a MongoDB URI; they begin with mongodb:// or mongodb+srv://")
-    name = URL.parse(uri).path.removeprefix("/")
+    parsed = URL.parse(uri)
+    if not parsed.host:
+        raise ConfigurationError(f"{redacted(uri)} names no host; write mongodb://user:password@host/name")
+    name = parsed.path.removeprefix("/")
     if not name:
         raise ConfigurationError(f"{redacted(uri)} names no database; add it as in mongodb://host/name")
     return name

@@ -366,6 +366,8 @@ def _name_of(dsn: str) -> str:
     url = URL.parse(dsn)
     if url.scheme not in ("postgresql", "postgres"):
         raise ConfigurationError(f"a PostgreSQL URL begins with postgresql://, not with {url.scheme}:")
+    if not dsn.partition(":")[2].startswith("//"):
+        raise ConfigurationError(f"{url}: after postgresql: come two slashes, postgresql://user:password@host/database")
     authority, _, rest = dsn.partition("?")[0].partition("//")[2].partition("/")
     if authority.count("@") > 1 or "@" in rest or "#" in dsn:
         raise ConfigurationError(

@@ -72,6 +72,9 @@ class MetaBackend(abc.ABC):
     keeps_deadlines: ClassVar[bool] = False
     #: As that of `Backend`.
     works_here: ClassVar[bool] = False
+    #: True where nothing lands late or twice: what was asked for and cancelled is done before what the same loop asks
+    #: for after it, or never.
+    in_order: ClassVar[bool] = False
     #: Where it works here: the roots of what its driver raises.
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = ()
     #: True where an answered write survives the loss of power.

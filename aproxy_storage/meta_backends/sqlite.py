@@ -75,6 +75,7 @@ class SQLiteMetaBackend(MetaBackend):
 
     keeps_deadlines: ClassVar[bool] = True
     works_here: ClassVar[bool] = True
+    in_order: ClassVar[bool] = True  # one thread writes, and a transaction is answered by the library, not by a server
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = (sqlite3.Error,)
 
     def __init__(

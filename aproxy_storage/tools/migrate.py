@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..backends.base import Backend
 from ..content import Source
-from ..errors import AlreadyExists, ContentError, NotFound, StorageError
+from ..errors import AlreadyExists, ConfigurationError, ContentError, NotFound, StorageError
 from ..proxy import ProxyStorage
 from ..records import PENDING, STORED, MetaRecord, ObjectInfo
 from .bulk import Result, run_many
@@ -61,12 +63,19 @@ async def copy_files(
     Memory: that of `concurrency` saves, and one page of the listing, however many names there are. If the caller stops
     or is cancelled, copies in flight are undone, and what was yielded is stored.
 
+    A directory, bucket or table of the target's that lies inside the source is left out, its SQLite database too.
+
     Raises (of the whole, not of a file):
+        ConfigurationError: the source is an original of the target, to which the files would go once more.
         StorageError: the source cannot be listed.
     """
     if on_conflict not in ("fail", "replace", "skip"):
         raise ValueError(f"on_conflict={on_conflict!r}: one of 'fail', 'replace', 'skip'")
-    origin: Any = _Records(source) if isinstance(source, ProxyStorage) else _Objects(source)
+    origin: Any
+    if isinstance(source, ProxyStorage):
+        origin = _Records(source)
+    else:
+        origin = _Objects(source, await asyncio.to_thread(_own_keys, source, target, using))
     work = _Copying(origin, target, using, on_conflict, verify)
     with contextlib.suppress(StorageError):  # what a killed run was amid, and whose lease is over, is in our way
         await target.tidy()
@@ -105,11 +114,14 @@ class _Records:
 class _Objects:
     """The objects of an original backend, of which nobody has kept records."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, left_out: _LeftOut) -> None:
         self.backend = backend
+        self.left_out = left_out
 
-    def list(self, prefix: str, after: str | None) -> AsyncIterator[ObjectInfo]:
-        return self.backend.list(prefix, after=after)
+    async def list(self, prefix: str, after: str | None) -> AsyncIterator[ObjectInfo]:
+        async for info in self.backend.list(prefix, after=after):
+            if not info.key.startswith(self.left_out.below) and info.key not in self.left_out.keys:
+                yield info
 
     def name(self, info: ObjectInfo) -> str:
         return info.key
@@ -249,6 +261,50 @@ async def why_taken(storage: ProxyStorage, path: str) -> AlreadyExists:
         " uses the storage, reconcile --apply --force frees it now",
         path=path,
     )
+
+
+class _LeftOut(NamedTuple):
+    """Objects of the source that are the target's: those whose key begins like one of `below`, and `keys`."""
+
+    below: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+def _own_keys(source: Backend, target: ProxyStorage, using: str | None) -> _LeftOut:
+    """Return what of `source` is the target's own.
+
+    Raises:
+        ConfigurationError: all are, and its copies would be among them.
+    """
+    here = _place(source)
+    below: list[str] = []
+    for name, original in target.originals.items():
+        there = _place(original)
+        if source is original or (here is not None and here == there):
+            if using in (None, name):
+                raise ConfigurationError(
+                    f"the source is the original {name!r} of the storage {target.name!r}: nothing has to be copied. "
+                    "ProxyStorage.adopt (manage.py proxystorage_adopt) gives its files records where they are; "
+                    "another original takes copies of them with using="
+                )
+        elif here is not None and there is not None and there[0] == here[0] and there[1].startswith(here[1]):
+            below.append(there[1].removeprefix(here[1]))
+    keys: tuple[str, ...] = ()
+    database = getattr(target.meta, "path", None)
+    if here is not None and isinstance(database, str) and os.path.realpath(database).startswith(here[1]):
+        key = os.path.realpath(database).removeprefix(here[1])
+        keys = (key, f"{key}-wal", f"{key}-shm")
+    return _LeftOut(tuple(below), keys)
+
+
+def _place(backend: Backend) -> tuple[str, str] | None:
+    """Return the service, and what the names of all objects begin with there; None where it cannot be told. Blocks."""
+    begin = backend.full_path("").removeprefix("file://")
+    if os.path.isabs(begin):
+        return "", os.path.join(os.path.realpath(begin), "")
+    if begin.startswith(("s3://", "gs://", "az://", "postgresql://", "django://")):
+        return (backend.endpoint or "").rstrip("/"), begin
+    return None
 
 
 # What services say of objects of which nobody has told them more.

@@ -60,3 +60,4 @@ def test_wrong_ends_are_named(run: Run, files: dict[str, bytes]) -> None:
     assert "no storage 'nonsense'" in run("copy", "live", "nonsense", code=2).err
     assert "both the storage" in run("copy", "live", "live", code=2).err
     assert "no original" in run("copy", "nonsense://x", "live", code=2).err
+    assert "ProxyStorage.adopt" in run("copy", "file:live", "live", code=2).err

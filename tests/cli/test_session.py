@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import io
+import json
 import os
 import pty
 import signal
@@ -18,7 +20,7 @@ from aproxy_storage.cli.output import Bar, Output, Tally, WatchedFile, duration,
 from aproxy_storage.cli.session import Session
 from tests.cli.conftest import Run, command, environment, stored, tree
 
-COMMANDS = ["cat", "cp", "demo", "get", "ls", "mv", "put", "reconcile", "rm", "stat", "verify"]
+COMMANDS = ["cat", "copy", "cp", "demo", "get", "health", "ls", "mv", "put", "reconcile", "rm", "stat", "verify"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -85,6 +87,20 @@ def test_one_named_default_is_the_default(run: Run) -> None:
     Path("a.txt").write_text("x")
     run("put", "a.txt")
     assert Path("d/a.txt").exists()
+
+
+def test_a_name_without_a_configuration_makes_nothing(run: Run, here: Path) -> None:
+    Path("a.txt").write_text("x")
+    assert "there is no storage 'nosuch'" in run("put", "a.txt", "-s", "nosuch", code=2).err
+    assert os.listdir() == ["a.txt"]
+    run("put", "a.txt", "-s", "default")
+
+
+def test_a_configuration_that_leads_nowhere_is_not_another_storage(run: Run, here: Path) -> None:
+    Path("a.txt").write_text("x")
+    os.symlink("unmounted/aproxy.toml", "aproxy.toml")
+    assert "cannot read the configuration aproxy.toml: No such file" in run("put", "a.txt", code=2).err
+    assert sorted(os.listdir()) == ["a.txt", "aproxy.toml"]
 
 
 # -- how it ends
@@ -207,6 +223,34 @@ def test_a_large_file_moves_the_bar_while_it_is_under_way(here: Path) -> None:
         assert len(moved) >= 5
         file.seek(0)
         assert sum(moved) == 0, "a second attempt begins anew"
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().failed("em/a:key:b[red].txt", BackendUnavailable("no :key: here"))
+    assert "failed  em/a:key:b[red].txt: no :key: here" in capsys.readouterr().err
+
+
+def test_json_is_valid_in_every_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("utf-8", "latin-1", "ascii"):
+        written = io.BytesIO()
+        stream = io.TextIOWrapper(written, encoding=encoding, errors="backslashreplace")
+        monkeypatch.setattr(sys, "stdout", stream)
+        Output(as_json=True).json({"path": "é 写\udcff"})
+        stream.flush()
+        assert json.loads(written.getvalue().decode(encoding)) == {"path": "é 写\udcff"}
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_output_that_cannot_be_written(run: Run) -> None:
+    Path("a.txt").write_text("x")
+    run("put", "a.txt")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("ls"), env=environment(), stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr.decode().count("\n")) == (1, 1)
+    assert b"could not write the output: No space left on device" in done.stderr
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "-", *command("ls")], env=environment(), timeout=60)
+    assert closed.returncode == 0
 
 
 # -- words

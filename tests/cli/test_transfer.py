@@ -222,6 +222,13 @@ def test_standard_input(run: Run, run_process: Run) -> None:
     assert "goes alone" in run("put", "-", "b", "--to", "c", code=2).err
 
 
+def test_a_file_with_the_name_of_standard_input(run: Run) -> None:
+    Path("-").write_text("a file")
+    run("put", "./-", "--to", "dash")
+    run("put", "./-")
+    assert stored() == {"dash": b"a file", "-": b"a file"}
+
+
 # -- get
 
 
@@ -266,6 +273,33 @@ def test_what_cannot_be_looked_at_is_there_all_the_same(run: Run) -> None:
     assert "File name too long" in run("get", "b.txt", "-o", "b" * 300, code=1).err
     run("get", "b.txt", "--force")
     assert Path("b.txt").read_text() == "stored"
+
+
+def test_a_slash_at_the_end_means_a_directory(run: Run) -> None:
+    for name in ("a", "b"):
+        Path(name).write_text(name)
+        run("put", name, "--to", f"x/{name}")
+        run("get", f"x/{name}", "-o", "backup/", "-f")
+    assert contents(Path("backup")) == {"a": b"a", "b": b"b"}
+    run("get", "x/a", "-o", "b/", "-f", code=1)
+    assert Path("b").read_text() == "b"
+
+
+def test_what_is_no_regular_file_is_not_replaced(run: Run) -> None:
+    Path("a").write_text("stored")
+    run("put", "a")
+    os.mkfifo("pipe")
+    os.symlink("pipe", "link")
+    Path("local").write_text("local")
+    os.symlink("local", "current")
+    (Path("tree") / "a").mkdir(parents=True)
+    for args in (["a", "-o", "pipe"], ["a", "-o", "link"], ["-r", ".", "-o", "tree"]):
+        assert "is no regular file" in run("get", *args, "-f", code=1).err
+    assert Path("pipe").is_fifo()
+    assert os.readlink("link") == "pipe"
+    run("get", "a", "-o", "current", "-f")
+    assert os.readlink("current") == "local"
+    assert Path("local").read_text() == "stored"
 
 
 def test_a_damaged_file_never_appears(run: Run) -> None:

@@ -115,3 +115,12 @@ def test_a_lost_file_is_a_failure(run: Run) -> None:
     done = run("reconcile", code=1)
     assert "failed  a.txt: every copy of 'a.txt' is gone or damaged" in done.err
     assert "1  files of which no copy is left" in done.err
+
+
+def test_a_prefix_of_nothing_is_not_verified(run: Run) -> None:
+    tree(Path("t"))
+    run("put", "-r", "t")
+    assert "no file whose path begins with 'nosuch/'" in run("verify", "nosuch/", code=1).err
+    assert len(run("verify", "t/").lines) == 4
+    run("rm", "-r", ".", "--yes")
+    assert run("verify").lines == []

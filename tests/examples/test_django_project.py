@@ -37,3 +37,30 @@ def test_it_prepares_itself(tmp_path: Path) -> None:
         assert expected in done.stdout
     assert done.stdout == ""
     assert (tmp_path / "var" / "db.sqlite3").is_file()
+    look = """
+import django
+django.setup()
+from django.contrib.auth.models import User
+from django.core.files.base import ContentFile
+from django.test import Client
+from letters.models import Letter
+
+ann, eve, admin = (User.objects.get(username=name) for name in ("ann", "eve", "admin"))
+letter = Letter.objects.create(author=ann, receiver=eve, text="Hello", attachment=ContentFile(b"x", name="a b.txt"))
+client = Client(headers={"host": "localhost"})
+client.force_login(admin)
+page = client.get(f"/admin/letters/letter/{letter.pk}/change/")
+print(page.status_code, f'href="{letter.attachment.url}"' in page.text)
+client.force_login(ann)
+print(b"".join(client.get(letter.attachment.url)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=ROOT / "examples" / "django_project",
+        env={**env, "DJANGO_SETTINGS_MODULE": "project.settings"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "200 True\nb'x'\n", done.stderr

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import runpy
 import socket
 import sqlite3
 import subprocess
@@ -11,8 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 ROOT = Path(__file__).parents[2]
 DATA = bytes(range(256)) * 20_000
@@ -93,6 +96,7 @@ def test_up_and_down(server: Server) -> None:
         ("bytes=9-1", 200, 0, 5_120_000),
         ("bytes=0-1,5-6", 200, 0, 5_120_000),
         ("apples=1-2", 200, 0, 5_120_000),
+        (f"bytes={'9' * 5000}-", 200, 0, 5_120_000),
     ],
 )
 def test_ranges(server: Server, asked: str, status: int, start: int, stop: int) -> None:
@@ -150,3 +154,65 @@ def test_a_client_that_hangs_up_leaves_nothing(server: Server) -> None:
     wait_until(lambda: records_of(server, "half.bin") == 0)
     assert server.ask("GET", "half.bin").status == 404
     assert not list((server.directory / "aproxy-data" / "files").glob("half*"))
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the program in this process, with a storage of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("APROXY_CONFIG", raising=False)
+    return runpy.run_path(str(ROOT / "examples" / "starlette_app.py"))
+
+
+def scope(method: str, path: str, **headers: str) -> dict[str, Any]:
+    sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    asgi = {"version": "3.0", "spec_version": "2.4"}
+    return {
+        "type": "http",
+        "asgi": asgi,
+        "method": method,
+        "path": f"/files/{path}",
+        "query_string": b"",
+        "headers": sent,
+    }
+
+
+async def nothing() -> dict[str, Any]:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+@pytest.mark.asyncio
+async def test_a_file_is_closed_where_the_client_is_gone_before_it_begins(
+    example: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = example["storage"]
+    opened: list[Any] = []
+
+    async def gone(message: Any) -> None:
+        raise OSError("the client has hung up")
+
+    async with storage:
+        await storage.save("a.bin", DATA)
+        open_file = storage.open
+
+        async def remember(*args: Any, **options: Any) -> Any:
+            opened.append(await open_file(*args, **options))
+            return opened[0]
+
+        monkeypatch.setattr(storage, "open", remember)
+        with pytest.raises(ClientDisconnect):
+            await example["app"](scope("GET", "a.bin"), nothing, gone)
+        assert [file.closed for file in opened] == [True]
+
+
+@pytest.mark.asyncio
+async def test_a_length_that_is_none_is_refused(example: dict[str, Any]) -> None:
+    """Some servers let it through."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async with example["storage"]:
+        await example["app"](scope("PUT", "a.bin", content_length="x"), nothing, send)
+    assert sent[0]["status"] == 400

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from aproxy_storage import threads
+from aproxy_storage import ProxyStorage, threads
+from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -29,6 +30,7 @@ from aproxy_storage.errors import (
     OutOfSpace,
     StorageError,
 )
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.paths import new_token
 from aproxy_storage.records import PENDING, MetaRecord, Place
@@ -151,6 +153,7 @@ async def test_a_lost_transaction_fails_every_member(tmp_path: Path, fatal: str)
 
 CHILD_THAT_DIES = """
 import asyncio, sys
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 
@@ -218,6 +221,7 @@ async def test_kill_loses_nothing_acknowledged(tmp_path: Path) -> None:
 RACER = """
 import asyncio, sys
 from aproxy_storage.errors import AlreadyExists
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 
@@ -287,6 +291,34 @@ async def test_what_timed_out_or_was_cancelled_in_the_queue_is_not_run(tmp_path:
             connection.execute("ROLLBACK")
         await meta.create(make_record("fine"))
         assert [record.path async for record in meta.list()] == ["fine"]
+
+
+@pytest.mark.asyncio
+async def test_a_save_cancelled_while_it_reserves_its_path_leaves_the_path_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    run = Writer.run
+
+    def held(self: Writer, *args: Any) -> Any:
+        done = run(self, *args)  # inserted, and to be committed whoever still wants it
+        entered.set()
+        assert go_on.wait(30)
+        return done
+
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    async with ProxyStorage("media", originals=MemoryBackend(), meta=meta) as storage:
+        await meta.setup()
+        monkeypatch.setattr(Writer, "run", held)
+        saving = asyncio.create_task(storage.save("a.txt", b"x"))
+        assert await asyncio.to_thread(entered.wait, 30)
+        saving.cancel()
+        asyncio.get_running_loop().call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await saving
+        await storage.cleanup.drain(within=30)
+        assert await meta.count() == 0
+        assert (await storage.write_to("a.txt", b"y", exclusive=True)).path == "a.txt"
 
 
 # -- files that are not what they should be
@@ -468,6 +500,7 @@ async def test_what_fails_for_many_is_the_error_of_each(tmp_path: Path) -> None:
 READ_ONLY = """
 import asyncio, os, sys
 from aproxy_storage.errors import AccessDenied, StorageError
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 
@@ -548,6 +581,7 @@ async def test_full_disk(tmp_path: Path) -> None:
 
 FORKS = """
 import asyncio, os, sqlite3, sys
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 
@@ -617,6 +651,7 @@ FORK_AMID_A_STATEMENT = """
 import asyncio, os, sqlite3, sys
 from aproxy_storage.errors import ConfigurationError
 from aproxy_storage.meta_backends import _sqlite_engine
+from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.testing.meta_backends import make_record
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from aproxy_storage import (
     AccessDenied,
     AlreadyExists,
     BackendUnavailable,
+    ConfigurationError,
     IntegrityError,
     InvalidPath,
     MetaRecord,
@@ -23,10 +25,12 @@ from aproxy_storage.backends.base import Backend, Reader
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.backends.obstore import ObstoreBackend
+from aproxy_storage.config import original_from_url
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.records import ByteRange, ObjectInfo
 from aproxy_storage.tools.bulk import Result
-from aproxy_storage.tools.migrate import Copied, copy_files
+from aproxy_storage.tools.migrate import Copied, _own_keys, copy_files
 from aproxy_storage.tools.reconcile import reconcile
 
 FILES = {"a.txt": b"first", "dir/b.png": b"\x89PNG\r\n\x1a\n" + b"x" * 3_000_000, "日本/空.bin": b"", "z": b"last"}
@@ -312,3 +316,81 @@ async def test_interrupted_at_any_moment_it_goes_on(tmp_path: Path) -> None:
 
 def count_up() -> Iterator[int]:
     yield from (1, 3, 7, 15, 1000)
+
+
+# -- the source is the target
+
+
+def in_directory(root: Path, original: str = "files") -> ProxyStorage:
+    meta = SQLiteMetaBackend(root / "records.sqlite3")
+    return ProxyStorage("media", originals=FileSystemBackend(root / original), meta=meta)
+
+
+@pytest.mark.parametrize("given", ["the directory", "a link to it", "through obstore", "the same object"])
+@pytest.mark.asyncio
+async def test_files_are_not_copied_into_the_original_that_they_lie_in(tmp_path: Path, given: str) -> None:
+    async with in_directory(tmp_path) as target:
+        (tmp_path / "files").mkdir()
+        (tmp_path / "files" / "a.txt").write_text("x")
+        os.symlink("files", tmp_path / "link")
+        source: Backend = target.originals["default"]
+        if given == "through obstore":
+            source = ObstoreBackend(f"file://{tmp_path}/files")
+        elif given != "the same object":
+            source = FileSystemBackend(tmp_path / ("link" if given == "a link to it" else "files"))
+        with pytest.raises(ConfigurationError, match=r"is the original 'default' .*ProxyStorage.adopt"):
+            await run(source, target)
+        assert os.listdir(tmp_path / "files") == ["a.txt"]
+
+
+@pytest.mark.asyncio
+async def test_from_one_original_to_another_of_the_same_storage(tmp_path: Path) -> None:
+    old, new = FileSystemBackend(tmp_path / "old"), FileSystemBackend(tmp_path / "new")
+    await old.write("a.txt", b"x")
+    target = ProxyStorage("media", originals={"old": old, "new": new}, meta=MemoryMetaBackend())
+    assert {result.value for result in (await run(old, target, using="new")).values()} == {Copied("copied", "a.txt", 1)}
+    with pytest.raises(ConfigurationError):
+        await run(old, target, using="old")
+
+
+@pytest.mark.asyncio
+async def test_what_is_the_targets_inside_of_the_source_is_left_out(tmp_path: Path) -> None:
+    live = tmp_path / "live"
+    source = FileSystemBackend(live)
+    names = {"a.txt", "staging.txt", "staging/not/ours.txt", "staging/records.sqlite3.bak"}
+    for name in names:
+        await source.write(name, name.encode())
+    async with in_directory(live, "staging/files") as target:
+        for _ in range(2):
+            assert set(await run(source, target)) == names
+        assert await contents(target) == {name: name.encode() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("source", "original", "is_same"),
+    [
+        ("s3://live/p", "s3://live/p/", True),
+        ("s3://live/p", "obstore+s3://live/p", True),
+        ("s3://live/p", "s3://live/p?endpoint_url=https://s3.example", False),
+        ("s3://live/p?endpoint_url=https://s3.example/", "obstore+s3://K:S@live/p?endpoint=https://s3.example", True),
+        ("s3://live/p", "s3://live/q", False),
+        ("az://live?account_name=one", "az://live?account_name=two", False),
+        ("gridfs+mongodb://live/db", "gridfs+mongodb://staging/db", False),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_bucket_is_the_same_where_service_name_and_prefix_are(
+    source: str, original: str, is_same: bool
+) -> None:
+    target = ProxyStorage("media", originals=original_from_url(original), meta=MemoryMetaBackend())
+    if is_same:
+        with pytest.raises(ConfigurationError, match=r"adopt"):
+            _own_keys(original_from_url(source), target, None)
+    else:
+        assert _own_keys(original_from_url(source), target, None) == ((), ())
+
+
+@pytest.mark.asyncio
+async def test_a_prefix_of_the_source_that_is_the_targets() -> None:
+    target = ProxyStorage("media", originals=original_from_url("s3://live/staging"), meta=MemoryMetaBackend())
+    assert _own_keys(original_from_url("s3://live"), target, None) == (("staging/",), ())

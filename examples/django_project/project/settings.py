@@ -49,7 +49,11 @@ LOGOUT_REDIRECT_URL = "/accounts/login/"
 
 # The storage of all file fields, and how records find it by the name they carry.
 STORAGES = {
-    "default": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {"storage": "project.storages.attachments"}},
+    "default": {
+        "BACKEND": "sync_bridge.BridgeStorage",
+        # The directory is not published. Who asks a file for its URL, as the admin does, gets that of our view.
+        "OPTIONS": {"storage": "project.storages.attachments", "base_url": "/attachment/"},
+    },
     "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
 }
 PROXY_STORAGE = {"PROXY_STORAGE_CLASSES": {"attachments": "project.storages.attachments"}}
