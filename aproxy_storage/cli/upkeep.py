@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ..backends.base import Backend
 from ..errors import ConfigurationError, NotFound, StorageError
+from ..meta_backends.base import MetaBackend
 from ..tools.reconcile import Report, reconcile
 from ..tools.verify import verify
 from .output import parse_duration, printable
