@@ -98,13 +98,8 @@ class ProxyStorageAdmin(admin.ModelAdmin):
     @admin.display(description=_("belongs to"))
     def owner(self, row: ProxyStorageModelBase) -> str:
         """The object whose field holds the file, with a link to its own page where it has one."""
-        owner = get_content_object(
-            {
-                "path": row.path,
-                "content_type_id": getattr(row, "content_type_id", None),
-                "object_id": getattr(row, "object_id", None),
-            }
-        )
+        named = ("path", "proxy_storage_name", "content_type_id", "object_id", "field")
+        owner = get_content_object({name: getattr(row, name, None) for name in named})
         if owner is None:
             return "-"
         shown = f"{owner._meta.verbose_name} {owner}, {getattr(row, 'field', '')}"

@@ -121,11 +121,12 @@ def test_listed_searched_and_filtered(client: Client, storage: BridgeStorage) ->
         assert listed(client, question) == expected, question
 
 
-def test_a_record_is_shown_with_its_owner_and_a_preview(client: Client, storage: BridgeStorage) -> None:
-    message = Message.objects.create(author=Person.objects.create(name="Ann"), text="hello")
-    path = storage.save("om.png", ContentFile(PNG))
-    field = Message._meta.get_field("attach")
-    storage.update(path, extra=field.owner_of(message))  # type: ignore[union-attr]
+def test_a_record_is_shown_with_its_owner_and_a_preview(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Message._meta.get_field("attach"), "storage", storage)
+    message = Message.objects.create(text="hello", attach=ContentFile(PNG, "om.png"))
+    path = message.attach.name
     shown = client.get(page_of(path)).content.decode()
     assert f'href="/admin/desk/message/{message.pk}/change/"' in shown
     assert storage.get(path).checksum in shown

@@ -174,6 +174,45 @@ def test_an_owner_that_is_gone_is_none(default: BridgeStorage) -> None:
     assert default.exists(record.path), "deleting a row does not delete the file, unless it is asked for"
 
 
+@BOTH
+@pytest.mark.parametrize("cls", [Message, Memo, Notice])
+@pytest.mark.parametrize("how", ["replaced", "cleared"])
+def test_a_file_that_the_field_holds_no_more_is_nobodys(
+    default: BridgeStorage, cls: Any, how: str, django_assert_queries: Any
+) -> None:
+    owner = cls.objects.create(attach=file(b"secret"))
+    record = default.get(owner.attach.name)
+    message = Message.objects.get(pk=owner.pk)
+    with django_assert_queries(1):
+        assert get_content_object(record) == message
+    owner.attach = file(b"harmless", "g.txt") if how == "replaced" else ""
+    owner.save()
+    assert get_content_object(default.get(record.path)) is None
+    if how == "replaced":
+        assert get_content_object(default.get("messages/g.txt")) == message
+
+
+def test_the_next_object_of_that_key_owns_none_of_its_files(default: BridgeStorage) -> None:
+    record = default.get(Message.objects.create(pk=77, attach=file()).attach.name)
+    Message.objects.all().delete()
+    Message.objects.create(pk=77, attach=file(name="g.txt"))
+    assert get_content_object(record) is None
+
+
+def test_an_owner_holds_its_file_in_the_field_and_storage_of_the_record(
+    default: BridgeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = {**default.get(Message.objects.create(attach=file()).attach.name)}
+    assert get_content_object(record) == Message.objects.get()
+    assert get_content_object({**record, "proxy_storage_name": "another"}) is None
+    assert get_content_object({**record, "field": "text"}) is None
+    assert not caplog.records
+    assert get_content_object({**record, "field": "gone"}) is None
+    assert "names no field of desk.Message" in caplog.text
+    Message.objects.update(attach="messages\\f.txt")  # of a database from Windows
+    assert get_content_object(record) == Message.objects.get()
+
+
 # -- the seed's authorization: any file of any model, by one look-up
 
 
