@@ -4,9 +4,10 @@ import asyncio
 import io
 import os
 import pickle
+import shutil
 import unittest
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from sync_bridge import (
     get_content_object,
 )
 from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain, Scan
+from tests.django_support.setup import add_database, remove_database, sqlite_settings
 
 pytestmark = pytest.mark.usefixtures("default")
 
@@ -453,6 +455,70 @@ def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
     copy.file = None
     copy.save()
     assert not default.exists(first)
+
+
+@pytest.fixture
+def archive(default: BridgeStorage, migrated_sqlite: Path, tmp_path: Path) -> Iterator[str]:
+    """A second database, with the same tables."""
+    shutil.copy(migrated_sqlite, tmp_path / "archive.sqlite3")
+    add_database("archive", sqlite_settings(tmp_path / "archive.sqlite3"))
+    yield "archive"
+    remove_database("archive")
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_row_of_another_database_keeps_its_file(
+    default: BridgeStorage, person: Person, archive: str, change: str
+) -> None:
+    paper = Paper.objects.create(owner=person, file=file(b"1", "a.txt"))
+    path = paper.file.name
+    person.save(using=archive)
+    paper.save(using=archive)  # as Django's documentation copies a row
+    paper = Paper.objects.using("default").get()
+    if change == "deleted":
+        paper.delete()
+    else:
+        paper.file.save("b.txt", file(b"2"))
+    copy = Paper.objects.using(archive).get()
+    assert copy.file.read() == b"1"
+    assert get_content_object(default.get(path)) is None
+    assert get_content_object(default.get(path), using=archive) == copy
+    copy.delete()
+    assert not default.exists(path)
+
+
+class NotHere:
+    def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool:
+        return db == "default"
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [("unreachable", True), ("without tables", False), ("mirror", False), ("not allowed", False), ("dummy", False)],
+)
+def test_only_databases_with_rows_of_the_model_are_asked(
+    default: BridgeStorage, person: Person, tmp_path: Path, how: str, kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = sqlite_settings(tmp_path / ("x" if how == "without tables" else "no such directory/x"))
+    if how == "mirror":
+        given["TEST"] = {"MIRROR": "default"}
+    if how == "dummy":
+        given = {}
+    add_database("archive", given)
+    try:
+        with override_settings(DATABASE_ROUTERS=[NotHere()] if how == "not allowed" else []):
+            paper = Paper.objects.create(owner=person, file=file())
+            path = paper.file.name
+            if how == "without tables":
+                with transaction.atomic(using="archive"):
+                    paper.delete()
+                    connections["archive"].cursor().execute("SELECT 1")  # its transaction goes on
+            else:
+                paper.delete()
+        assert default.exists(path) == kept
+        assert ("is kept" in caplog.text) == kept
+    finally:
+        remove_database("archive")
 
 
 @pytest.mark.parametrize("how", ["instance", "queryset"])
