@@ -727,6 +727,20 @@ def test_an_upload_through_a_request(default: BridgeStorage, memory: int) -> Non
         assert opened.read() == data
 
 
+@pytest.mark.parametrize(("name", "stored"), [("u.zzz", None), ("u.html", "text/html")])
+@pytest.mark.parametrize("declared", ["text/html", "text/\x01html", "x" * 300])
+def test_an_upload_does_not_choose_a_type_that_is_executed(
+    default: BridgeStorage, name: str, stored: str | None, declared: str
+) -> None:
+    def upload() -> SimpleUploadedFile:
+        return SimpleUploadedFile(name, b"\0<script>alert(1)</script>", declared)
+
+    assert default.get(default.save(name, upload())).content_type == stored
+    assert default.get(run(lambda: default.asave(name, upload()))).content_type == stored
+    given = default.save("given", upload(), content_type="text/html")
+    assert default.get(given).content_type == "text/html", "what the programmer says counts"
+
+
 # -- migrations
 
 
