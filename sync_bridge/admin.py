@@ -141,6 +141,14 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         if not request.POST.get("post"):
             page: HttpResponseBase | None = delete_selected(self, request, queryset)
             return page
+        # What goes along with the rows. Of those that are not stored nothing is deleted, and that is said.
+        stored = [row for row in queryset if row.state == "stored"]
+        _deleted, _count, perms_needed, protected = self.get_deleted_objects(stored, request)
+        if protected:
+            page = delete_selected(self, request, queryset)  # which says what stands against it
+            return page
+        if perms_needed:
+            raise PermissionDenied
         deleted = self._delete_each(request, queryset)
         if deleted:
             messages.success(request, _("Deleted %(count)d files.") % {"count": deleted})

@@ -26,6 +26,7 @@ from aproxy_storage import MetaRecord, ProxyStorage, registry  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
 from aproxy_storage.meta_backends.orm import ORMMetaBackend  # noqa: E402
 from sync_bridge import BridgeStorage  # noqa: E402
+from sync_bridge.admin import ProxyStorageAdmin  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Person  # noqa: E402
 
@@ -228,6 +229,29 @@ def test_only_those_who_may_see_the_records_get_the_bytes(client: Client, storag
     clerk.user_permissions.add(Permission.objects.get(codename="view_storedfile"))
     assert b"".join(browser.get(page).streaming_content) == b"secret"
     assert browser.post(page_of(path, "delete"), {"post": "yes"}).status_code == 403
+
+
+@pytest.mark.parametrize("why", ["perms_needed", "protected"])
+def test_what_would_go_along_is_asked_about(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    path = storage.save("kept.txt", ContentFile(b"x"))
+    rows = list(StoredFile.objects.values_list("pk", flat=True))
+    seen: list[list[str]] = []
+
+    def get_deleted_objects(_: Any, objects: Any, request: Any) -> Any:
+        seen.append([row.path for row in objects])
+        found = {"perms_needed": set(), "protected": []} | {why: ["clips that refer to it"]}
+        return ["kept.txt"], {"stored files": 1}, found["perms_needed"], found["protected"]
+
+    monkeypatch.setattr(ProxyStorageAdmin, "get_deleted_objects", get_deleted_objects)
+    answer = client.post(CHANGELIST, {"action": "delete_selected", "_selected_action": rows, "post": "yes"})
+    assert answer.status_code == (403 if why == "perms_needed" else 200)
+    if why == "protected":
+        assert "clips that refer to it" in answer.content.decode()
+    assert seen[0] == [path]
+    assert storage.exists(path)
+    assert not LogEntry.objects.exists()
 
 
 def test_bytes_that_are_gone(client: Client, storage: BridgeStorage, tmp_path: Path) -> None:
