@@ -15,14 +15,14 @@ from tests.django_support.setup import add_database, configure, make_tables, pos
 configure()
 
 import psycopg  # noqa: E402
-from asgiref.sync import async_to_sync  # noqa: E402
+from asgiref.sync import async_to_sync, sync_to_async  # noqa: E402
 from django.contrib.admin.models import DELETION, LogEntry  # noqa: E402
 from django.contrib.auth.models import Permission, User  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.test import AsyncClient, Client, override_settings  # noqa: E402
 from django.urls import reverse  # noqa: E402
 
-from aproxy_storage import MetaRecord, ProxyStorage, registry  # noqa: E402
+from aproxy_storage import AsyncFile, MetaRecord, ProxyStorage, registry  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
 from aproxy_storage.meta_backends.orm import ORMMetaBackend  # noqa: E402
 from sync_bridge import BridgeStorage  # noqa: E402
@@ -254,8 +254,85 @@ def test_what_would_go_along_is_asked_about(
     assert not LogEntry.objects.exists()
 
 
-def test_bytes_that_are_gone(client: Client, storage: BridgeStorage, tmp_path: Path) -> None:
+def asked_by(server: str, page: str, method: str = "GET") -> tuple[int, Any, bytes]:
+    """Return status, headers and content, as a server of that kind gets them."""
+    user = User.objects.get()
+    if server == "wsgi":
+        client = Client()
+        client.force_login(user)
+        answer = client.generic(method, page)
+        return answer.status_code, answer.headers, b"".join(answer) if answer.streaming else answer.content
+
+    async def ask() -> tuple[int, Any, bytes]:
+        browser = AsyncClient()
+        await browser.aforce_login(user)
+        answer = await browser.generic(method, page)
+        if not answer.streaming:
+            return answer.status_code, answer.headers, answer.content
+        if not answer.is_async:  # to HEAD
+            return answer.status_code, answer.headers, b"".join(await sync_to_async(list)(answer))
+        return answer.status_code, answer.headers, b"".join([chunk async for chunk in answer])
+
+    return async_to_sync(ask)()
+
+
+SERVERS = pytest.mark.parametrize(
+    ("server", "database"), [("wsgi", "sqlite"), ("asgi", "sqlite")], indirect=["database"]
+)
+
+
+@SERVERS
+def test_bytes_that_are_gone_are_not_found(client: Client, storage: BridgeStorage, tmp_path: Path, server: str) -> None:
+    path = storage.save("x.png", ContentFile(PNG))
+    (tmp_path / "disk" / "x.png").unlink()
+    for verb in ("download", "preview"):
+        assert asked_by(server, page_of(path, verb))[0] == 404
+
+
+@SERVERS
+def test_an_answer_tells_of_the_file_that_is_sent(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    path = storage.save("x.txt", ContentFile(b"old"))
+    page, visible = page_of(path, "download"), ProxyStorageAdmin._visible
+    change: list[Any] = [lambda: storage.replace(path, ContentFile(b"a longer one"))]
+
+    def late(*args: Any) -> Any:
+        row = visible(*args)
+        change.pop()()
+        return row
+
+    monkeypatch.setattr(ProxyStorageAdmin, "_visible", late)
+    status, headers, content = asked_by(server, page)
+    assert (status, headers["Content-Length"], content) == (200, "12", b"a longer one")
+
+    def anew() -> None:
+        storage.delete(path)
+        storage.save(path, ContentFile(b"of another!!"))
+
+    change.append(anew)
+    assert asked_by(server, page)[0] == 404
+
+
+@SERVERS
+def test_a_file_whose_bytes_nobody_reads_is_closed(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    path = storage.save("x.bin", ContentFile(bytes(1 << 20)))
+    opened: list[AsyncFile] = []
+    begin = AsyncFile.__init__
+    monkeypatch.setattr(AsyncFile, "__init__", lambda file, *a: (begin(file, *a), opened.append(file))[0])
+    status, headers, content = asked_by(server, page_of(path, "download"), "HEAD")
+    assert (status, headers["Content-Length"], content) == (200, str(1 << 20), b"")
+    assert [file.closed for file in opened] == [True]
+
+
+def test_a_record_of_an_unknown_storage(client: Client, storage: BridgeStorage) -> None:
     path = storage.save("x.txt", ContentFile(b"x"))
-    (tmp_path / "disk" / "x.txt").unlink()
-    with pytest.raises(Exception, match="are gone"):
-        client.get(page_of(path, "download"))
+    StoredFile.objects.update(proxy_storage_name="nobody's")
+    assert client.get(page_of(path, "download")).status_code == 404
+    answer = client.post(page_of(path, "delete"), {"post": "yes"}, follow=True)
+    assert answer.redirect_chain == [(page_of(path), 302)]
+    assert "Not deleted: x.txt. no storage named" in answer.content.decode()
+    assert StoredFile.objects.count() == 1
+    assert not LogEntry.objects.exists(), "nothing was deleted"
