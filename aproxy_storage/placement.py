@@ -150,7 +150,7 @@ def by_content_type(originals: Mapping[str, str], default: str | None = None) ->
     async def choose(request: Request) -> str | None:
         kind = request.content_type
         if kind is None:
-            kind = guess_content_type(request.name, await request.source.peek()) or request.source.content_type
+            kind = guess_content_type(request.name, await request.source.peek(), request.source.content_type)
         essence = (kind or "").partition(";")[0].strip().lower()
         return next((name for pattern, name in originals.items() if fnmatchcase(essence, pattern.lower())), default)
 

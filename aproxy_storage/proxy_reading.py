@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast, overload
 
 from .attempts import Attempt
 from .backends.base import Backend
 from .cleanup import Cleanup
-from .errors import ConfigurationError, IntegrityError, NotFound, NotSupported
+from .errors import ConfigurationError, Conflict, IntegrityError, NotFound, NotSupported
 from .files import AsyncFile, AsyncWriter, Opening
 from .gates import Gate
 from .meta_backends.base import MetaBackend
@@ -82,6 +83,10 @@ class ReadingVerbs(abc.ABC):
     ) -> Opening[Any]:
         """Open a file: ``async with storage.open(path) as f``, or ``f = await storage.open(path)``.
 
+        Given a record, reading is pinned to what it stands for, so that whoever has checked a permission by it gets
+        that file, or none. Where the original does not say whose object it has opened, the record is looked up once
+        more for that.
+
         Args:
             mode: ``"rb"``; ``"wb"`` writes a new file or new bytes for the one there, ``"xb"`` a new file only.
                 Written bytes are published when the file is closed without an exception.
@@ -89,7 +94,9 @@ class ReadingVerbs(abc.ABC):
             byte_range: only this part.
 
         Raises (when awaited or entered):
-            NotFound: there is no such file. IntegrityError: its bytes are gone, or not as long as recorded.
+            NotFound: there is no such file; the one of the record was deleted, and another may have its path.
+            Conflict: the file of the record has other bytes by now, and its own are gone: get the record again.
+            IntegrityError: its bytes are gone, or not as long as recorded.
             AlreadyExists: ``"xb"``, at the latest when it is closed.
         """
         if mode == "rb":
@@ -100,15 +107,25 @@ class ReadingVerbs(abc.ABC):
             return Opening(partial(self._open_writer, path, mode))
         raise ValueError(f"mode {mode!r}: one of 'rb', 'wb', 'xb'")
 
-    async def _open_file(self, path: Path, byte_range: ByteRange | None, verify: bool) -> AsyncFile:
+    def open_current(self, record: MetaRecord, *, verify: bool = False) -> Opening[AsyncFile]:
+        """Open whatever file has the path of `record`, as ``open(record.path)`` does, with a look-up less.
+
+        For those who have found the record by a name just now, and have decided nothing by it.
+        """
+        return Opening(partial(self._open_file, record, None, verify, pinned=False))
+
+    async def _open_file(
+        self, path: Path, byte_range: ByteRange | None, verify: bool, *, pinned: bool = True
+    ) -> AsyncFile:
         record = await self._record(path)
+        given = path if pinned and isinstance(path, MetaRecord) else None
         avoided: list[Place] = []  # copies that are not as long as the record says
         while True:
             places = [place for place in record.good_places() if place not in avoided]
             try:
                 opened = await open_bytes(self, record, places, byte_range)
             except NotFound as error:
-                current = await self.get(record.path)  # NotFound if it was deleted meanwhile
+                current = await self._current(record.path, given)  # NotFound if it was deleted meanwhile
                 if not current.has_bytes_of(record):
                     record = current  # replaced, moved or saved anew: that is the file now
                     continue
@@ -121,7 +138,9 @@ class ReadingVerbs(abc.ABC):
             try:
                 differs = None not in (record.size, reading.info.size) and record.size != reading.info.size
                 # Deleted and saved anew since the record was read, the bytes may be those of the new file.
-                current = await self.get(record.path) if differs or verify else record
+                unsure = given is not None and not (given.token and given.token == reading.info.token)
+                looked_up = differs or verify or unsure
+                current = await self._current(record.path, given, opened.place) if looked_up else record
                 if not current.has_bytes_of(record):
                     record = current
                 elif not differs:
@@ -142,6 +161,31 @@ class ReadingVerbs(abc.ABC):
                 await opened.aclose()
                 raise
             await opened.aclose()
+
+    async def _current(self, path: str, given: MetaRecord | None, place: Place | None = None) -> MetaRecord:
+        """Return the record of `path`; `given`, where its bytes were replaced after they were opened at `place`.
+
+        Raises:
+            NotFound: there is none, or one of another file than `given` is of. Conflict: of other bytes.
+        """
+        current = await self.get(path)
+        if given is None:
+            return current
+        if not _is_same_file(current, given):
+            raise NotFound(
+                f"the file of the record of {path!r} was deleted; another one has its path", operation="open", path=path
+            )
+        if current.version == given.version or (
+            current.checksum == given.checksum if given.checksum else current.has_bytes_of(given)
+        ):
+            return current
+        if place is not None and replace(place, state="surplus", due=None) in (
+            replace(each, due=None) for each in current.places
+        ):
+            return given  # no other bytes come to a key that is still named
+        raise Conflict(
+            f"{path!r} was replaced since its record was read; get the record again", operation="open", path=path
+        )
 
     async def _elsewhere(
         self, record: MetaRecord, first: Place, failed: Sequence[Place], byte_range: ByteRange
@@ -185,6 +229,8 @@ class ReadingVerbs(abc.ABC):
 
     async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.
+
+        Given a record, what comes is the file that it stands for, as with `open`, however late it is opened.
 
         Raises:
             As `open`, at the first chunk.
@@ -291,3 +337,12 @@ class ReadingVerbs(abc.ABC):
             proxy_storage_name=self.name,
             state=STORED,
         )
+
+
+def _is_same_file(one: MetaRecord, other: MetaRecord) -> bool:
+    """Return whether both are records of one file, whatever has become of it in between."""
+    if one.token or other.token:
+        return one.token == other.token
+    # Written by django-proxy-storage: the database's own key tells, where the table has one of the usual name.
+    keys = [record.native.get("_id", record.native.get("id")) for record in (one, other)]
+    return None in keys or keys[0] == keys[1]

@@ -83,7 +83,8 @@ class WritingVerbs(ReadingVerbs):
             content: bytes, text, a path, a sync or async file, Django's File, an iterator of bytes (see `Source`).
                 Never closed, a path never moved.
             using: the original to use, instead of what the placement says.
-            content_type: by default guessed from the name, checked against the first bytes.
+            content_type: by default guessed from the name, checked against the first bytes; where neither tells, what
+                an upload declares, unless a browser would execute that.
             extra: further fields for the record.
             max_length: of the returned path, in characters.
             size: the declared length in bytes.

@@ -1,6 +1,6 @@
 """The content type of a file, from its name and its first bytes.
 
-Three rules, in this order:
+Four rules, in this order:
 
 * The bytes are *definitely* something that the name does not say (a PNG named ``.html``): the bytes win. Only the
   signatures of binary formats are definite, and a container (zip, gzip, OLE) agrees with everything that may be
@@ -8,7 +8,9 @@ Three rules, in this order:
   ``image/png``, which is harmless, whereas believing the bytes would serve an attacker's page.
 * Otherwise the name's type, where its extension has one.
 * Otherwise ``text/plain`` for what reads as text, and for the rest what puremagic makes of it, where it is installed
-  (``pip install 'aproxy-storage[sniff]'``), or None.
+  (``pip install 'aproxy-storage[sniff]'``).
+* Otherwise what the content itself declares, as an upload does. That is the word of whoever has sent it: it counts
+  where it is a short ``type/subtype`` that no browser would execute. Its parameters do not.
 
 puremagic compares the bytes with all of its 1400 signatures, one by one, which takes longer than a small save.
 Therefore the short table below comes first, and puremagic is asked only about nameless binary content that one of its
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import importlib
 import mimetypes
+import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -102,8 +105,20 @@ _MP4 = _Signature(b"ftyp", "video/mp4", (*_MEDIA, "image/"))
 _BINARY = bytes(byte for byte in range(0x20) if byte not in b"\t\n\r\f\b\x1b")
 
 
-def guess_content_type(name: str | None, head: bytes) -> str | None:
-    """Return the content type of a file called `name` that begins with `head`; None where neither tells.
+_DECLARED = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]*/[a-z0-9][a-z0-9!#$&^_.+-]*")  # the names of RFC 6838
+_DECLARED_CHARS = 127
+
+# What a browser runs, or takes apart and then runs: as a page, a picture with scripts, a script, a bundle of these.
+_EXECUTED = re.compile(
+    r"^(?:multipart|message)/|(?:^|[/.+_-])(?:[xm]?html|svg|xml|xslt?|(?:java|ecma|j|live|vb|type)script|hta|sgml"
+    r"|component|htc|cache-manifest|shockwave|mimearchive|xul|vrml)(?:$|[\d.+_-])"
+)
+
+
+def guess_content_type(name: str | None, head: bytes, declared: str | None = None) -> str | None:
+    """Return the content type of a file called `name` that begins with `head`; None where nothing tells.
+
+    `declared`: what the content says itself, believed last, and only of what does no harm.
 
     Never raises. Takes microseconds; a millisecond for binary content without a known extension that puremagic has a
     signature for.
@@ -114,10 +129,18 @@ def guess_content_type(name: str | None, head: bytes) -> str | None:
         if by_name is None or not (by_name == signature.type or kind.startswith(signature.agrees or ("//",))):
             return signature.type
         return by_name
-    if by_name is not None or not head:
+    if by_name is not None:
         return by_name
     head = head[:_HEAD]
-    return "text/plain" if _is_text(head) else _by_puremagic(head)
+    found = None if not head else "text/plain" if _is_text(head) else _by_puremagic(head)
+    return found or _harmless(declared)
+
+
+def _harmless(declared: str | None) -> str | None:
+    kind = (declared or "").partition(";")[0].strip().lower()
+    if len(kind) > _DECLARED_CHARS or not _DECLARED.fullmatch(kind) or _EXECUTED.search(kind):
+        return None
+    return kind
 
 
 def _extension(name: str) -> str:

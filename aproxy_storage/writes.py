@@ -93,7 +93,7 @@ class Content(Write):
             source = self.source
             head = source.data[:4096] if source.data is not None else await source.peek()
             self._guessed = True
-            self._type = guess_content_type(self._name, head) or source.content_type
+            self._type = guess_content_type(self._name, head, source.content_type)
         return self._type
 
     async def put(

@@ -9,9 +9,11 @@ A change of a row behind the storage's back would part it from its bytes. For a 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import quote
 
+from asgiref.sync import async_to_sync
 from django.contrib import admin, messages
 from django.contrib.admin.actions import delete_selected
 from django.contrib.admin.utils import quote as quote_key
@@ -19,13 +21,29 @@ from django.contrib.admin.utils import unquote as unquote_key
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied
 from django.core.handlers.asgi import ASGIRequest
 from django.db.models import QuerySet
-from django.http import FileResponse, Http404, HttpRequest, HttpResponseBase, StreamingHttpResponse
+from django.http import (
+    FileResponse,
+    Http404,
+    HttpRequest,
+    HttpResponseBase,
+    HttpResponseRedirect,
+    StreamingHttpResponse,
+)
 from django.template.defaultfilters import filesizeformat
 from django.urls import NoReverseMatch, URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.translation import gettext_lazy as _
 
-from aproxy_storage import ConfigurationError, StorageError
+from aproxy_storage import (
+    AsyncFile,
+    ConfigurationError,
+    Conflict,
+    IntegrityError,
+    MetaRecord,
+    NotFound,
+    StorageError,
+)
+from aproxy_storage.files import Opening
 
 from .models import ProxyStorageModelBase, StoredFile
 from .registry import get_content_object, get_storage
@@ -98,13 +116,8 @@ class ProxyStorageAdmin(admin.ModelAdmin):
     @admin.display(description=_("belongs to"))
     def owner(self, row: ProxyStorageModelBase) -> str:
         """The object whose field holds the file, with a link to its own page where it has one."""
-        owner = get_content_object(
-            {
-                "path": row.path,
-                "content_type_id": getattr(row, "content_type_id", None),
-                "object_id": getattr(row, "object_id", None),
-            }
-        )
+        named = ("path", "proxy_storage_name", "content_type_id", "object_id", "field")
+        owner = get_content_object({name: getattr(row, name, None) for name in named})
         if owner is None:
             return "-"
         shown = f"{owner._meta.verbose_name} {owner}, {getattr(row, 'field', '')}"
@@ -136,6 +149,17 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         """
         storage_of(obj).delete(obj.path)
 
+    def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponseBase:
+        """Delete one file, as Django's own view does; say why it cannot be deleted where the storage refuses."""
+        try:
+            page: HttpResponseBase = super().delete_view(request, object_id, extra_context)
+        except (StorageError, ImproperlyConfigured) as error:  # what was begun is rolled back
+            row = self.get_object(request, unquote_key(object_id))
+            self._refused(request, row.path if row is not None else object_id, error)
+            where = f"{self.admin_site.name}:{self.opts.app_label}_{self.opts.model_name}_change"
+            return HttpResponseRedirect(reverse(where, args=[object_id], current_app=self.admin_site.name))
+        return page
+
     def delete_queryset(self, request: HttpRequest, queryset: QuerySet) -> None:
         """Delete files through their storages; those that cannot be are told to the user, and the rest goes on."""
         self._delete_each(request, queryset)
@@ -146,6 +170,14 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         if not request.POST.get("post"):
             page: HttpResponseBase | None = delete_selected(self, request, queryset)
             return page
+        # What goes along with the rows. Of those that are not stored nothing is deleted, and that is said.
+        stored = [row for row in queryset if row.state == "stored"]
+        _deleted, _count, perms_needed, protected = self.get_deleted_objects(stored, request)
+        if protected:
+            page = delete_selected(self, request, queryset)  # which says what stands against it
+            return page
+        if perms_needed:
+            raise PermissionDenied
         deleted = self._delete_each(request, queryset)
         if deleted:
             messages.success(request, _("Deleted %(count)d files.") % {"count": deleted})
@@ -159,12 +191,14 @@ class ProxyStorageAdmin(admin.ModelAdmin):
                     raise ConfigurationError("it is not stored; reconcile finishes it")
                 self.delete_model(request, row)
             except (StorageError, ImproperlyConfigured) as error:
-                told = {"path": row.path, "error": error}
-                messages.error(request, _("Not deleted: %(path)s. %(error)s") % told)
+                self._refused(request, row.path, error)
             else:
                 deleted += 1
                 self.log_deletions(request, [row])
         return deleted
+
+    def _refused(self, request: HttpRequest, path: str, error: Exception) -> None:
+        messages.error(request, _("Not deleted: %(path)s. %(error)s") % {"path": path, "error": error})
 
     # -- the bytes
 
@@ -178,17 +212,29 @@ class ProxyStorageAdmin(admin.ModelAdmin):
 
     def download_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send the file, to be saved: it may be anything that a user has uploaded."""
-        row = self._visible(request, object_id)
-        name = (row.name or row.path).rpartition("/")[2]
+        storage, record = self._found(request, object_id)
+        name = (record.name or record.path).rpartition("/")[2]
         # RFC 6266; quoted, so that a name in Japanese or with a line break in it is safe.
-        return self._sent(request, row, "application/octet-stream", f"attachment; filename*=utf-8''{quote(name)}")
+        disposition = f"attachment; filename*=utf-8''{quote(name)}"
+        return self._sent(request, storage, record, "application/octet-stream", disposition)
 
     def preview_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send a picture, to be shown in the page."""
+        storage, record = self._found(request, object_id)
+        if not self._can_preview(record):
+            raise Http404(f"{record.path!r} is no picture that can be shown")
+        return self._sent(request, storage, record, record.content_type or "", "inline")
+
+    def _found(self, request: HttpRequest, object_id: str) -> tuple[BridgeStorage, MetaRecord]:
         row = self._visible(request, object_id)
-        if not self._can_preview(row):
-            raise Http404(f"{row.path!r} is no picture that can be shown")
-        return self._sent(request, row, row.content_type or "", "inline")
+        try:
+            storage = storage_of(row)
+            record = storage.get(row.path)
+        except (ConfigurationError, NotFound) as error:
+            raise Http404(str(error)) from error
+        if record.token != row.token:
+            raise Http404(f"{row.path!r} was deleted, and is another file by now")
+        return storage, record
 
     def _visible(self, request: HttpRequest, object_id: str) -> ProxyStorageModelBase:
         row: ProxyStorageModelBase | None = self.get_object(request, unquote_key(object_id))
@@ -199,26 +245,28 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         return row
 
     def _sent(
-        self, request: HttpRequest, row: ProxyStorageModelBase, content_type: str, disposition: str
+        self, request: HttpRequest, storage: BridgeStorage, record: MetaRecord, content_type: str, disposition: str
     ) -> HttpResponseBase:
-        storage = storage_of(row)
+        """Open the file, then answer: what is gone is no answer that breaks off."""
         response: StreamingHttpResponse
-        if isinstance(request, ASGIRequest):
-            # Django would read a synchronous iterator into memory as a whole.
-            response = StreamingHttpResponse(storage.proxy.stream(row.path), content_type=content_type)
-        else:
-            try:
-                response = FileResponse(storage.open(row.path), content_type=content_type)
-            except FileNotFoundError as error:
-                raise Http404(f"the bytes of {row.path!r} are gone") from error
-        if row.size is not None:
-            response.headers["Content-Length"] = str(row.size)
+        file: Any
+        try:
+            if isinstance(request, ASGIRequest):
+                # On the server's own loop, which will read it. Django would read a synchronous iterator into memory.
+                file = async_to_sync(_opened)(storage.proxy.open(record))
+                response = StreamingHttpResponse(_Chunks(file), content_type=content_type)
+            else:
+                file = storage.open(record)
+                response = FileResponse(file, content_type=content_type)
+        except (NotFound, IntegrityError, Conflict) as error:
+            raise Http404(str(error)) from error
+        response.headers["Content-Length"] = str(file.size)
         response.headers["Content-Disposition"] = disposition
         for name, value in _HEADERS.items():
             response.headers[name] = value
         return response
 
-    def _can_preview(self, row: ProxyStorageModelBase) -> bool:
+    def _can_preview(self, row: ProxyStorageModelBase | MetaRecord) -> bool:
         return row.state == "stored" and row.content_type in PREVIEWED and (row.size or 0) <= PREVIEW_BYTES
 
     def _name_of(self, verb: str) -> str:
@@ -228,6 +276,26 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         name = f"{self.admin_site.name}:{self._name_of(verb)}"
         url: str = reverse(name, args=[quote_key(row.pk)], current_app=self.admin_site.name)
         return url
+
+
+async def _opened(opening: Opening[AsyncFile]) -> AsyncFile:
+    return await opening
+
+
+class _Chunks:
+    """The chunks of an open file, for a response under ASGI; closed with it, also where nobody has asked for one."""
+
+    def __init__(self, file: AsyncFile) -> None:
+        self._file = file
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async with self._file:
+            async for chunk in self._file:
+                yield chunk
+
+    def close(self) -> None:
+        if not self._file.closed:
+            async_to_sync(self._file.aclose)()
 
 
 def storage_of(row: ProxyStorageModelBase) -> BridgeStorage:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -13,7 +14,7 @@ from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core import checks
 from django.core.exceptions import ObjectDoesNotExist
-from django.db import models, transaction
+from django.db import Error, connections, models, router, transaction
 from django.db.models import signals
 from django.db.models.fields.files import FieldFile, FileDescriptor, ImageFieldFile, ImageFileDescriptor
 
@@ -205,8 +206,9 @@ class _OwnedFileMixin:
         delete_with_object: when the object is deleted its file is deleted too.
 
     Both happen when the transaction commits, never if it rolls back, not while another row of the model has the same
-    file, and not where the record says that the file is somebody else's: an object that was loaded a while ago may
-    know a path that is another's by now.
+    file, in whichever database the routers let the model live (where one cannot be asked the file stays), and not where
+    the record says that the file is somebody else's: an object that was loaded a while ago may know a path that is
+    another's by now.
     """
 
     storage: Any
@@ -325,11 +327,36 @@ class _OwnedFileMixin:
                 return
             if not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
                 return
-        other = self.model._base_manager.using(using).filter(**{self.attname: path}).first()
+        try:
+            other = self._row_with(path, using)
+        except Error:
+            _log.warning("%r is kept: not every database could say who has it", path, exc_info=True)
+            return
         if other is None:
             self.storage.delete(path)
         elif record is not None and not _has_no_owner(record):
             self._write_owner(other, path)
+
+    def _row_with(self, path: str, using: str) -> models.Model | None:
+        """Return a row with the file `path`, of any database; of `using` first.
+
+        Raises:
+            Error: one of them could not be asked.
+        """
+        for alias in (using, *(alias for alias in _homes_of(self.model) if alias != using)):
+            rows = self.model._base_manager.using(alias).filter(**{self.attname: path})
+            # What fails must not spoil a transaction of the caller's that is open there.
+            safely = transaction.atomic(using=alias) if connections[alias].in_atomic_block else nullcontext()
+            try:
+                with safely:
+                    found = rows.first()
+            except Error:
+                if _has_table(self.model, alias):
+                    raise
+                continue
+            if found is not None:
+                return found
+        return None
 
 
 class ProxyStorageFileField(_OwnedFileMixin, models.FileField):
@@ -356,6 +383,27 @@ def _is_owned_by(record: MetaRecord, owner: Mapping[str, Any]) -> bool:
 
 def _has_no_owner(record: MetaRecord) -> bool:
     return record.get("content_type_id") is None or record.get("object_id") is None
+
+
+def _homes_of(model: type[models.Model]) -> Iterator[str]:
+    """Return the databases that may have rows of `model` of their own: none that mirrors another."""
+    for alias in connections:
+        given = connections.settings[alias]
+        if given["ENGINE"] == "django.db.backends.dummy" or given.get("TEST", {}).get("MIRROR"):
+            continue
+        if router.allow_migrate_model(alias, model):
+            yield alias
+
+
+def _has_table(model: type[models.Model], alias: str) -> bool:
+    """Return whether a database has the table of `model`; one that no router forbids need not.
+
+    Raises:
+        Error: it cannot be asked.
+    """
+    table = model._meta.db_table.strip('"')
+    introspection = connections[alias].introspection
+    return '"' in table or introspection.identifier_converter(table) in introspection.table_names()
 
 
 def _label(field: Any) -> tuple[str, str]:

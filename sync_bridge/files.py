@@ -31,6 +31,7 @@ __all__ = [
     "BLOCK_BYTES",
     "FIRST_BYTES",
     "BridgeFile",
+    "ReadFirst",
     "ReadingFile",
     "WritingFile",
     "in_callers_thread",
@@ -42,6 +43,9 @@ __all__ = [
 FIRST_BYTES = 256 << 10  # brought by the call that opens
 BLOCK_BYTES = 1 << 20  # brought by each further one
 _SPOOL_BYTES = 1 << 20  # written bytes that are kept in memory
+
+#: What opening for reading brings: the open file, its first bytes, whether these are all of it.
+ReadFirst = tuple[AsyncFile, bytes, bool]
 
 
 class BridgeFile(File):
@@ -57,10 +61,11 @@ class BridgeFile(File):
 
     record: MetaRecord | None = None
 
-    def __init__(self, storage: BridgeStorage, file: Any, name: str, mode: str) -> None:
-        super().__init__(file, name)
+    def __init__(self, storage: BridgeStorage, file: Any, asked: str | MetaRecord, mode: str) -> None:
+        super().__init__(file, asked.path if isinstance(asked, MetaRecord) else asked)
         self.mode = mode
         self._storage = storage
+        self._asked = asked
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -76,7 +81,7 @@ class BridgeFile(File):
             self.seek(0)
             return self
         self.close()
-        again = self._storage.open(self.name, mode or self.mode)
+        again = self._storage.open(self._asked, mode or self.mode)
         self.__class__ = again.__class__
         self.__dict__.update(again.__dict__)
         again.__dict__.clear()  # what it held is ours now
@@ -90,7 +95,7 @@ class BridgeFile(File):
 class ReadingFile(BridgeFile):
     """A stored file, open for reading; pinned to one version of it, as `AsyncFile` is."""
 
-    def __init__(self, storage: BridgeStorage, opened: tuple[AsyncFile, bytes, bool], name: str, mode: str) -> None:
+    def __init__(self, storage: BridgeStorage, opened: ReadFirst, asked: str | MetaRecord, mode: str) -> None:
         handle, first, whole = opened
         self.record = handle.record
         self._bytes = handle.size
@@ -102,7 +107,7 @@ class ReadingFile(BridgeFile):
             self._blocks = _Blocks(storage.bridge, handle, first)
             binary = io.BufferedReader(self._blocks, BLOCK_BYTES)
         file = binary if "b" in mode else io.TextIOWrapper(binary, encoding="utf-8")
-        super().__init__(storage, file, name, mode)
+        super().__init__(storage, file, asked, mode)
 
     @property
     def size(self) -> int:
@@ -115,7 +120,7 @@ class ReadingFile(BridgeFile):
             self.file.close()
 
 
-async def open_for_reading(opening: Any) -> tuple[AsyncFile, bytes, bool]:
+async def open_for_reading(opening: Any) -> ReadFirst:
     """Return the open file, its first bytes, and whether these are all of it; then it is closed already."""
     handle: AsyncFile = await opening
     try:
@@ -129,7 +134,7 @@ async def open_for_reading(opening: Any) -> tuple[AsyncFile, bytes, bool]:
     return handle, first, whole
 
 
-async def read_whole(opening: Any) -> tuple[AsyncFile, bytes, bool] | None:
+async def read_whole(opening: Any) -> ReadFirst | None:
     """As `open_for_reading`, of a file that has no more than the first bytes; None if it has."""
     async with opening as handle:
         first = await handle.read(FIRST_BYTES)

@@ -39,12 +39,17 @@ def get_storage(name: str) -> ProxyStorage:
     return names.get_storage(name)
 
 
-def get_content_object(record: Mapping[str, Any]) -> Model | None:
+def get_content_object(record: Mapping[str, Any], *, using: str | None = None) -> Model | None:
     """Return the model instance whose file field holds the file of `record`; None where nobody is known to.
 
     The record names it since a `ProxyStorageFileField` was saved. With one look-up it answers for files of any model
-    and field: an authorisation view asks the object, and ``record["field"]`` says which field it is about. None too
-    where the object is gone, or the key in the record is not one of its model.
+    and field: an authorisation view asks the object, and ``record["field"]`` says which field it is about. An object is
+    returned only while the field of that name holds the path of the record, in the storage of the record. So None
+    too where the object is gone or has another file by now, where another one has its key, and where the key in the
+    record is not one of its model.
+
+    Args:
+        using: the database to look in; by default that of the model, as its router says. The record does not name it.
     """
     from django.contrib.contenttypes.models import ContentType
     from django.core.exceptions import ValidationError
@@ -58,16 +63,39 @@ def get_content_object(record: Mapping[str, Any]) -> Model | None:
         return None
     if model is None:
         return None
+    objects = model._base_manager if using is None else model._base_manager.using(using)
     try:
-        found: Model | None = model._base_manager.filter(pk=model._meta.pk.to_python(key)).first()
+        found: Model | None = objects.filter(pk=model._meta.pk.to_python(key)).first()
     except ValidationError:
         _log.warning("the record of %r names an object %r of %s", os.fspath(record["path"]), key, model._meta.label)
         return None
-    return found
+    return found if found is not None and _holds(found, record) else None
 
 
-async def aget_content_object(record: Mapping[str, Any]) -> Model | None:
+def _holds(owner: Model, record: Mapping[str, Any]) -> bool:
+    """Return whether the field that the record names holds its file: nobody takes the owner out of the record of a
+    file that was replaced or cleared, and a key may be used again."""
+    from django.core.exceptions import FieldDoesNotExist
+    from django.db.models import FileField
+
+    from .base import ConfiguredStorage
+
+    try:
+        field: Any = owner._meta.get_field(record.get("field") or "")
+    except FieldDoesNotExist:
+        _log.warning("the record of %r names no field of %s", os.fspath(record["path"]), owner._meta.label)
+        return False
+    if not isinstance(field, FileField):
+        return False
+    name = (getattr(owner, field.attname).name or "").replace("\\", "/")  # as a storage is asked for it
+    if name != os.fspath(record["path"]):
+        return False
+    named = record.get("proxy_storage_name")
+    return named is None or not isinstance(field.storage, ConfiguredStorage) or bool(field.storage.name == named)
+
+
+async def aget_content_object(record: Mapping[str, Any], *, using: str | None = None) -> Model | None:
     """Return what `get_content_object` does, from asynchronous code."""
     from asgiref.sync import sync_to_async
 
-    return await sync_to_async(get_content_object)(record)
+    return await sync_to_async(get_content_object)(record, using=using)

@@ -15,6 +15,7 @@ from django.core.files.utils import validate_file_name
 from aproxy_storage import AsyncFile, ContentError, InvalidPath, MetaRecord, NotFound, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.blocking import run_blocking
+from aproxy_storage.files import Opening
 from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
@@ -23,6 +24,7 @@ from .bridge import refuse_on_event_loop, who_patched_threads
 from .files import (
     FIRST_BYTES,
     BridgeFile,
+    ReadFirst,
     ReadingFile,
     WritingFile,
     in_callers_thread,
@@ -164,16 +166,25 @@ class BridgeStorage(AsyncTwins):
             saving=Saving(content_type=content_type, extra=extra),
         )
 
-    def open(self, name: str | os.PathLike[str], mode: str = "rb") -> BridgeFile:
+    def open(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> BridgeFile:
         """Open a file, in any mode of the builtin ``open``.
 
         One for reading has its first 256 KiB at hand, and is pinned to one version of the file. One for writing
         is published when it is closed without an exception.
 
+        Args:
+            name: the path; or, for reading, a record: then it is the file of that record or none, whoever has its
+                path by now. So a permission that was checked by the record holds for what is opened.
+
         Raises:
-            FileNotFoundError; FileExistsError with ``"x"``; IntegrityError: its bytes are gone.
+            FileNotFoundError; FileExistsError with ``"x"``; IntegrityError: its bytes are gone. Conflict: the file of
+            the record has other bytes by now; get the record again.
         """
         refuse_on_event_loop(f"{self!r}.open()", "aopen()")
+        if isinstance(name, MetaRecord):
+            if mode not in ("r", "rb", "rt"):
+                raise ValueError(f"invalid mode for a record: {mode!r}")
+            return ReadingFile(self, self._opened(name, self.proxy.open), name, mode)
         file: BridgeFile = self._open(asked(name), mode)
         return file
 
@@ -182,20 +193,27 @@ class BridgeStorage(AsyncTwins):
         if kind not in ("r", "w", "x", "a") or ("b" in mode and "t" in mode):
             raise ValueError(f"invalid mode: {mode!r}")
         if kind == "r" and "+" not in mode:
-            return ReadingFile(self, self._opened(self._known(name)), name, mode)
+            return ReadingFile(self, self._opened(self._known(name), self._by_name), name, mode)
         validate_file_name(name, allow_relative_path=True)
         return WritingFile(self, self._full(name), mode)
 
-    def _opened(self, found: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
+    def _opened(self, found: str | MetaRecord, opening: Callable[[Any], Opening[AsyncFile]]) -> ReadFirst:
         if isinstance(found, MetaRecord) and found.size is not None and found.size <= FIRST_BYTES and self._works_here:
-            opened = run_blocking(read_whole(self.proxy.open(found)))
+            opened = run_blocking(read_whole(opening(found)))
             if opened is not None:
                 return opened
-        return self.bridge.call(self._open_first, found)
+        return self.bridge.call(self._open_first, found, opening)
 
-    async def _open_first(self, name: str | MetaRecord) -> tuple[AsyncFile, bytes, bool]:
+    async def _open_first(self, name: str | MetaRecord, opening: Callable[[Any], Opening[AsyncFile]]) -> ReadFirst:
         found = await self._touched(name) if isinstance(name, str) else name
-        return await open_for_reading(self.proxy.open(found))
+        return await open_for_reading(opening(found))
+
+    def _by_name(self, found: str | MetaRecord) -> Opening[AsyncFile]:
+        """Open what was found by a name; where a subclass has its own `open`, by that."""
+        proxy = self.proxy
+        if isinstance(found, MetaRecord) and type(proxy).open is ProxyStorage.open:
+            return proxy.open_current(found)
+        return proxy.open(found)
 
     # -- what is synchronous by nature, without the loop
 

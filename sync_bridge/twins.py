@@ -73,8 +73,10 @@ class AsyncTwins(ConfiguredStorage):
         validate_file_name(path, allow_relative_path=True)
         return path
 
-    def aopen(self, name: str | os.PathLike[str], mode: str = "rb") -> Opening[Any]:
-        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`."""
+    def aopen(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> Opening[Any]:
+        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too."""
+        if isinstance(name, MetaRecord):
+            return self.proxy.open(name, mode)  # type: ignore[call-overload, no-any-return]
         text = asked(name)
         if mode != "rb":
             text = self._full(text)
@@ -82,12 +84,16 @@ class AsyncTwins(ConfiguredStorage):
             return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
 
         async def opened() -> Any:
-            return await self.proxy.open(await self._touched(text), mode)  # type: ignore[call-overload]
+            found = await self._touched(text)
+            if mode == "rb" and isinstance(found, MetaRecord):
+                return await self.proxy.open_current(found)
+            return await self.proxy.open(found, mode)  # type: ignore[call-overload]
 
         return Opening(opened)
 
-    async def astream(self, name: str | os.PathLike[str]) -> AsyncIterator[bytes]:
-        """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself."""
+    async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
+        """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
+        or none, as `ProxyStorage.stream`."""
         async with self.aopen(name) as file:
             async for chunk in file:
                 yield chunk

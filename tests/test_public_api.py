@@ -252,6 +252,7 @@ BY_POSITION = {
     "ProxyStorage.gate_of": ["original"],
     "ProxyStorage.open_bytes": ["record", "places", "byte_range"],
     "ProxyStorage.open": ["path", "mode"],
+    "ProxyStorage.open_current": ["record"],
     "ProxyStorage.rename": ["path", "new_path"],
     "ProxyStorage.restore_key": ["path"],
     "ProxyStorage.replace": ["path", "content"],

@@ -101,6 +101,35 @@ def test_name_and_bytes(name: str | None, head: bytes, expected: str | None) -> 
     assert guess_content_type(name, head) == expected
 
 
+HARMFUL = """
+    text/html TEXT/HTML text/html;charset=utf-8 application/xhtml+xml application/vnd.wap.xhtml+xml image/svg+xml
+    image/svg text/xml application/xml application/atom+xml application/xml-dtd text/xsl application/xslt+xml
+    text/javascript application/x-javascript text/javascript1.5 application/ecmascript text/vbscript application/hta
+    application/x-shockwave-flash text/cache-manifest text/x-component multipart/x-mixed-replace multipart/related
+    message/rfc822 text/html,text/plain */* text text/ /plain 写/真
+"""
+
+
+@pytest.mark.parametrize(
+    ("declared", "believed"),
+    [
+        ("application/x-own", "application/x-own"),
+        (DOCX, DOCX),
+        ("Image/X-Own; q=1", "image/x-own"),
+        ("application/vnd.x+json", "application/vnd.x+json"),
+        *((kind, None) for kind in HARMFUL.split()),
+        *((kind, None) for kind in ("text/x\r\nSet-Cookie: a=b", "text/\x01html", "text/pl ain", "x/" + "x" * 300, "")),
+    ],
+)
+def test_of_what_is_declared_only_what_does_no_harm_is_believed(declared: str, believed: str | None) -> None:
+    head = b"\0<script>alert(1)</script>"
+    assert guess_content_type("x.zzz", head, declared) == believed
+    assert guess_content_type(None, b"", declared) == believed
+    assert guess_content_type("x.png", head, declared) == "image/png"
+    assert guess_content_type("x.zzz", PNG, declared) == "image/png"
+    assert guess_content_type("x.zzz", HTML, declared) == "text/plain"
+
+
 def test_nameless_binary_content_is_left_to_puremagic(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("puremagic")
     flash = b"FLV\x01\0\0"  # which the short table does not know

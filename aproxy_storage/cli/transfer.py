@@ -235,7 +235,7 @@ def _content(local: Local, bar: Bar) -> Iterator[Path | WatchedFile]:
 
 async def _is_sound(storage: ProxyStorage, record: MetaRecord) -> bool:
     try:
-        async with storage.open(record, verify=True) as file:
+        async with storage.open_current(record, verify=True) as file:
             async for _ in file:
                 pass
     except IntegrityError:
@@ -353,7 +353,7 @@ async def _get_one(storage: ProxyStorage, record: MetaRecord, target: Path, forc
             raise AlreadyExists(f"{target} is there already, with other bytes; --force overwrites it")
     draft = Draft(target)
     try:
-        async with storage.open(record, verify=record.checksum is not None) as file:
+        async with storage.open_current(record, verify=record.checksum is not None) as file:
             await to_its_end(draft.create)
             async for chunk in file:
                 await to_its_end(draft.write, chunk)

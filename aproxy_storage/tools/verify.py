@@ -79,7 +79,7 @@ async def _check(storage: ProxyStorage, record: MetaRecord, algorithm: str | Non
     for _ in range(_MAX_RETRIES):
         known = record.checksum is not None
         if known or algorithm is None:
-            async with storage.open(record, verify=known) as file:
+            async with storage.open_current(record, verify=known) as file:
                 async for _ in file:
                     pass
             if known:
@@ -89,7 +89,7 @@ async def _check(storage: ProxyStorage, record: MetaRecord, algorithm: str | Non
                 " (--record-missing) records that of what is there",
                 path=record.path,
             )
-        async with storage.open(record) as file:
+        async with storage.open_current(record) as file:
             record = file.record  # which may be newer by now
             checksum = await _checksum(file, algorithm)
         try:

@@ -15,17 +15,18 @@ from tests.django_support.setup import add_database, configure, make_tables, pos
 configure()
 
 import psycopg  # noqa: E402
-from asgiref.sync import async_to_sync  # noqa: E402
+from asgiref.sync import async_to_sync, sync_to_async  # noqa: E402
 from django.contrib.admin.models import DELETION, LogEntry  # noqa: E402
 from django.contrib.auth.models import Permission, User  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.test import AsyncClient, Client, override_settings  # noqa: E402
 from django.urls import reverse  # noqa: E402
 
-from aproxy_storage import MetaRecord, ProxyStorage, registry  # noqa: E402
+from aproxy_storage import AsyncFile, MetaRecord, ProxyStorage, registry  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
 from aproxy_storage.meta_backends.orm import ORMMetaBackend  # noqa: E402
 from sync_bridge import BridgeStorage  # noqa: E402
+from sync_bridge.admin import ProxyStorageAdmin  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Person  # noqa: E402
 
@@ -121,11 +122,12 @@ def test_listed_searched_and_filtered(client: Client, storage: BridgeStorage) ->
         assert listed(client, question) == expected, question
 
 
-def test_a_record_is_shown_with_its_owner_and_a_preview(client: Client, storage: BridgeStorage) -> None:
-    message = Message.objects.create(author=Person.objects.create(name="Ann"), text="hello")
-    path = storage.save("om.png", ContentFile(PNG))
-    field = Message._meta.get_field("attach")
-    storage.update(path, extra=field.owner_of(message))  # type: ignore[union-attr]
+def test_a_record_is_shown_with_its_owner_and_a_preview(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Message._meta.get_field("attach"), "storage", storage)
+    message = Message.objects.create(text="hello", attach=ContentFile(PNG, "om.png"))
+    path = message.attach.name
     shown = client.get(page_of(path)).content.decode()
     assert f'href="/admin/desk/message/{message.pk}/change/"' in shown
     assert storage.get(path).checksum in shown
@@ -229,8 +231,108 @@ def test_only_those_who_may_see_the_records_get_the_bytes(client: Client, storag
     assert browser.post(page_of(path, "delete"), {"post": "yes"}).status_code == 403
 
 
-def test_bytes_that_are_gone(client: Client, storage: BridgeStorage, tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["perms_needed", "protected"])
+def test_what_would_go_along_is_asked_about(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    path = storage.save("kept.txt", ContentFile(b"x"))
+    rows = list(StoredFile.objects.values_list("pk", flat=True))
+    seen: list[list[str]] = []
+
+    def get_deleted_objects(_: Any, objects: Any, request: Any) -> Any:
+        seen.append([row.path for row in objects])
+        found = {"perms_needed": set(), "protected": []} | {why: ["clips that refer to it"]}
+        return ["kept.txt"], {"stored files": 1}, found["perms_needed"], found["protected"]
+
+    monkeypatch.setattr(ProxyStorageAdmin, "get_deleted_objects", get_deleted_objects)
+    answer = client.post(CHANGELIST, {"action": "delete_selected", "_selected_action": rows, "post": "yes"})
+    assert answer.status_code == (403 if why == "perms_needed" else 200)
+    if why == "protected":
+        assert "clips that refer to it" in answer.content.decode()
+    assert seen[0] == [path]
+    assert storage.exists(path)
+    assert not LogEntry.objects.exists()
+
+
+def asked_by(server: str, page: str, method: str = "GET") -> tuple[int, Any, bytes]:
+    """Return status, headers and content, as a server of that kind gets them."""
+    user = User.objects.get()
+    if server == "wsgi":
+        client = Client()
+        client.force_login(user)
+        answer = client.generic(method, page)
+        return answer.status_code, answer.headers, b"".join(answer) if answer.streaming else answer.content
+
+    async def ask() -> tuple[int, Any, bytes]:
+        browser = AsyncClient()
+        await browser.aforce_login(user)
+        answer = await browser.generic(method, page)
+        if not answer.streaming:
+            return answer.status_code, answer.headers, answer.content
+        if not answer.is_async:  # to HEAD
+            return answer.status_code, answer.headers, b"".join(await sync_to_async(list)(answer))
+        return answer.status_code, answer.headers, b"".join([chunk async for chunk in answer])
+
+    return async_to_sync(ask)()
+
+
+SERVERS = pytest.mark.parametrize(
+    ("server", "database"), [("wsgi", "sqlite"), ("asgi", "sqlite")], indirect=["database"]
+)
+
+
+@SERVERS
+def test_bytes_that_are_gone_are_not_found(client: Client, storage: BridgeStorage, tmp_path: Path, server: str) -> None:
+    path = storage.save("x.png", ContentFile(PNG))
+    (tmp_path / "disk" / "x.png").unlink()
+    for verb in ("download", "preview"):
+        assert asked_by(server, page_of(path, verb))[0] == 404
+
+
+@SERVERS
+def test_an_answer_tells_of_the_file_that_is_sent(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    path = storage.save("x.txt", ContentFile(b"old"))
+    page, visible = page_of(path, "download"), ProxyStorageAdmin._visible
+    change: list[Any] = [lambda: storage.replace(path, ContentFile(b"a longer one"))]
+
+    def late(*args: Any) -> Any:
+        row = visible(*args)
+        change.pop()()
+        return row
+
+    monkeypatch.setattr(ProxyStorageAdmin, "_visible", late)
+    status, headers, content = asked_by(server, page)
+    assert (status, headers["Content-Length"], content) == (200, "12", b"a longer one")
+
+    def anew() -> None:
+        storage.delete(path)
+        storage.save(path, ContentFile(b"of another!!"))
+
+    change.append(anew)
+    assert asked_by(server, page)[0] == 404
+
+
+@SERVERS
+def test_a_file_whose_bytes_nobody_reads_is_closed(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    path = storage.save("x.bin", ContentFile(bytes(1 << 20)))
+    opened: list[AsyncFile] = []
+    begin = AsyncFile.__init__
+    monkeypatch.setattr(AsyncFile, "__init__", lambda file, *a: (begin(file, *a), opened.append(file))[0])
+    status, headers, content = asked_by(server, page_of(path, "download"), "HEAD")
+    assert (status, headers["Content-Length"], content) == (200, str(1 << 20), b"")
+    assert [file.closed for file in opened] == [True]
+
+
+def test_a_record_of_an_unknown_storage(client: Client, storage: BridgeStorage) -> None:
     path = storage.save("x.txt", ContentFile(b"x"))
-    (tmp_path / "disk" / "x.txt").unlink()
-    with pytest.raises(Exception, match="are gone"):
-        client.get(page_of(path, "download"))
+    StoredFile.objects.update(proxy_storage_name="nobody's")
+    assert client.get(page_of(path, "download")).status_code == 404
+    answer = client.post(page_of(path, "delete"), {"post": "yes"}, follow=True)
+    assert answer.redirect_chain == [(page_of(path), 302)]
+    assert "Not deleted: x.txt. no storage named" in answer.content.decode()
+    assert StoredFile.objects.count() == 1
+    assert not LogEntry.objects.exists(), "nothing was deleted"

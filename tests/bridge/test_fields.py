@@ -4,9 +4,10 @@ import asyncio
 import io
 import os
 import pickle
+import shutil
 import unittest
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from sync_bridge import (
     get_content_object,
 )
 from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain, Scan
+from tests.django_support.setup import add_database, remove_database, sqlite_settings
 
 pytestmark = pytest.mark.usefixtures("default")
 
@@ -172,6 +174,45 @@ def test_an_owner_that_is_gone_is_none(default: BridgeStorage) -> None:
     assert get_content_object({**record, "content_type_id": 987654}) is None
     assert get_content_object({"path": "a"}) is None
     assert default.exists(record.path), "deleting a row does not delete the file, unless it is asked for"
+
+
+@BOTH
+@pytest.mark.parametrize("cls", [Message, Memo, Notice])
+@pytest.mark.parametrize("how", ["replaced", "cleared"])
+def test_a_file_that_the_field_holds_no_more_is_nobodys(
+    default: BridgeStorage, cls: Any, how: str, django_assert_queries: Any
+) -> None:
+    owner = cls.objects.create(attach=file(b"secret"))
+    record = default.get(owner.attach.name)
+    message = Message.objects.get(pk=owner.pk)
+    with django_assert_queries(1):
+        assert get_content_object(record) == message
+    owner.attach = file(b"harmless", "g.txt") if how == "replaced" else ""
+    owner.save()
+    assert get_content_object(default.get(record.path)) is None
+    if how == "replaced":
+        assert get_content_object(default.get("messages/g.txt")) == message
+
+
+def test_the_next_object_of_that_key_owns_none_of_its_files(default: BridgeStorage) -> None:
+    record = default.get(Message.objects.create(pk=77, attach=file()).attach.name)
+    Message.objects.all().delete()
+    Message.objects.create(pk=77, attach=file(name="g.txt"))
+    assert get_content_object(record) is None
+
+
+def test_an_owner_holds_its_file_in_the_field_and_storage_of_the_record(
+    default: BridgeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = {**default.get(Message.objects.create(attach=file()).attach.name)}
+    assert get_content_object(record) == Message.objects.get()
+    assert get_content_object({**record, "proxy_storage_name": "another"}) is None
+    assert get_content_object({**record, "field": "text"}) is None
+    assert not caplog.records
+    assert get_content_object({**record, "field": "gone"}) is None
+    assert "names no field of desk.Message" in caplog.text
+    Message.objects.update(attach="messages\\f.txt")  # of a database from Windows
+    assert get_content_object(record) == Message.objects.get()
 
 
 # -- the seed's authorization: any file of any model, by one look-up
@@ -416,6 +457,70 @@ def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
     assert not default.exists(first)
 
 
+@pytest.fixture
+def archive(default: BridgeStorage, migrated_sqlite: Path, tmp_path: Path) -> Iterator[str]:
+    """A second database, with the same tables."""
+    shutil.copy(migrated_sqlite, tmp_path / "archive.sqlite3")
+    add_database("archive", sqlite_settings(tmp_path / "archive.sqlite3"))
+    yield "archive"
+    remove_database("archive")
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_row_of_another_database_keeps_its_file(
+    default: BridgeStorage, person: Person, archive: str, change: str
+) -> None:
+    paper = Paper.objects.create(owner=person, file=file(b"1", "a.txt"))
+    path = paper.file.name
+    person.save(using=archive)
+    paper.save(using=archive)  # as Django's documentation copies a row
+    paper = Paper.objects.using("default").get()
+    if change == "deleted":
+        paper.delete()
+    else:
+        paper.file.save("b.txt", file(b"2"))
+    copy = Paper.objects.using(archive).get()
+    assert copy.file.read() == b"1"
+    assert get_content_object(default.get(path)) is None
+    assert get_content_object(default.get(path), using=archive) == copy
+    copy.delete()
+    assert not default.exists(path)
+
+
+class NotHere:
+    def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool:
+        return db == "default"
+
+
+@pytest.mark.parametrize(
+    ("how", "kept"),
+    [("unreachable", True), ("without tables", False), ("mirror", False), ("not allowed", False), ("dummy", False)],
+)
+def test_only_databases_with_rows_of_the_model_are_asked(
+    default: BridgeStorage, person: Person, tmp_path: Path, how: str, kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = sqlite_settings(tmp_path / ("x" if how == "without tables" else "no such directory/x"))
+    if how == "mirror":
+        given["TEST"] = {"MIRROR": "default"}
+    if how == "dummy":
+        given = {}
+    add_database("archive", given)
+    try:
+        with override_settings(DATABASE_ROUTERS=[NotHere()] if how == "not allowed" else []):
+            paper = Paper.objects.create(owner=person, file=file())
+            path = paper.file.name
+            if how == "without tables":
+                with transaction.atomic(using="archive"):
+                    paper.delete()
+                    connections["archive"].cursor().execute("SELECT 1")  # its transaction goes on
+            else:
+                paper.delete()
+        assert default.exists(path) == kept
+        assert ("is kept" in caplog.text) == kept
+    finally:
+        remove_database("archive")
+
+
 @pytest.mark.parametrize("how", ["instance", "queryset"])
 def test_delete_with_object(default: BridgeStorage, person: Person, how: str) -> None:
     paper = Paper.objects.create(owner=person, file=file())
@@ -620,6 +725,20 @@ def test_an_upload_through_a_request(default: BridgeStorage, memory: int) -> Non
     assert (record.size, record.content_type) == (len(data), "application/x-own")
     with default.open(message.attach.name) as opened:
         assert opened.read() == data
+
+
+@pytest.mark.parametrize(("name", "stored"), [("u.zzz", None), ("u.html", "text/html")])
+@pytest.mark.parametrize("declared", ["text/html", "text/\x01html", "x" * 300])
+def test_an_upload_does_not_choose_a_type_that_is_executed(
+    default: BridgeStorage, name: str, stored: str | None, declared: str
+) -> None:
+    def upload() -> SimpleUploadedFile:
+        return SimpleUploadedFile(name, b"\0<script>alert(1)</script>", declared)
+
+    assert default.get(default.save(name, upload())).content_type == stored
+    assert default.get(run(lambda: default.asave(name, upload()))).content_type == stored
+    given = default.save("given", upload(), content_type="text/html")
+    assert default.get(given).content_type == "text/html", "what the programmer says counts"
 
 
 # -- migrations

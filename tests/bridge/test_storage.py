@@ -345,6 +345,43 @@ def test_an_open_file_goes_on_with_its_version(storage: BridgeStorage) -> None:
     assert content_of(storage, path) == b"new"
 
 
+@pytest.mark.parametrize("data", [b"Ada's", BIG], ids=["small", "large"])
+def test_what_is_opened_by_a_record_is_its_file_or_none(storage: BridgeStorage, data: bytes) -> None:
+    record = storage.get(storage.save("cv.txt", ContentFile(data)))
+    with storage.open(record) as file:
+        assert (file.name, file.mode, file.record, file.size) == ("cv.txt", "rb", record, len(data))
+        assert file.read() == data
+
+    async def streamed() -> bytes:
+        return b"".join([chunk async for chunk in storage.astream(record)])
+
+    assert bridge.call(streamed) == data
+    storage.delete("cv.txt")
+    storage.save("cv.txt", ContentFile(data[::-1]))
+    with pytest.raises(FileNotFoundError):
+        storage.open(record)
+    with pytest.raises(FileNotFoundError):
+        file.open()
+    with pytest.raises(FileNotFoundError):
+        bridge.call(streamed)
+    assert content_of(storage, "cv.txt") == data[::-1]
+    with pytest.raises(ValueError, match="record"):
+        storage.open(record, "wb")
+
+
+def test_a_file_that_is_opened_by_its_name_is_looked_up_once(
+    storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = storage.save("a.txt", ContentFile(b"a"))
+    meta = storage.proxy.meta
+    asked: list[str] = []
+    for name in ("get", "look_here"):
+        look = getattr(meta, name)
+        monkeypatch.setattr(meta, name, lambda path, look=look: (asked.append(path), look(path))[1])
+    assert content_of(storage, path) == b"a"
+    assert asked == [path]
+
+
 def test_a_forgotten_file_is_closed_by_the_collector(storage: BridgeStorage, tmp_path: Path) -> None:
     path = storage.save("a.bin", ContentFile(BIG))
     before = len(os.listdir("/proc/self/fd"))

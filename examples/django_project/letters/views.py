@@ -54,7 +54,11 @@ def attachment(request: HttpRequest, path: str) -> HttpResponse:
     letter = get_content_object(record)
     if not isinstance(letter, Letter) or not letter.may_be_read_by(request.user):
         return HttpResponse("This is somebody else's letter.", status=403)
-    return FileResponse(default_storage.open(path), as_attachment=True, headers=headers_for(record))
+    try:
+        file = default_storage.open(record)  # not of the path, which may be another file's by now
+    except NotFound as error:
+        raise Http404 from error
+    return FileResponse(file, as_attachment=True, headers=headers_for(record))
 
 
 # -- for ASGI
@@ -88,4 +92,5 @@ async def aattachment(request: HttpRequest, path: str) -> HttpResponse:
     letter = await aget_content_object(record)
     if not isinstance(letter, Letter) or not letter.may_be_read_by(await request.auser()):
         return HttpResponse("This is somebody else's letter.", status=403)
+    # The file of the record, or none: deleted and saved anew meanwhile, the path may be somebody else's.
     return StreamingHttpResponse(storage.stream(record), headers=headers_for(record))
