@@ -150,7 +150,7 @@ class WritingVerbs(ReadingVerbs):
             raise
         finally:
             if source is not content:
-                await source.aclose()
+                await source.aclose(within=self.timeouts.cleanup)
             self._tidy_when_due()
 
     async def replace(
@@ -190,7 +190,7 @@ class WritingVerbs(ReadingVerbs):
             )
         finally:
             if source is not content:
-                await source.aclose()
+                await source.aclose(within=self.timeouts.cleanup)
             self._tidy_when_due()
 
     async def write_to(
@@ -221,7 +221,7 @@ class WritingVerbs(ReadingVerbs):
                     raise
                 return await self.replace(path, source, **options)
         finally:
-            await source.aclose()
+            await source.aclose(within=self.timeouts.cleanup)
 
     async def begin_upload(
         self,
