@@ -18,7 +18,7 @@ from .journal import Journal, Marked
 from .paths import check_path
 from .placement import First, Request
 from .proxy_reading import Path, ReadingVerbs
-from .records import MetaRecord
+from .records import MetaRecord, Revision
 from .timeouts import Timeouts
 from .writing import Writing
 
@@ -160,16 +160,18 @@ class WritingVerbs(ReadingVerbs):
         *,
         using: str | None = None,
         content_type: str | None = None,
-        expect_version: int | None = None,
+        expect_version: int | Revision | None = None,
         size: int | None = None,
     ) -> MetaRecord:
         """Give an existing file new bytes; return its new record.
 
         Readers get the old or the new file, never a mixture: the new bytes go under a new key, the record changes
         over in one step, the old ones go after `keep_replaced` seconds. Of simultaneous replacements the last to
-        finish wins, unless `expect_version` (the ``version`` of the record that was looked at) pins one. The version
-        moves with the places of the bytes too, as when `tidy` forgets replaced ones: a Conflict need not be a change
-        of the file, so get the record again and compare what matters, its ``checksum`` above all.
+        finish wins, unless `expect_version` pins one: the ``revision`` of the record that was looked at. Its ``version``
+        alone does as well for a file that nobody deletes; but every new file begins with the same, so that a number
+        cannot tell a file from one that was saved anew under its name. The version moves with the places of the bytes
+        too, as when `tidy` forgets replaced ones: a Conflict need not be a change of the file, so get the record again
+        and compare what matters, its ``checksum`` above all.
 
         Raises:
             NotFound: there is no such file. Conflict: it was deleted meanwhile, or is not at `expect_version`.
@@ -178,11 +180,8 @@ class WritingVerbs(ReadingVerbs):
         source = self._source(content, size)
         try:
             record = await self.get(path)
-            if expect_version is not None and record.version != expect_version:
-                raise Conflict(
-                    f"{record.path!r} is at version {record.version}, not {expect_version}",
-                    operation="replace", path=record.path,
-                )  # fmt: skip
+            if expect_version is not None:
+                _check_revision(record, expect_version)
             candidates = await self._candidates(record.path, source, using, content_type, record.extra)
             write = self._writing.write_of(source, record.path, content_type)
             return await self._writing.swap(
@@ -274,9 +273,17 @@ class WritingVerbs(ReadingVerbs):
         return await finish(self, path)
 
     async def update(self, path: Path, *, extra: Mapping[str, Any]) -> MetaRecord:
-        """Replace the extra fields of a file's record; return the new record. The version does not move."""
+        """Replace the extra fields of a file's record; return the new record. The version does not move.
+
+        Raises:
+            NotFound: there is no such file; for a record also where another one has taken its name.
+        """
         record = await self._record(path)
-        return await self.meta.update(record.path, {"extra": dict(extra)})
+        while True:
+            try:
+                return await self.meta.update(record.path, {"extra": dict(extra)}, expect=record.revision)
+            except Conflict:
+                record = await self._again(path, record)
 
     async def delete(self, path: Path, *, missing_ok: bool = False) -> None:
         """Delete a file. Once this has returned it stays deleted, whatever happens to the process.
@@ -285,7 +292,7 @@ class WritingVerbs(ReadingVerbs):
         and `reconcile` removes them. A cancellation leaves the file either whole or deleted.
 
         Raises:
-            NotFound: there is no such file, unless `missing_ok`.
+            NotFound: there is no such file, unless `missing_ok`; for a record also where another one has taken its name.
         """
         try:
             record = await self._record(path)
@@ -294,7 +301,7 @@ class WritingVerbs(ReadingVerbs):
                 try:
                     marked = await self.journal.mark(record)
                 except Conflict:  # renamed, replaced or deleted by somebody else: look again
-                    record = await self.get(record.path)
+                    record = await self._again(path, record)
         except NotFound:
             if missing_ok:
                 return
@@ -397,3 +404,14 @@ class WritingVerbs(ReadingVerbs):
 
     @abc.abstractmethod
     async def _tidy_quietly(self) -> None: ...
+
+
+def _check_revision(record: MetaRecord, expected: int | Revision) -> None:
+    token, version = (record.token, expected) if isinstance(expected, int) else expected
+    if token != record.token:
+        problem = f"{record.path!r} is another file by now: it was deleted, and saved anew"
+    elif version != record.version:
+        problem = f"{record.path!r} is at version {record.version}, not {version}"
+    else:
+        return
+    raise Conflict(problem, operation="replace", path=record.path)

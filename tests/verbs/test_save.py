@@ -254,6 +254,29 @@ async def test_delete_takes_a_record_that_has_moved_on(storage: ProxyStorage) ->
     assert not await storage.exists("a")
 
 
+async def test_a_record_stands_for_its_own_file(storage: ProxyStorage) -> None:
+    await storage.save("a", b"1")
+    stale = await storage.get("a")
+    await storage.replace("a", b"2")
+    assert (await storage.update(stale, extra={"k": 1})).extra == {"k": 1}  # the same file, which has moved on
+    await storage.delete("a")
+    await storage.save("a", b"somebody else's")
+    new = await storage.get("a")
+    with pytest.raises(NotFound):
+        await storage.delete(stale)
+    await storage.delete(stale, missing_ok=True)
+    with pytest.raises(NotFound):
+        await storage.update(stale, extra={"k": 2})
+    with pytest.raises(Conflict):
+        await storage.rename(stale, "b")
+    first = replace(stale, version=new.version)  # every new file begins with the same one
+    with pytest.raises(Conflict, match="another file"):
+        await storage.replace("a", b"x", expect_version=first.revision)
+    assert await storage.get("a") == new
+    assert await content_of(storage, "a") == b"somebody else's"
+    assert (await storage.replace("a", b"mine", expect_version=new.revision)).size == 4
+
+
 async def test_copy_has_bytes_of_its_own(storage: ProxyStorage) -> None:
     await storage.save("a.txt", b"content", extra={"owner": 7})
     within = await storage.copy("a.txt", "b.txt")
@@ -342,6 +365,24 @@ async def test_storages_that_share_a_meta_backend_see_only_their_own(make: Make)
     assert await two.get_many([path, "two/x"]) == [None, await two.get("two/x")]
     with pytest.raises(InvalidPath, match="prefix"):
         await two.rename("two/x", "elsewhere")
+
+
+@pytest.mark.parametrize("verb", ["open", "size", "url", "update", "delete", "rename", "move", "copy", "restore_key"])
+async def test_records_that_are_no_file_of_this_storage_are_refused(make: Make, verb: str) -> None:
+    one, two = make("one"), make("two", prefix="two")
+    await two.save("x", b"2")
+    foreign = await two.get("two/x")
+    saving = replace(foreign, path="y", proxy_storage_name="one", state="pending", token="t", version=1, size=None)
+    await one.meta.create(saving, lease=60)
+    arguments: dict[str, Any] = {"update": {"extra": {}}, "move": {"using": "b"}}
+    arguments |= {"rename": {"new_path": "z"}, "copy": {"name": "z"}}
+    for record in (foreign, await one.meta.get("y")):
+        with pytest.raises(NotFound):
+            await getattr(one, verb)(record, **arguments.get(verb, {}))
+    assert await two.get("two/x") == foreign
+    assert await content_of(two, "two/x") == b"2"
+    assert (await one.meta.get("y")).state == "pending"
+    assert await one.meta.count() == 2
 
 
 async def test_hooks_see_the_content_and_fill_the_record(make: Make) -> None:
