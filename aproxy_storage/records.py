@@ -35,6 +35,9 @@ DELETING: State = "deleting"
 
 PlaceState = Literal["good", "doubtful", "surplus", "settling"]
 
+#: Which object a file belongs to, by the names that django-proxy-storage has given them: the file's own, never a copy's.
+OWNER_FIELDS = ("content_type_id", "object_id", "field")
+
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -291,6 +291,15 @@ async def test_copy_has_bytes_of_its_own(storage: ProxyStorage) -> None:
         assert await content_of(storage, path) == b"content"
 
 
+async def test_a_copy_belongs_to_no_object(storage: ProxyStorage) -> None:
+    owned = {"content_type_id": 3, "object_id": "5", "field": "scan", "note": "x"}
+    await storage.save("a", b"1", extra=owned)
+    await storage.save("b", b"1", extra={"field": "of wheat"})
+    assert (await storage.get(await storage.copy("a", "c"))).extra == {"note": "x"}
+    assert (await storage.get(await storage.copy("b", "d"))).extra == {"field": "of wheat"}
+    assert (await storage.get("a")).extra == owned
+
+
 async def test_move_keeps_the_path(make: Make) -> None:
     storage = make(keep_replaced=0.0)
     path = await storage.save("a.txt", b"content")
