@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import logging
 import os
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,13 +20,15 @@ from .journal import Journal, Marked
 from .paths import check_path
 from .placement import First, Request
 from .proxy_reading import Path, ReadingVerbs
-from .records import MetaRecord, Revision
+from .records import DELETING, STORED, MetaRecord, Revision
 from .timeouts import Timeouts
 from .writing import Writing
 
 __all__ = ["WritingVerbs"]
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
 
 _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 
@@ -167,11 +171,10 @@ class WritingVerbs(ReadingVerbs):
 
         Readers get the old or the new file, never a mixture: the new bytes go under a new key, the record changes
         over in one step, the old ones go after `keep_replaced` seconds. Of simultaneous replacements the last to
-        finish wins, unless `expect_version` pins one: the ``revision`` of the record that was looked at. Its ``version``
-        alone does as well for a file that nobody deletes; but every new file begins with the same, so that a number
-        cannot tell a file from one that was saved anew under its name. The version moves with the places of the bytes
-        too, as when `tidy` forgets replaced ones: a Conflict need not be a change of the file, so get the record again
-        and compare what matters, its ``checksum`` above all.
+        finish wins, unless `expect_version` pins one: the ``revision`` of the record that was looked at. A bare
+        ``version`` cannot tell a file from one that was deleted and saved anew, because every new file begins with the
+        same. The version moves with the places of the bytes too, as when `tidy` forgets replaced ones: a Conflict need
+        not be a change of the file, so get the record again and compare what matters, its ``checksum`` above all.
 
         Raises:
             NotFound: there is no such file. Conflict: it was deleted meanwhile, or is not at `expect_version`.
@@ -205,22 +208,51 @@ class WritingVerbs(ReadingVerbs):
     ) -> MetaRecord:
         """Store at exactly `path`: a new file, or, unless `exclusive`, new bytes for the one there.
 
-        The options are those of `save`; `extra` is for a new file only.
+        The options are those of `save`; `extra` is for a new file only. Where somebody else is just saving a file of
+        that name, that is waited for, unless `exclusive`.
+
+        Raises:
+            AlreadyExists: `exclusive`, and there is a file; or the path belongs to another storage.
+            Conflict: somebody else has been saving a file of that name for more than 10 seconds. And as `save`.
         """
         source = self._source(content, size)  # one for both: a hook or the placement may look into it before `replace`
         options: dict[str, Any] = {"using": using, "content_type": content_type}
+        until = time.monotonic() + _PATIENCE
         try:
-            if not exclusive and await self.exists(path):
-                return await self.replace(path, source, **options)
-            try:
-                return await self._save(path, source, exact=True, extra=extra, **options)
-            except AlreadyExists:
-                # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
-                if exclusive or not await self.exists(path):
-                    raise
-                return await self.replace(path, source, **options)
+            while True:
+                if not exclusive and await self.exists(path):
+                    try:
+                        return await self.replace(path, source, **options)
+                    except NotFound:
+                        if await self.exists(path):
+                            raise
+                try:
+                    return await self._save(path, source, exact=True, extra=extra, **options)
+                except AlreadyExists:
+                    # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
+                    if exclusive or not await self._settles(path, until):
+                        raise
         finally:
             await source.aclose(within=self.timeouts.cleanup)
+
+    async def _settles(self, path: str, until: float) -> bool:
+        """Wait until `path`, at which nothing could be saved, is a file of ours, or free; return whether it ever is."""
+        for pause in _pauses():
+            try:
+                record = await self.meta.get(path)
+            except NotFound:
+                return True
+            if record.proxy_storage_name != self.name or record.state == DELETING:
+                return False
+            if time.monotonic() >= until:
+                break
+            if record.state == STORED:
+                return True
+            await asyncio.sleep(pause)
+        raise Conflict(
+            f"{path!r} is being saved by somebody else, or a save of it was killed; try again later",
+            operation="save", path=path, backend=repr(self),
+        )  # fmt: skip
 
     async def begin_upload(
         self,
@@ -276,7 +308,7 @@ class WritingVerbs(ReadingVerbs):
         """Replace the extra fields of a file's record; return the new record. The version does not move.
 
         Raises:
-            NotFound: there is no such file; for a record also where another one has taken its name.
+            NotFound: there is no such file; for a record also where another one has its name now.
         """
         record = await self._record(path)
         while True:
@@ -292,7 +324,7 @@ class WritingVerbs(ReadingVerbs):
         and `reconcile` removes them. A cancellation leaves the file either whole or deleted.
 
         Raises:
-            NotFound: there is no such file, unless `missing_ok`; for a record also where another one has taken its name.
+            NotFound: there is no such file, unless `missing_ok`; for a record also where another one has its name now.
         """
         try:
             record = await self._record(path)
@@ -404,6 +436,14 @@ class WritingVerbs(ReadingVerbs):
 
     @abc.abstractmethod
     async def _tidy_quietly(self) -> None: ...
+
+
+def _pauses() -> Iterator[float]:
+    """Yield the seconds between two looks at somebody else's save, without an end."""
+    longest = 0.005
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, 0.2)
 
 
 def _check_revision(record: MetaRecord, expected: int | Revision) -> None:

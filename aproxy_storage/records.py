@@ -35,7 +35,7 @@ DELETING: State = "deleting"
 
 PlaceState = Literal["good", "doubtful", "surplus", "settling"]
 
-#: Which object a file belongs to, by the names that django-proxy-storage has given them: the file's own, never a copy's.
+#: The extra fields that say which object a file belongs to, named by django-proxy-storage. No copy has them.
 OWNER_FIELDS = ("content_type_id", "object_id", "field")
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})

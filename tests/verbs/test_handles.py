@@ -21,6 +21,7 @@ from aproxy_storage import (
     ObjectInfo,
     ProxyStorage,
     Source,
+    proxy_writing,
 )
 from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend
@@ -258,6 +259,38 @@ async def test_a_writer_belongs_to_its_loop() -> None:
     assert await content_of(storage, "x") == b"abc"
     await other.abort()
     assert not await storage.exists("y")
+
+
+async def test_writers_of_one_new_name_follow_each_other() -> None:
+    storage, backend = gated()
+    files = [await storage.open("x", "wb") for _ in range(3)]
+    for number, file in enumerate(files):
+        await file.write(b"%d" % number)
+    closing = [asyncio.create_task(file.aclose()) for file in files]
+    while await storage.meta.count(state="pending") != 1:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    backend.gate.set()
+    await asyncio.gather(*closing)
+    assert await content_of(storage, "x") in (b"0", b"1", b"2")
+    assert await storage.meta.count() == 1
+
+
+async def test_a_writer_waits_for_a_save_of_its_name_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, backend = gated()
+    saving = asyncio.create_task(storage.save("x", b"old"))
+    while not await storage.meta.count(state="pending"):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    monkeypatch.setattr(proxy_writing, "_PATIENCE", 0.02)
+    with pytest.raises(Conflict, match="somebody else") as caught:
+        async with storage.open("x", "wb") as file:
+            await file.write(b"new")
+    assert caught.value.retryable
+    with pytest.raises(AlreadyExists):
+        async with storage.open("x", "xb"):
+            pass
+    backend.gate.set()
+    assert await saving == "x"
+    assert await content_of(storage, "x") == b"old"
 
 
 class _ThirdFails:
