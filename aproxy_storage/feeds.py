@@ -29,6 +29,7 @@ __all__ = [
     "Handle",
     "InlineFeed",
     "ThreadFeed",
+    "encoded",
     "failed",
     "readers",
     "silent",
@@ -51,17 +52,31 @@ def to_bytes(piece: Any) -> bytes:
     """Return what the caller's file or iterator gave as bytes; text as UTF-8, as Django writes it.
 
     Raises:
-        ContentError: it is neither.
+        ContentError: it is neither, or text with lone surrogates.
     """
     if type(piece) is bytes:
         return piece
     if isinstance(piece, str):
-        return piece.encode()
+        return encoded(piece)
     if isinstance(piece, bytes | bytearray | memoryview):
         return bytes(piece)
     if piece is None:
         raise ContentError("the content is a non-blocking file that had nothing to read; hand over a blocking one")
     raise ContentError(f"the content gave {type(piece).__name__} where bytes or text were expected")
+
+
+def encoded(text: str) -> bytes:
+    """Return `text` as UTF-8.
+
+    Raises:
+        ContentError: it has lone surrogates.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ContentError(
+            "the text has lone surrogates, which UTF-8 cannot hold; encode it and hand over bytes"
+        ) from error
 
 
 def failed(error: BaseException) -> ContentError:

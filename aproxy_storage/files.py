@@ -395,8 +395,8 @@ class AsyncWriter:
         self._check_loop()
         try:
             async with self._turn:
-                if self.closed:
-                    return
+                if self._ended:
+                    return  # another task was faster
                 self._check_writable()
                 if self._pending:
                     await self._room()

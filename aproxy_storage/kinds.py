@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentError
-from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed
+from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded
 
 if TYPE_CHECKING:
     from .content import Source
@@ -36,11 +36,11 @@ def recognise(source: Source, content: Any) -> None:
     """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
 
     Raises:
-        ContentError: it is nothing that can be read.
+        ContentError: it is nothing that can be read, or text with lone surrogates.
     """
     read = getattr(content, "read", None)
     if isinstance(content, str):
-        source.data = content.encode()
+        source.data = encoded(content)
     elif isinstance(content, bytes | bytearray | memoryview):
         _buffer(source, memoryview(content))
     elif isinstance(content, type | Mapping | Set):
@@ -100,7 +100,7 @@ def _in_memory(file: Any) -> bytes | None:
     if type(file) is io.BytesIO and not file.closed:
         return file.getvalue()
     if type(file) is io.StringIO and not file.closed:
-        return file.getvalue().encode()
+        return encoded(file.getvalue())
     return None
 
 

@@ -24,11 +24,25 @@ from .records import DELETING, STORED, MetaRecord, Revision
 from .timeouts import Timeouts
 from .writing import Writing
 
-__all__ = ["WritingVerbs"]
+__all__ = ["NOT_FOR_HOOKS", "WritingVerbs"]
 
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
+
+#: By these the journal goes.
+NOT_FOR_HOOKS = frozenset(
+    {
+        "path",
+        "proxy_storage_name",
+        "original_storage_name",
+        "original_storage_path",
+        "state",
+        "token",
+        "version",
+        "places",
+    }
+)
 
 _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 
@@ -47,7 +61,8 @@ class WritingVerbs(ReadingVerbs):
     _writing: Writing
     _tidy_at: float
 
-    #: Fields of the record that `get_data_for_meta_backend_save` of a subclass may set, e.g. {"content_type"}.
+    #: Fields of the record that `get_data_for_meta_backend_save` of a subclass may set, e.g. {"content_type"}. None of
+    #: those that say what and where the file is: a ConfigurationError.
     hook_may_set: ClassVar[frozenset[str]] = frozenset()
 
     # -- hooks for subclasses

@@ -370,6 +370,13 @@ async def test_pieces_must_be_bytes_or_text(pieces: Any) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("text", ["\ud800", ["a", "\ud800"], io.StringIO("\ud800"), ContentFile("\ud800")])
+async def test_text_that_utf_8_cannot_hold(text: Any) -> None:
+    with pytest.raises(ContentError, match="surrogates"):
+        await drain(Source.of(text))
+
+
+@pytest.mark.asyncio
 async def test_text_is_utf_8(directory: pathlib.Path) -> None:
     text = "Grüße, 世界\n" * 500
     path = directory / "a.txt"

@@ -436,6 +436,16 @@ async def test_class_attributes_in_place_of_arguments(make: Make) -> None:
     for wrong in ({"name": ""}, {"keys": "uuid"}, {"durability": "never"}, {"lease": 0}, {"originals": {}}):
         with pytest.raises(ConfigurationError):
             Media(**wrong)  # type: ignore[arg-type]
+    for seconds in (float("inf"), float("nan"), 1e12):
+        for each in ("lease", "settle", "keep_replaced"):
+            with pytest.raises(ConfigurationError, match="ten years"):
+                Media(**{each: seconds})  # type: ignore[arg-type]
+
+    class Overreaching(Media):
+        hook_may_set = frozenset({"content_type", "path", "state"})
+
+    with pytest.raises(ConfigurationError, match="path, state"):
+        Overreaching()
 
 
 async def test_urls(storage: ProxyStorage) -> None:
