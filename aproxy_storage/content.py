@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError
-from .feeds import Feed, InlineFeed, readers, silent
+from .feeds import SETTLE, Feed, InlineFeed, readers, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
@@ -281,8 +281,12 @@ class Source:
         """
         return Watching(self, seconds)
 
-    async def aclose(self) -> None:
-        """Release the spool and end a pass under way; idempotent. The caller's file stays open."""
+    async def aclose(self, *, within: float = SETTLE) -> None:
+        """Release the spool and end a pass under way; idempotent. The caller's file stays open.
+
+        Waits at most `within` seconds for a read of a file that can seek: until that is over its position is not the
+        caller's. A later save of the same file waits for it too, as long as for any content.
+        """
         live, self._live = self._live, None
         spool, self._spool = self._spool, None
         if live is None and spool is None:
@@ -291,6 +295,8 @@ class Source:
         try:
             if live is not None:
                 await live.aclose()
+                if (job := live.under_way()) is not None and not job.done():
+                    await asyncio.wait((job,), timeout=within)
         finally:
             if spool is not None:
                 await spool.aclose()

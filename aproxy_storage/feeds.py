@@ -10,8 +10,10 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import os
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -27,6 +29,7 @@ __all__ = [
     "Handle",
     "InlineFeed",
     "ThreadFeed",
+    "encoded",
     "failed",
     "readers",
     "silent",
@@ -49,17 +52,31 @@ def to_bytes(piece: Any) -> bytes:
     """Return what the caller's file or iterator gave as bytes; text as UTF-8, as Django writes it.
 
     Raises:
-        ContentError: it is neither.
+        ContentError: it is neither, or text with lone surrogates.
     """
     if type(piece) is bytes:
         return piece
     if isinstance(piece, str):
-        return piece.encode()
+        return encoded(piece)
     if isinstance(piece, bytes | bytearray | memoryview):
         return bytes(piece)
     if piece is None:
         raise ContentError("the content is a non-blocking file that had nothing to read; hand over a blocking one")
     raise ContentError(f"the content gave {type(piece).__name__} where bytes or text were expected")
+
+
+def encoded(text: str) -> bytes:
+    """Return `text` as UTF-8.
+
+    Raises:
+        ContentError: it has lone surrogates.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ContentError(
+            "the text has lone surrogates, which UTF-8 cannot hold; encode it and hand over bytes"
+        ) from error
 
 
 def failed(error: BaseException) -> ContentError:
@@ -154,6 +171,43 @@ class Handle:
         self._release()
 
 
+class _Left:
+    """The files that a worker is still reading although the pass was given up, and who waits for them.
+
+    By the ids of the files: as long as one is named here, the worker's pass keeps it alive. Not bound to a loop: the
+    next save of a file may come from another one.
+    """
+
+    def __init__(self) -> None:
+        self.fresh()
+
+    def fresh(self) -> None:
+        self._changed = threading.Condition()
+        self._files: Counter[int] = Counter()
+
+    def add(self, file: object) -> None:
+        with self._changed:
+            self._files[id(file)] += 1
+            self._changed.notify_all()
+
+    def remove(self, file: object) -> None:
+        with self._changed:
+            self._files[id(file)] -= 1
+            self._files += Counter()  # drops what is at nought
+            self._changed.notify_all()
+
+    def wait_for(self, file: object, timeout: float | None, unless: Callable[[], bool]) -> bool:
+        """Wait in a worker until nobody is reading `file`; return whether that is so, or `unless` has become so."""
+        if id(file) not in self._files:
+            return True
+        with self._changed:
+            return self._changed.wait_for(lambda: id(file) not in self._files or unless(), timeout)
+
+
+_left = _Left()
+os.register_at_fork(after_in_child=_left.fresh)
+
+
 class Feed(Protocol):
     """One pass over the content."""
 
@@ -201,7 +255,9 @@ class InlineFeed:
 class ThreadFeed:
     """A pass over a blocking iterator, read in a worker thread, with `ahead` one chunk before it is asked for.
 
-    The job under way survives the cancellation of whoever waits for it, so that a spooled source loses nothing.
+    The job under way survives the cancellation of whoever waits for it, so that a spooled source loses nothing. Once
+    the pass is closed, it takes no further piece. `file`: what has one position for all passes over it, so that a pass
+    begins only when no worker is left in it by another one.
     """
 
     def __init__(
@@ -212,8 +268,10 @@ class ThreadFeed:
         *,
         ahead: bool = True,
         release: Callable[[], None] | None = None,
+        file: object = None,
     ) -> None:
         self._open = pieces
+        self._file = file
         self._iterator: Iterator[Any] | None = None
         self._cutter = Cutter(limit)
         self._timeout = timeout
@@ -223,6 +281,8 @@ class ThreadFeed:
         self._context = contextvars.copy_context()
         self._pending: asyncio.Future[tuple[bytes, bool]] | None = None
         self._ended = False
+        self._closed = False
+        self._counted = False  # in `_left`
         self._failure: ContentError | None = None
 
     async def read(self) -> bytes:
@@ -258,9 +318,11 @@ class ThreadFeed:
         """Return the next chunk, and whether it is known to be the last."""
         cutter = self._cutter
         if self._iterator is None:
+            if self._file is not None and not _left.wait_for(self._file, self._timeout, lambda: self._closed):
+                raise ContentError("the content is still being read by a save that was given up; open it anew")
             self._iterator = self._open()
         give_up = time.monotonic() + HOLD
-        while not cutter.ready:
+        while not cutter.ready and not self._closed:
             try:
                 piece = next(self._iterator)
             except StopIteration:
@@ -278,11 +340,20 @@ class ThreadFeed:
                 self._iterator.close()
         except Exception:
             _log.warning("closing the content failed", exc_info=True)
+        finally:
+            if self._counted:
+                _left.remove(self._file)
 
     def close(self) -> None:
         self._ended = True
+        if self._closed:
+            return
         if self._pending is not None:
             self._pending.add_done_callback(seen)  # nobody will ask for it any more
+            if self._file is not None and not self._pending.done():
+                self._counted = True
+                _left.add(self._file)
+        self._closed = True
         if self._extra_release is None:
             self._handle.close()
         else:

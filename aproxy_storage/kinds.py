@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentError
-from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed
+from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded
 
 if TYPE_CHECKING:
     from .content import Source
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["recognise"]
 
 _COPY_BYTES = 4 << 20  # bytes; a bytearray or a list of chunks up to this size is copied into `data`
+
+_MAX_WRAPPERS = 8  # around a file
 
 _TAKEN = (
     "bytes, bytearray, memoryview, str, a path object, a file open for reading (synchronous or asynchronous), "
@@ -34,11 +36,11 @@ def recognise(source: Source, content: Any) -> None:
     """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
 
     Raises:
-        ContentError: it is nothing that can be read.
+        ContentError: it is nothing that can be read, or text with lone surrogates.
     """
     read = getattr(content, "read", None)
     if isinstance(content, str):
-        source.data = content.encode()
+        source.data = encoded(content)
     elif isinstance(content, bytes | bytearray | memoryview):
         _buffer(source, memoryview(content))
     elif isinstance(content, type | Mapping | Set):
@@ -98,7 +100,7 @@ def _in_memory(file: Any) -> bytes | None:
     if type(file) is io.BytesIO and not file.closed:
         return file.getvalue()
     if type(file) is io.StringIO and not file.closed:
-        return file.getvalue().encode()
+        return encoded(file.getvalue())
     return None
 
 
@@ -139,7 +141,7 @@ def _django_file(source: Source, content: Any) -> None:
     # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.
     source.replayable = not getattr(content, "closed", False) and _seekable(content)
     source.look = _look_at(content)
-    _threaded(source, lambda limit: iter(content.chunks(limit)))
+    _threaded(source, lambda limit: iter(content.chunks(limit)), _inside(content))
 
 
 def _file(source: Source, content: Any) -> None:
@@ -158,7 +160,7 @@ def _file(source: Source, content: Any) -> None:
                 return
             yield piece
 
-    _threaded(source, pieces)
+    _threaded(source, pieces, _inside(content))
 
 
 def _async_file(source: Source, content: Any) -> None:
@@ -194,9 +196,19 @@ def _iterable(source: Source, content: Any) -> None:
     source.begin = lambda limit, ahead: ThreadFeed(lambda: iter(content), limit, timeout, ahead=ahead, release=release)
 
 
-def _threaded(source: Source, pieces: Callable[[int], Iterator[Any]]) -> None:
+def _threaded(source: Source, pieces: Callable[[int], Iterator[Any]], file: object = None) -> None:
     timeout = source.timeout
-    source.begin = lambda limit, ahead: ThreadFeed(lambda: pieces(limit), limit, timeout, ahead=ahead)
+    source.begin = lambda limit, ahead: ThreadFeed(lambda: pieces(limit), limit, timeout, ahead=ahead, file=file)
+
+
+def _inside(file: Any) -> object:
+    """Return the file that is wrapped in Django's or tempfile's objects: wrapped anew for each save, it is the same."""
+    for _ in range(_MAX_WRAPPERS):
+        inner = getattr(file, "__dict__", {}).get("file")
+        if inner is None:
+            break
+        file = inner
+    return file
 
 
 def _seekable(file: Any) -> bool:

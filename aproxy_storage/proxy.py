@@ -21,12 +21,15 @@ from .paths import MAX_PATH_BYTES, check_path
 from .placement import First, Placement
 from .proxy_arranging import ArrangingVerbs
 from .proxy_reading import Path
+from .proxy_writing import NOT_FOR_HOOKS
 from .timeouts import Timeouts
 from .writing import Writing
 
 __all__ = ["Health", "Path", "ProxyStorage"]
 
 _log = logging.getLogger(__name__)
+
+_LONGEST = 10 * 365 * 86_400.0  # seconds that a lease, or what goes by one, may take: databases have an end of time
 
 Originals = Backend | Original | Mapping[str, Backend | Original] | Iterable[tuple[str, Backend | Original]]
 
@@ -109,6 +112,10 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError(f"durability='power' needs a durable meta-backend; give {meta} durability='power'")
         if lease <= 0 or settle < 0 or keep_replaced < 0 or chunk_bytes < 1:
             raise ConfigurationError("lease and chunk_bytes must be positive, settle and keep_replaced not negative")
+        if not all(seconds <= _LONGEST for seconds in (lease, settle, keep_replaced)):  # nor NaN
+            raise ConfigurationError("lease, settle and keep_replaced are seconds, and at most ten years")
+        if fixed := NOT_FOR_HOOKS.intersection(self.hook_may_set):
+            raise ConfigurationError(f"hook_may_set names what only the library can set: {', '.join(sorted(fixed))}")
         if tidy_every is not None and tidy_every <= 0:
             raise ConfigurationError(f"tidy_every={tidy_every}: seconds, more than 0, or None for never")
         self.prefix = prefix

@@ -13,7 +13,7 @@ from .meta_backends.base import UNCHANGED
 from .placement import Request
 from .proxy_reading import Path
 from .proxy_writing import WritingVerbs
-from .records import MetaRecord
+from .records import OWNER_FIELDS, MetaRecord
 
 __all__ = ["ArrangingVerbs"]
 
@@ -23,6 +23,9 @@ class ArrangingVerbs(WritingVerbs):
 
     async def copy(self, path: Path, name: str | os.PathLike[str], *, using: str | None = None) -> str:
         """Copy a file to `name`, or to the next free name; return the path. The copy has bytes of its own.
+
+        It has the extra fields of the file too, but for those that say which object that belongs to (Django's file
+        fields set them): who may see the object need not be one who may see the copy.
 
         Raises:
             NotFound, IntegrityError: of the file that is copied. And as `save`.
@@ -34,7 +37,7 @@ class ArrangingVerbs(WritingVerbs):
             candidates = await self._copy_candidates(record, write.source, using)
             for candidate in candidates:
                 self.get_original(candidate).check_key(new_path.removeprefix(self.prefix))
-            fields = {"name": os.fspath(name), "extra": record.extra}
+            fields = {"name": os.fspath(name), "extra": _without_owner(record.extra)}
             stored = await self._writing.store(new_path, candidates, write, fields, forced=using is not None)
             return stored.path
         finally:
@@ -152,3 +155,9 @@ class ArrangingVerbs(WritingVerbs):
             self, original, original_storage_path, path, given, content_type=content_type, extra=extra or {}
         )
         return adopted.path
+
+
+def _without_owner(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not extra.keys() >= {"content_type_id", "object_id"}:  # a "field" alone may be anybody's
+        return extra
+    return {key: value for key, value in extra.items() if key not in OWNER_FIELDS}

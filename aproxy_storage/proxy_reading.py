@@ -250,17 +250,23 @@ class ReadingVerbs(abc.ABC):
             record = await self.meta.get(text)
         except NotFound:
             record = None
-        if record is None or record.state != STORED or record.proxy_storage_name != self.name:
-            raise NotFound(
-                f"storage {self.name!r} has no file {shown(text)}", operation="get", path=text, backend=repr(self)
-            )
+        if record is None or not self._has(record):
+            raise self._missing(text)
         return record
+
+    def _has(self, record: MetaRecord) -> bool:
+        """Return whether `record` is one of a file of this storage, and not of a save or a removal under way."""
+        return record.state == STORED and record.proxy_storage_name == self.name
+
+    def _missing(self, path: str) -> NotFound:
+        return NotFound(
+            f"storage {self.name!r} has no file {shown(path)}", operation="get", path=path, backend=repr(self)
+        )
 
     async def get_many(self, paths: Sequence[str]) -> Sequence[MetaRecord | None]:
         """Return the records of `paths` in their order, None where there is no such file."""
         return [
-            record if record is not None and record.state == STORED and record.proxy_storage_name == self.name else None
-            for record in await self.meta.get_many(paths)
+            record if record is not None and self._has(record) else None for record in await self.meta.get_many(paths)
         ]
 
     async def exists(self, path: Path) -> bool:
@@ -306,7 +312,22 @@ class ReadingVerbs(abc.ABC):
         }
 
     async def _record(self, path: Path) -> MetaRecord:
-        return path if isinstance(path, MetaRecord) else await self.get(path)
+        if not isinstance(path, MetaRecord):
+            return await self.get(path)
+        if not self._has(path):
+            raise self._missing(path.path)
+        return path
+
+    async def _again(self, path: Path, record: MetaRecord) -> MetaRecord:
+        """Return what has become of `record`, which has moved on; `path` is what the caller gave.
+
+        Raises:
+            NotFound: it is gone. Whoever gave a record means its file, not the next one of that name.
+        """
+        current = await self.get(record.path)
+        if isinstance(path, MetaRecord) and current.token != record.token:
+            raise self._missing(record.path)
+        return current
 
     @abc.abstractmethod
     async def _open_writer(self, path: Path, mode: str) -> AsyncWriter: ...

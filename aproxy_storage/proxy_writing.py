@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import logging
 import os
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,13 +20,29 @@ from .journal import Journal, Marked
 from .paths import check_path
 from .placement import First, Request
 from .proxy_reading import Path, ReadingVerbs
-from .records import MetaRecord
+from .records import DELETING, STORED, MetaRecord, Revision
 from .timeouts import Timeouts
 from .writing import Writing
 
-__all__ = ["WritingVerbs"]
+__all__ = ["NOT_FOR_HOOKS", "WritingVerbs"]
 
 _log = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
+
+#: By these the journal goes.
+NOT_FOR_HOOKS = frozenset(
+    {
+        "path",
+        "proxy_storage_name",
+        "original_storage_name",
+        "original_storage_path",
+        "state",
+        "token",
+        "version",
+        "places",
+    }
+)
 
 _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 
@@ -43,7 +61,8 @@ class WritingVerbs(ReadingVerbs):
     _writing: Writing
     _tidy_at: float
 
-    #: Fields of the record that `get_data_for_meta_backend_save` of a subclass may set, e.g. {"content_type"}.
+    #: Fields of the record that `get_data_for_meta_backend_save` of a subclass may set, e.g. {"content_type"}. None of
+    #: those that say what and where the file is: a ConfigurationError.
     hook_may_set: ClassVar[frozenset[str]] = frozenset()
 
     # -- hooks for subclasses
@@ -151,7 +170,7 @@ class WritingVerbs(ReadingVerbs):
             raise
         finally:
             if source is not content:
-                await source.aclose()
+                await source.aclose(within=self.timeouts.cleanup)
             self._tidy_when_due()
 
     async def replace(
@@ -161,16 +180,17 @@ class WritingVerbs(ReadingVerbs):
         *,
         using: str | None = None,
         content_type: str | None = None,
-        expect_version: int | None = None,
+        expect_version: int | Revision | None = None,
         size: int | None = None,
     ) -> MetaRecord:
         """Give an existing file new bytes; return its new record.
 
         Readers get the old or the new file, never a mixture: the new bytes go under a new key, the record changes
         over in one step, the old ones go after `keep_replaced` seconds. Of simultaneous replacements the last to
-        finish wins, unless `expect_version` (the ``version`` of the record that was looked at) pins one. The version
-        moves with the places of the bytes too, as when `tidy` forgets replaced ones: a Conflict need not be a change
-        of the file, so get the record again and compare what matters, its ``checksum`` above all.
+        finish wins, unless `expect_version` pins one: the ``revision`` of the record that was looked at. A bare
+        ``version`` cannot tell a file from one that was deleted and saved anew, because every new file begins with the
+        same. The version moves with the places of the bytes too, as when `tidy` forgets replaced ones: a Conflict need
+        not be a change of the file, so get the record again and compare what matters, its ``checksum`` above all.
 
         Raises:
             NotFound: there is no such file. Conflict: it was deleted meanwhile, or is not at `expect_version`.
@@ -179,11 +199,8 @@ class WritingVerbs(ReadingVerbs):
         source = self._source(content, size)
         try:
             record = await self.get(path)
-            if expect_version is not None and record.version != expect_version:
-                raise Conflict(
-                    f"{record.path!r} is at version {record.version}, not {expect_version}",
-                    operation="replace", path=record.path,
-                )  # fmt: skip
+            if expect_version is not None:
+                _check_revision(record, expect_version)
             candidates = await self._candidates(record.path, source, using, content_type, record.extra)
             write = self._writing.write_of(source, record.path, content_type)
             return await self._writing.swap(
@@ -191,7 +208,7 @@ class WritingVerbs(ReadingVerbs):
             )
         finally:
             if source is not content:
-                await source.aclose()
+                await source.aclose(within=self.timeouts.cleanup)
             self._tidy_when_due()
 
     async def write_to(
@@ -207,22 +224,51 @@ class WritingVerbs(ReadingVerbs):
     ) -> MetaRecord:
         """Store at exactly `path`: a new file, or, unless `exclusive`, new bytes for the one there.
 
-        The options are those of `save`; `extra` is for a new file only.
+        The options are those of `save`; `extra` is for a new file only. Where somebody else is just saving a file of
+        that name, that is waited for, unless `exclusive`.
+
+        Raises:
+            AlreadyExists: `exclusive`, and there is a file; or the path belongs to another storage.
+            Conflict: somebody else has been saving a file of that name for more than 10 seconds. And as `save`.
         """
         source = self._source(content, size)  # one for both: a hook or the placement may look into it before `replace`
         options: dict[str, Any] = {"using": using, "content_type": content_type}
+        until = time.monotonic() + _PATIENCE
         try:
-            if not exclusive and await self.exists(path):
-                return await self.replace(path, source, **options)
-            try:
-                return await self._save(path, source, exact=True, extra=extra, **options)
-            except AlreadyExists:
-                # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
-                if exclusive or not await self.exists(path):
-                    raise
-                return await self.replace(path, source, **options)
+            while True:
+                if not exclusive and await self.exists(path):
+                    try:
+                        return await self.replace(path, source, **options)
+                    except NotFound:
+                        if await self.exists(path):
+                            raise
+                try:
+                    return await self._save(path, source, exact=True, extra=extra, **options)
+                except AlreadyExists:
+                    # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
+                    if exclusive or not await self._settles(path, until):
+                        raise
         finally:
-            await source.aclose()
+            await source.aclose(within=self.timeouts.cleanup)
+
+    async def _settles(self, path: str, until: float) -> bool:
+        """Wait until `path`, at which nothing could be saved, is a file of ours, or free; return whether it ever is."""
+        for pause in _pauses():
+            try:
+                record = await self.meta.get(path)
+            except NotFound:
+                return True
+            if record.proxy_storage_name != self.name or record.state == DELETING:
+                return False
+            if time.monotonic() >= until:
+                break
+            if record.state == STORED:
+                return True
+            await asyncio.sleep(pause)
+        raise Conflict(
+            f"{path!r} is being saved by somebody else, or a save of it was killed; try again later",
+            operation="save", path=path, backend=repr(self),
+        )  # fmt: skip
 
     async def begin_upload(
         self,
@@ -275,9 +321,17 @@ class WritingVerbs(ReadingVerbs):
         return await finish(self, path)
 
     async def update(self, path: Path, *, extra: Mapping[str, Any]) -> MetaRecord:
-        """Replace the extra fields of a file's record; return the new record. The version does not move."""
+        """Replace the extra fields of a file's record; return the new record. The version does not move.
+
+        Raises:
+            NotFound: there is no such file; for a record also where another one has its name now.
+        """
         record = await self._record(path)
-        return await self.meta.update(record.path, {"extra": dict(extra)})
+        while True:
+            try:
+                return await self.meta.update(record.path, {"extra": dict(extra)}, expect=record.revision)
+            except Conflict:
+                record = await self._again(path, record)
 
     async def delete(self, path: Path, *, missing_ok: bool = False) -> None:
         """Delete a file. Once this has returned it stays deleted, whatever happens to the process.
@@ -286,7 +340,7 @@ class WritingVerbs(ReadingVerbs):
         and `reconcile` removes them. A cancellation leaves the file either whole or deleted.
 
         Raises:
-            NotFound: there is no such file, unless `missing_ok`.
+            NotFound: there is no such file, unless `missing_ok`; for a record also where another one has its name now.
             AccessDenied: the database would not let its record go; the file is as it was.
         """
         try:
@@ -298,7 +352,7 @@ class WritingVerbs(ReadingVerbs):
                 except Conflict as error:  # renamed, replaced or deleted by somebody else: look again
                     if not error.retryable:  # a rule of the database's, which it would break again
                         raise
-                    record = await self.get(record.path)
+                    record = await self._again(path, record)
         except NotFound:
             if missing_ok:
                 return
@@ -402,3 +456,22 @@ class WritingVerbs(ReadingVerbs):
 
     @abc.abstractmethod
     async def _tidy_quietly(self) -> None: ...
+
+
+def _pauses() -> Iterator[float]:
+    """Yield the seconds between two looks at somebody else's save, without an end."""
+    longest = 0.005
+    while True:
+        yield random.uniform(longest / 2, longest)
+        longest = min(2 * longest, 0.2)
+
+
+def _check_revision(record: MetaRecord, expected: int | Revision) -> None:
+    token, version = (record.token, expected) if isinstance(expected, int) else expected
+    if token != record.token:
+        problem = f"{record.path!r} is another file by now: it was deleted, and saved anew"
+    elif version != record.version:
+        problem = f"{record.path!r} is at version {record.version}, not {version}"
+    else:
+        return
+    raise Conflict(problem, operation="replace", path=record.path)

@@ -35,6 +35,9 @@ DELETING: State = "deleting"
 
 PlaceState = Literal["good", "doubtful", "surplus", "settling"]
 
+#: The extra fields that say which object a file belongs to, named by django-proxy-storage. No copy has them.
+OWNER_FIELDS = ("content_type_id", "object_id", "field")
+
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 

@@ -370,6 +370,13 @@ async def test_pieces_must_be_bytes_or_text(pieces: Any) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("text", ["\ud800", ["a", "\ud800"], io.StringIO("\ud800"), ContentFile("\ud800")])
+async def test_text_that_utf_8_cannot_hold(text: Any) -> None:
+    with pytest.raises(ContentError, match="surrogates"):
+        await drain(Source.of(text))
+
+
+@pytest.mark.asyncio
 async def test_text_is_utf_8(directory: pathlib.Path) -> None:
     text = "Grüße, 世界\n" * 500
     path = directory / "a.txt"
@@ -763,6 +770,74 @@ async def test_replay_waits_for_the_read_that_is_still_in_the_file() -> None:
     go_on.set()
     assert await again == data
     await source.aclose()
+
+
+class Gated(io.BytesIO):
+    """A file whose reads of `piece` bytes each wait for the gate, once they have taken `free` of them."""
+
+    def __init__(self, data: bytes, *, free: int) -> None:
+        super().__init__(data)
+        self.free, self.gate, self.entered = free, threading.Event(), threading.Event()
+        self.count, self.inside = 0, 0
+
+    def read(self, count: int | None = -1) -> bytes:
+        self.inside += 1
+        assert self.inside == 1, "two reads at a time"
+        self.count += 1
+        if self.count > self.free and not self.gate.is_set():
+            self.entered.set()
+            self.gate.wait(10)
+        piece = super().read(10)
+        self.inside -= 1
+        return piece
+
+
+def _as_file(file: io.BytesIO) -> Any:
+    return file
+
+
+def _as_django_file(file: io.BytesIO) -> Any:
+    return File(file, "x")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("wrap", [_as_file, _as_django_file])
+async def test_a_pass_that_is_closed_takes_no_further_piece(wrap: Callable[[Any], Any]) -> None:
+    file = Gated(payload(CHUNK), free=2)
+    source = Source.of(wrap(file), chunk_bytes=CHUNK)
+    task = asyncio.create_task(anext(source.chunks()))
+    await asyncio.to_thread(file.entered.wait, 10)
+    task.cancel()
+    await asyncio.wait({task})
+    closing = asyncio.create_task(source.aclose())
+    await asyncio.sleep(0)
+    assert not closing.done()  # the file is not the caller's yet
+    file.gate.set()
+    await closing
+    assert file.count == 3
+    assert await drain(Source.of(wrap(file), chunk_bytes=CHUNK)) == payload(CHUNK)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("wrap", [_as_file, _as_django_file])
+async def test_the_next_source_of_a_file_waits_for_the_read_of_the_last(wrap: Callable[[Any], Any]) -> None:
+    file = Gated(payload(CHUNK), free=2)
+    source = Source.of(wrap(file), chunk_bytes=CHUNK)
+    task = asyncio.create_task(anext(source.chunks()))
+    await asyncio.to_thread(file.entered.wait, 10)
+    task.cancel()
+    await asyncio.wait({task})
+    await source.aclose(within=0)
+    impatient = Source.of(wrap(file), chunk_bytes=CHUNK, timeout=0.01)
+    with pytest.raises(ContentError, match=r"gave nothing|still being read"):
+        await drain(impatient)
+    await impatient.aclose()
+    again = asyncio.create_task(drain(Source.of(wrap(file), chunk_bytes=CHUNK)))
+    await asyncio.sleep(0.01)  # for a worker that would not wait
+    assert (file.count, again.done()) == (3, False)
+    file.gate.set()
+    assert await again == payload(CHUNK)
+    assert not feeds._left._files
 
 
 # -- the spool

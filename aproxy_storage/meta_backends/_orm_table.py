@@ -26,7 +26,7 @@ from ..errors import ConfigurationError, InvalidPath, NotSupported
 from ..paths import shown
 from ..records import MetaRecord, Place
 from ._orm_dependents import relations_to
-from ._rows import COLUMNS, dump_extra
+from ._rows import COLUMNS, dump_extra, moment_of
 
 __all__ = ["VENDORS", "NewRow", "Table"]
 
@@ -499,7 +499,7 @@ def _converters(field: Any, table: str, connection: Any) -> list[Any]:
 
 
 def _lease(value: float | None) -> datetime | None:
-    return None if value is None else datetime.fromtimestamp(value, UTC)
+    return None if value is None else moment_of(value)
 
 
 def _moment(value: Any, connection: Any) -> datetime | None:

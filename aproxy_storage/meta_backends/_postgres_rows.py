@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
 from ..records import STORED, MetaRecord, Place
-from ._rows import COLUMNS, dump_extra, dump_places
+from ._rows import COLUMNS, dump_extra, dump_places, moment_of
 
 __all__ = ["changes_of", "created", "row_of", "to_record"]
 
@@ -97,7 +97,7 @@ def to_record(row: Sequence[Any]) -> MetaRecord:
         token or "",
         version or 0,
         () if places == "[]" or not places else tuple(Place(*place) for place in json.loads(places)),
-        None if lease is None else datetime.fromtimestamp(lease, UTC),
+        None if lease is None else moment_of(lease),
         size,
         checksum,
         content_type,

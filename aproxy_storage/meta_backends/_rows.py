@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import NotSupported
 from ..records import MetaRecord, Place
 
-__all__ = ["COLUMNS", "changed", "dump_extra", "dump_places", "to_record", "to_row", "values_of"]
+__all__ = ["COLUMNS", "changed", "dump_extra", "dump_places", "moment_of", "to_record", "to_row", "values_of"]
 
 #: The columns of a row, in the order of the fields of `MetaRecord`.
 COLUMNS = (
@@ -100,6 +100,18 @@ def to_row(record: MetaRecord, lease: float | None, now: float) -> list[Any]:
     ]
 
 
+_FIRST, _LAST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, tzinfo=UTC)  # in every time zone
+
+
+def moment_of(seconds: float) -> datetime:
+    """Return a moment in seconds since 1970. One that no datetime can be becomes the first or the last there is: a row
+    that somebody has got wrong must not hide all others."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        return _FIRST if seconds < 0 else _LAST
+
+
 def to_record(row: Row, native: Mapping[str, Any] = _NO_EXTRA) -> MetaRecord:
     """Return the record of a row with `COLUMNS`."""
     (
@@ -129,13 +141,13 @@ def to_record(row: Row, native: Mapping[str, Any] = _NO_EXTRA) -> MetaRecord:
         token,
         version,
         () if places == "[]" else tuple(Place(*place) for place in json.loads(places)),
-        None if lease is None else datetime.fromtimestamp(lease, UTC),
+        None if lease is None else moment_of(lease),
         size,
         checksum,
         content_type,
         name,
-        None if created_at is None else datetime.fromtimestamp(created_at, UTC),
-        None if updated_at is None else datetime.fromtimestamp(updated_at, UTC),
+        None if created_at is None else moment_of(created_at),
+        None if updated_at is None else moment_of(updated_at),
         _NO_EXTRA if extra == "{}" else json.loads(extra),  # a fresh object each time: nobody shares it
         native,
     )

@@ -216,7 +216,7 @@ class _Copying:
 
     async def _replace(self, item: Any, present: MetaRecord) -> int | None:
         async with self._reading(item) as (content, options):
-            record = await self._target.replace(present.path, content, expect_version=present.version, **options)
+            record = await self._target.replace(present.path, content, expect_version=present.revision, **options)
         return record.size
 
     @contextlib.asynccontextmanager

@@ -80,6 +80,7 @@ def test_the_record_names_the_owner(default: BridgeStorage) -> None:
     record = default.get(message.attach.name)
     assert (record["object_id"], record["field"]) == (str(message.pk), "attach")
     assert get_content_object(record) == message
+    assert get_content_object(default.get(default.copy(record.path, "copy.txt"))) is None
 
 
 def test_the_owner_is_written_only_when_the_file_has_changed(

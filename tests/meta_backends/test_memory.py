@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from aproxy_storage.meta_backends._orm_table import _lease as orm_lease
+from aproxy_storage.meta_backends._postgres_rows import to_record as postgres_record
 from aproxy_storage.meta_backends._rows import COLUMNS
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import PENDING
@@ -39,6 +43,22 @@ class TestMemory(InMemory):
     async def meta(self) -> AsyncIterator[MemoryMetaBackend]:
         async with MemoryMetaBackend() as meta:
             yield meta
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("seconds", [math.inf, -math.inf, math.nan, 1e12, -1e12])
+async def test_a_moment_that_nothing_can_show_hides_no_record(seconds: float) -> None:
+    meta = MemoryMetaBackend()
+    await meta.create(make_record("a"))
+    times = {"lease": seconds, "created_at": seconds, "updated_at": seconds}
+    await InMemory().insert_behind(meta, path="b", **times)
+    assert [record.path async for record in meta.list()] == ["a", "b"]
+    lease = (await meta.get("b")).lease
+    assert lease is not None
+    assert lease.astimezone(timezone(timedelta(hours=14))).year in (1, 9999)
+    row = [DEFAULTS.get(column) for column in COLUMNS]
+    row[COLUMNS.index("lease")] = seconds
+    assert postgres_record(row).lease == orm_lease(seconds) == lease
 
 
 @pytest.mark.asyncio

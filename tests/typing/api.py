@@ -74,6 +74,7 @@ async def write(content: AsyncIterator[bytes]) -> None:
     assert_type(await media.save(None, Path("a.txt"), using="files", max_length=100), str)
     assert_type(await media.save("a.txt", content, content_type="text/plain", extra={"owner": 7}, size=3), str)
     record = await media.replace("a.txt", "text", expect_version=3)
+    record = await media.replace("a.txt", "text", expect_version=record.revision)
     assert_type(record, MetaRecord)
     assert_type(await media.copy(record, "b.txt", using="files"), str)
     assert_type(await media.move("a.txt", "images"), MetaRecord)

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,16 @@ from aproxy_storage import (
     AlreadyExists,
     ByteRange,
     Conflict,
+    ContentError,
     DeadlineExceeded,
     IntegrityError,
     InvalidPath,
     NotFound,
     NotSupported,
+    ObjectInfo,
     ProxyStorage,
+    Source,
+    proxy_writing,
 )
 from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend
@@ -47,6 +52,10 @@ async def test_read_seek_tell_like_a_file(storage: ProxyStorage) -> None:
         assert await file.read() == b""
         with pytest.raises(ValueError, match="before the start"):
             await file.seek(-1)
+        with pytest.raises(ValueError, match="whence=9"):
+            await file.seek(0, 9)
+        await file.seek(-3, 2)
+        assert await file.read(None) == CONTENT[-3:]
     with pytest.raises(ValueError, match="closed"):
         await file.read()
 
@@ -169,6 +178,119 @@ async def test_a_failing_original_is_reported_to_the_writer(make: Make, tmp_path
             await file.write(bytes(1_000_000))
         await file.aclose()
     await file.abort()
+
+
+class Gated(MemoryBackend):
+    """Takes nothing before the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def _write(self, key: str, source: Source, **options: Any) -> ObjectInfo:
+        await self.gate.wait()
+        return await super()._write(key, source, **options)
+
+
+def gated() -> tuple[ProxyStorage, Gated]:
+    backend = Gated()
+    return ProxyStorage("media", originals=backend, meta=MemoryMetaBackend(), chunk_bytes=4), backend
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 9])
+async def test_writes_of_several_tasks_stay_in_one_piece(length: int) -> None:
+    storage, backend = gated()
+    backend.gate.set()
+    pieces = [bytes([65 + i]) * length for i in range(20)]
+    async with storage.open("x", "wb") as file:
+        await asyncio.gather(*(file.write(piece) for piece in pieces))
+        assert await file.tell() == 20 * length
+    content = await content_of(storage, "x")
+    assert sorted(content[at : at + length] for at in range(0, len(content), length)) == pieces
+
+
+async def test_a_cancelled_write_adds_nothing_or_publishes_nothing() -> None:
+    storage, backend = gated()
+    file = await storage.open("x", "wb")
+    long = asyncio.create_task(file.write(b"a" * 41))
+    short = asyncio.create_task(file.write(b"bcd"))
+    closing = asyncio.create_task(file.aclose())
+    await asyncio.sleep(0)
+    assert not long.done()
+    short.cancel()
+    backend.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await short
+    assert await long == 41
+    await closing  # not before what was being written is
+    assert await content_of(storage, "x") == b"a" * 41
+
+    backend.gate.clear()
+    file = await storage.open("y", "wb")
+    long = asyncio.create_task(file.write(b"a" * 41))
+    await asyncio.sleep(0)
+    long.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await long
+    assert await file.tell() == 0
+    backend.gate.set()
+    with pytest.raises(ContentError, match="half-way"):
+        await file.write(b"a" * 41)
+    with pytest.raises(ContentError, match="half-way"):
+        await file.aclose()
+    assert not await storage.exists("y")
+
+
+async def test_a_writer_belongs_to_its_loop() -> None:
+    storage, backend = gated()
+    backend.gate.set()
+    file, other = await storage.open("x", "wb"), await storage.open("y", "wb")
+    await file.write(b"abc")
+
+    async def elsewhere() -> None:
+        with pytest.raises(NotSupported, match="another event loop"):
+            await file.write(b"defghi")
+        with pytest.raises(NotSupported, match="another event loop"):
+            await file.aclose()
+        await other.abort()
+
+    await asyncio.to_thread(asyncio.run, elsewhere())
+    await file.aclose()
+    assert await content_of(storage, "x") == b"abc"
+    await other.abort()
+    assert not await storage.exists("y")
+
+
+async def test_writers_of_one_new_name_follow_each_other() -> None:
+    storage, backend = gated()
+    files = [await storage.open("x", "wb") for _ in range(3)]
+    for number, file in enumerate(files):
+        await file.write(b"%d" % number)
+    closing = [asyncio.create_task(file.aclose()) for file in files]
+    while await storage.meta.count(state="pending") != 1:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    backend.gate.set()
+    await asyncio.gather(*closing)
+    assert await content_of(storage, "x") in (b"0", b"1", b"2")
+    assert await storage.meta.count() == 1
+
+
+async def test_a_writer_waits_for_a_save_of_its_name_only_so_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, backend = gated()
+    saving = asyncio.create_task(storage.save("x", b"old"))
+    while not await storage.meta.count(state="pending"):  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    monkeypatch.setattr(proxy_writing, "_PATIENCE", 0.02)
+    with pytest.raises(Conflict, match="somebody else") as caught:
+        async with storage.open("x", "wb") as file:
+            await file.write(b"new")
+    assert caught.value.retryable
+    with pytest.raises(AlreadyExists):
+        async with storage.open("x", "xb"):
+            pass
+    backend.gate.set()
+    assert await saving == "x"
+    assert await content_of(storage, "x") == b"old"
 
 
 class _ThirdFails:

@@ -254,6 +254,29 @@ async def test_delete_takes_a_record_that_has_moved_on(storage: ProxyStorage) ->
     assert not await storage.exists("a")
 
 
+async def test_a_record_stands_for_its_own_file(storage: ProxyStorage) -> None:
+    await storage.save("a", b"1")
+    stale = await storage.get("a")
+    await storage.replace("a", b"2")
+    assert (await storage.update(stale, extra={"k": 1})).extra == {"k": 1}  # the same file, which has moved on
+    await storage.delete("a")
+    await storage.save("a", b"somebody else's")
+    new = await storage.get("a")
+    with pytest.raises(NotFound):
+        await storage.delete(stale)
+    await storage.delete(stale, missing_ok=True)
+    with pytest.raises(NotFound):
+        await storage.update(stale, extra={"k": 2})
+    with pytest.raises(Conflict):
+        await storage.rename(stale, "b")
+    first = replace(stale, version=new.version)  # every new file begins with the same one
+    with pytest.raises(Conflict, match="another file"):
+        await storage.replace("a", b"x", expect_version=first.revision)
+    assert await storage.get("a") == new
+    assert await content_of(storage, "a") == b"somebody else's"
+    assert (await storage.replace("a", b"mine", expect_version=new.revision)).size == 4
+
+
 async def test_copy_has_bytes_of_its_own(storage: ProxyStorage) -> None:
     await storage.save("a.txt", b"content", extra={"owner": 7})
     within = await storage.copy("a.txt", "b.txt")
@@ -266,6 +289,15 @@ async def test_copy_has_bytes_of_its_own(storage: ProxyStorage) -> None:
         assert record.original_storage_name == original
         assert record.extra == {"owner": 7}
         assert await content_of(storage, path) == b"content"
+
+
+async def test_a_copy_belongs_to_no_object(storage: ProxyStorage) -> None:
+    owned = {"content_type_id": 3, "object_id": "5", "field": "scan", "note": "x"}
+    await storage.save("a", b"1", extra=owned)
+    await storage.save("b", b"1", extra={"field": "of wheat"})
+    assert (await storage.get(await storage.copy("a", "c"))).extra == {"note": "x"}
+    assert (await storage.get(await storage.copy("b", "d"))).extra == {"field": "of wheat"}
+    assert (await storage.get("a")).extra == owned
 
 
 async def test_move_keeps_the_path(make: Make) -> None:
@@ -344,6 +376,24 @@ async def test_storages_that_share_a_meta_backend_see_only_their_own(make: Make)
         await two.rename("two/x", "elsewhere")
 
 
+@pytest.mark.parametrize("verb", ["open", "size", "url", "update", "delete", "rename", "move", "copy", "restore_key"])
+async def test_records_that_are_no_file_of_this_storage_are_refused(make: Make, verb: str) -> None:
+    one, two = make("one"), make("two", prefix="two")
+    await two.save("x", b"2")
+    foreign = await two.get("two/x")
+    saving = replace(foreign, path="y", proxy_storage_name="one", state="pending", token="t", version=1, size=None)
+    await one.meta.create(saving, lease=60)
+    arguments: dict[str, Any] = {"update": {"extra": {}}, "move": {"using": "b"}}
+    arguments |= {"rename": {"new_path": "z"}, "copy": {"name": "z"}}
+    for record in (foreign, await one.meta.get("y")):
+        with pytest.raises(NotFound):
+            await getattr(one, verb)(record, **arguments.get(verb, {}))
+    assert await two.get("two/x") == foreign
+    assert await content_of(two, "two/x") == b"2"
+    assert (await one.meta.get("y")).state == "pending"
+    assert await one.meta.count() == 2
+
+
 async def test_hooks_see_the_content_and_fill_the_record(make: Make) -> None:
     calls = []
 
@@ -386,6 +436,16 @@ async def test_class_attributes_in_place_of_arguments(make: Make) -> None:
     for wrong in ({"name": ""}, {"keys": "uuid"}, {"durability": "never"}, {"lease": 0}, {"originals": {}}):
         with pytest.raises(ConfigurationError):
             Media(**wrong)  # type: ignore[arg-type]
+    for seconds in (float("inf"), float("nan"), 1e12):
+        for each in ("lease", "settle", "keep_replaced"):
+            with pytest.raises(ConfigurationError, match="ten years"):
+                Media(**{each: seconds})  # type: ignore[arg-type]
+
+    class Overreaching(Media):
+        hook_may_set = frozenset({"content_type", "path", "state"})
+
+    with pytest.raises(ConfigurationError, match="path, state"):
+        Overreaching()
 
 
 async def test_urls(storage: ProxyStorage) -> None:
