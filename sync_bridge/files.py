@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
+import random
+import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,9 +22,10 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.files.base import File
 
-from aproxy_storage import AsyncFile, MetaRecord
+from aproxy_storage import AsyncFile, Conflict, MetaRecord, NotFound
 
 from .bridge import Bridge
+from .spool import Spool
 
 if TYPE_CHECKING:
     from .storage import BridgeStorage
@@ -43,6 +46,7 @@ __all__ = [
 FIRST_BYTES = 256 << 10  # brought by the call that opens
 BLOCK_BYTES = 1 << 20  # brought by each further one
 _SPOOL_BYTES = 1 << 20  # written bytes that are kept in memory
+_MAX_TRIES = 100  # to append behind what others append meanwhile: of those who meet, one gets through
 
 #: What opening for reading brings: the open file, its first bytes, whether these are all of it.
 ReadFirst = tuple[AsyncFile, bytes, bool]
@@ -217,13 +221,18 @@ class _Blocks(io.RawIOBase):
 class WritingFile(BridgeFile):
     """A file open for writing. It appears under its path, whole, when it is closed.
 
-    After an exception in the ``with`` block, and where it is never closed, nothing is published.
+    After an exception in the ``with`` block, and where it is never closed, nothing is published. What others have
+    written meanwhile is not lost: with ``"a"`` the new bytes go behind theirs, with ``"r+"`` closing fails.
     """
 
     def __init__(self, storage: BridgeStorage, name: str, mode: str) -> None:
-        self._spool = _Spool(max_size=_SPOOL_BYTES, dir=settings.FILE_UPLOAD_TEMP_DIR)
+        self._spool = self._new_spool()
+        self._spool.for_reading = "+" in mode
         self._exclusive = "x" in mode
+        self._appends = "a" in mode
         self._published = False
+        self._over: MetaRecord | None = None  # the file whose bytes are in the spool, the first so many
+        self._loaded = 0
         file: Any = self._spool if "b" in mode else io.TextIOWrapper(self._spool, encoding="utf-8")
         super().__init__(storage, file, name, mode)
         try:
@@ -231,23 +240,29 @@ class WritingFile(BridgeFile):
                 if storage.exists(name):
                     raise FileExistsError(f"{name!r} exists already")
             elif "w" not in mode:
-                self._load("+" in mode and "a" not in mode)
+                self._load(self._spool, must_exist=not self._appends)
+                self._spool.changed = False
+                self._spool.appends = self._appends
+                if not self._appends:
+                    self._spool.seek(0)
         except BaseException:
             self.abort()
             raise
 
-    def _load(self, must_exist: bool) -> None:
+    @staticmethod
+    def _new_spool() -> Spool:
+        return Spool(max_size=_SPOOL_BYTES, dir=settings.FILE_UPLOAD_TEMP_DIR)
+
+    def _load(self, spool: Spool, *, must_exist: bool) -> None:
+        self._over, self._loaded = None, 0
         try:
             with self._storage.open(self.name, "rb") as old:
                 for block in old.chunks(BLOCK_BYTES):
-                    self._spool.write(block)
+                    self._loaded += spool.write(block)
+                self._over = old.record
         except FileNotFoundError:
             if must_exist:
                 raise
-        else:
-            self._spool.changed = False
-        if must_exist:
-            self._spool.seek(0)
 
     @property
     def size(self) -> int:
@@ -262,18 +277,42 @@ class WritingFile(BridgeFile):
         """Publish the file; idempotent.
 
         Raises:
-            What `ProxyStorage.save` or `replace` raises; then nothing is published.
+            Conflict: with ``"r+"``, somebody else has changed the file. And what `ProxyStorage.save` or `replace`
+            raises. Then nothing is published.
         """
         if self._published or self.file is None or self.file.closed:
             return
         self._published = True
         try:
             self.file.flush()
-            if self._spool.changed or self.mode[0] in "wx":
-                self._spool.seek(0)
+            if self.mode[0] in "wx":
                 self.record = self._storage.publish(self.name, self._spool, exclusive=self._exclusive)
+            elif self._spool.changed:
+                self.record = self._append() if self._appends else self._publish(self._spool)
         finally:
             self.file.close()
+
+    def _publish(self, spool: Spool) -> MetaRecord:
+        """Publish over the file that was loaded; where there was none, as a new one."""
+        return self._storage.publish(self.name, spool, exclusive=self._over is None, over=self._over)
+
+    def _append(self) -> MetaRecord:
+        spool, start = self._spool, self._loaded
+        for tries in range(1, _MAX_TRIES + 1):
+            try:
+                return self._publish(spool)
+            except (Conflict, NotFound, FileExistsError):
+                if tries == _MAX_TRIES or self._spool.cut_to < start:  # what was there is part of what was written
+                    raise
+            finally:
+                if spool is not self._spool:
+                    spool.close()
+            time.sleep(random.uniform(0.0, 0.01))  # others append too, and are not to meet us again
+            spool = self._new_spool()
+            self._load(spool, must_exist=False)
+            self._spool.seek(start)
+            shutil.copyfileobj(self._spool.bytes_file, spool, BLOCK_BYTES)
+        raise AssertionError("the last try returns or raises")
 
     def abort(self) -> None:
         self._published = True
@@ -291,30 +330,6 @@ class WritingFile(BridgeFile):
                 source=self,
                 stacklevel=2,
             )
-
-
-class _Spool(tempfile.SpooledTemporaryFile[bytes]):
-    """What is written, and whether anything was."""
-
-    changed = False
-
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """Read it from its start."""
-        self.seek(0)
-        return iter(lambda: self.read(size), b"")
-
-    def write(self, data: Any) -> int:
-        self.changed = True
-        return super().write(data)
-
-    def writelines(self, lines: Any) -> None:
-        self.changed = True
-        super().writelines(lines)
-
-    def truncate(self, size: int | None = None) -> int:
-        self.changed = True
-        super().truncate(size)
-        return self.tell() if size is None else size
 
 
 class _InCallersThread:
@@ -362,9 +377,9 @@ def in_callers_thread(content: Any) -> Any:
 
     What is in memory, or in a temporary file that can be moved, is returned as it is: nobody reads it.
     """
-    if isinstance(content, _Spool) and isinstance(content._file, io.BytesIO):
+    if isinstance(content, Spool) and isinstance(content._file, io.BytesIO):
         return content._file.getvalue()
-    if isinstance(content, _Spool):
+    if isinstance(content, Spool):
         return _InCallersThread(content.pieces, name=None, content_type=None, again=True)
     if not isinstance(content, File) and not callable(getattr(content, "chunks", None)):
         return content

@@ -145,16 +145,17 @@ class BridgeStorage(AsyncTwins):
         content: Any,
         *,
         exclusive: bool = False,
+        over: MetaRecord | None = None,
         content_type: str | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> MetaRecord:
         """Store at exactly `name`: a new file or, unless `exclusive`, new bytes for the one there; return its record.
 
         What a file opened for writing does when it is closed. Where the storage has a prefix, the name gets it unless
-        it begins with it.
+        it begins with it. `over`: only while the file has the bytes that this record of it says.
 
         Raises:
-            AlreadyExists: with `exclusive`. And as `save`.
+            AlreadyExists: with `exclusive`. NotFound, Conflict: with `over`. And as `save`.
         """
         prepared = in_callers_thread(content)
         return self._await(
@@ -163,6 +164,7 @@ class BridgeStorage(AsyncTwins):
             name,
             prepared,
             exclusive=exclusive,
+            over=over,
             saving=Saving(content_type=content_type, extra=extra),
         )
 

@@ -191,9 +191,17 @@ class AsyncTwins(ConfiguredStorage):
         )
 
     async def _overwrite(
-        self, name: str, content: Any, *, exclusive: bool = False, saving: Saving | None = None
+        self,
+        name: str,
+        content: Any,
+        *,
+        exclusive: bool = False,
+        over: MetaRecord | None = None,
+        saving: Saving | None = None,
     ) -> MetaRecord:
-        """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there."""
+        """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there, or of `over`."""
+        if over is not None:
+            return await self._with_its_key(await self._replace_bytes(over, content))
         proxy, path = self.proxy, self._full(name)
         if await self._ais_on_disk(path) and not await self._is_known(path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
@@ -204,6 +212,18 @@ class AsyncTwins(ConfiguredStorage):
         if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
             record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
         return record if exclusive else await self._with_its_key(record)
+
+    async def _replace_bytes(self, record: MetaRecord, content: Any) -> MetaRecord:
+        """Replace those bytes of a file that `record` says, wherever they have been brought meanwhile."""
+        while True:
+            try:
+                return await self.proxy.replace(record.path, content, expect_version=record.revision)
+            except Conflict:
+                current = await self.proxy.get(record.path)
+                # Not by the key, which comes back in a directory that is published.
+                if record.checksum is None or (current.token, current.checksum) != (record.token, record.checksum):
+                    raise
+                record = current
 
     async def _is_known(self, path: str) -> bool:
         """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,

@@ -9,6 +9,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from django.core.files.uploadedfile import (
     TemporaryUploadedFile,
 )
 from django.core.management import call_command
+from django.db import connections
 from django.test import override_settings
 
-from aproxy_storage import Conflict, MetaRecord, Place, ProxyStorage
+from aproxy_storage import Conflict, MetaRecord, NotFound, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
@@ -433,6 +435,75 @@ def test_every_mode(storage: BridgeStorage) -> None:
     with storage.open("appended.txt", "a") as text:
         text.write("first")
     assert content_of(storage, "appended.txt") == b"first"
+
+
+def test_what_is_appended_goes_behind_what_others_have_written(storage: BridgeStorage) -> None:
+    first, second = (storage.open("log.txt", "ab") for _ in range(2))  # a new file for both
+    first.write(b"[1]")
+    second.write(b"[2]")
+    first.seek(0)
+    first.write(b"[1b]")  # at the end all the same
+    first.close()
+    second.close()
+    assert content_of(storage, "log.txt") == b"[1][1b][2]"
+    third = storage.open("log.txt", "a")
+    third.write("[3]")
+    storage.replace("log.txt", b"new")
+    third.close()
+    assert content_of(storage, "log.txt") == b"new[3]"
+    assert third.record == storage.get("log.txt")
+    fourth = storage.open("log.txt", "ab")
+    fourth.write(b"[4]")
+    storage.delete("log.txt")
+    fourth.close()
+    assert content_of(storage, "log.txt") == b"[4]"  # what was deleted does not come back
+
+
+def test_many_append_at_once(storage: BridgeStorage) -> None:
+    def append(number: int) -> None:
+        try:
+            with storage.open("log.txt", "ab") as file:
+                file.write(b"%d\n" % number)
+        finally:
+            connections.close_all()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(append, range(8)))
+    assert sorted(content_of(storage, "log.txt").split()) == [b"%d" % number for number in range(8)]
+
+
+def test_what_is_written_into_a_file_does_not_undo_what_others_did(storage: BridgeStorage) -> None:
+    for others in (lambda: storage.replace("a.txt", b"theirs"), lambda: storage.delete("a.txt")):
+        storage.save("a.txt", ContentFile(b"0123"))
+        file = storage.open("a.txt", "r+b")
+        file.write(b"ours")
+        others()
+        with pytest.raises((Conflict, NotFound)):
+            file.close()
+        assert not storage.exists("a.txt") or content_of(storage, "a.txt") == b"theirs"
+        storage.delete("a.txt")
+    storage.save("a.txt", ContentFile(b"0123"))
+    cut = storage.open("a.txt", "ab")
+    cut.truncate(2)
+    storage.replace("a.txt", b"theirs")
+    with pytest.raises(Conflict):
+        cut.close()
+
+
+def test_a_file_that_was_only_moved_is_written_into(storage: BridgeStorage) -> None:
+    storage.save("a.txt", ContentFile(b"0123"))
+    with storage.open("a.txt", "r+b") as file:
+        file.write(b"4")
+        storage.update("a.txt", extra={"seen": True})
+    assert content_of(storage, "a.txt") == b"4123"
+
+
+@pytest.mark.parametrize("mode", ["w", "wb", "xb", "ab"])
+def test_a_file_for_writing_is_not_read(storage: BridgeStorage, mode: str) -> None:
+    with storage.open("a.txt", mode) as file:
+        for read in (file.read, file.readline, lambda: next(iter(file.file))):
+            with pytest.raises(io.UnsupportedOperation):
+                read()
 
 
 def test_an_exception_publishes_nothing(storage: BridgeStorage) -> None:
