@@ -65,6 +65,7 @@ class Draft:
         self._moved: str | None = None  # the path that the file had before, where it is moved in
         self._made: list[str] = []
         self._status: os.stat_result  # of the whole file
+        self._marked = False  # it carries the token
         self._lock = threading.Lock()
         self._busy = False
         self._withdrawn = False
@@ -87,6 +88,16 @@ class Draft:
     def left(self) -> bool:
         """Whether there is something that `remove` must remove, or a step under way that will."""
         return self._busy or self._anything
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the published file is still open: without a token, only so its inode number cannot become that of
+        another file, which a late removal would take for this one."""
+        return self._handle is not None
+
+    def unpin(self) -> None:
+        """Close it; in a worker, because a network file system may wait there."""
+        self._handle = None
 
     @property
     def handle(self) -> Handle:
@@ -173,7 +184,7 @@ class Draft:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=at)
             if self._published:
-                if self._lies_at(at):
+                if self._is_ours(at):
                     os.unlink(self._names[-1], dir_fd=at)
                 self._published = False
             if prune:
@@ -297,7 +308,8 @@ class Draft:
                 raise Withdrawn
             # From here on nothing is left to be removed but, should the task be cancelled now, the object itself.
             self._made = []
-            self._handle = None
+            if self._marked:
+                self._handle = None
         if self._moved is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._moved)
@@ -331,7 +343,7 @@ class Draft:
     def _complete(self) -> None:
         """All of the file but its name: token, mode, and the way to the disk."""
         fd = self.handle.fd
-        mark(fd, self._token)
+        self._marked = mark(fd, self._token)
         mode = self._tree.file_mode
         self._status = os.fstat(fd)
         if mode is not None and stat.S_IMODE(self._status.st_mode) != mode:
@@ -376,6 +388,15 @@ class Draft:
             if isinstance(error, FileExistsError):
                 raise AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}") from error
             raise
+
+    def _is_ours(self, at: int) -> bool:
+        """Return whether the file under the name is this one, however long ago it was published."""
+        if not self._lies_at(at):
+            return False
+        try:
+            return self._handle is not None or self._tree.token_at(at, self._names[-1]) == self._token
+        except FileNotFoundError:
+            return False
 
     def _lies_at(self, at: int, name: str | None = None) -> bool:
         try:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import AccessDenied, BackendUnavailable, InvalidPath, NotFound
+from ..errors import AccessDenied, BackendUnavailable, DeadlineExceeded, InvalidPath, NotFound
 from ..records import ByteRange
+from ..timeouts import elapsed
 from ._handles import HIDDEN, Handle, NoXattrs, Opened, close_all, read_token, temporary_name
 
-__all__ = ["Tree"]
+__all__ = ["Permit", "Tree"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,29 @@ class _Root(Handle):
         super().__init__(fd)
         status = os.fstat(fd)
         self.identity = (status.st_dev, status.st_ino)
+
+
+class Permit:
+    """Leave to remove a name within `seconds` (None: whenever), until it is withdrawn.
+
+    A worker that hung in the kernel looks at it right before it removes: by then the name may be another file's.
+    """
+
+    __slots__ = ("_until", "_withdrawn")
+
+    def __init__(self, seconds: float | None) -> None:
+        # Not for the loop alone to say: after the whole process was stopped, the worker may be the first to run.
+        self._until = math.inf if seconds is None else elapsed() + seconds
+        self._withdrawn = False
+
+    def withdraw(self) -> None:
+        """Have nothing removed from now on; called when nobody waits for the removal any more."""
+        self._withdrawn = True
+
+    def check(self) -> None:
+        """Raise DeadlineExceeded if nothing may be removed any more."""
+        if self._withdrawn or elapsed() >= self._until:
+            raise DeadlineExceeded("the time for the removal was over before it was its turn; nothing was removed")
 
 
 class Tree:
@@ -336,11 +361,11 @@ class Tree:
 
     # -- removing
 
-    def discard(self, key: str, token: str | None) -> None:
+    def discard(self, key: str, token: str | None, permit: Permit) -> None:
         """Remove the file `key`, the temporary of the write `token`, and the directories left empty.
 
         Raises:
-            OSError: natively.
+            OSError: natively. DeadlineExceeded: `permit` is over.
         """
         names = self.parts(key)
         root = self.enter()
@@ -360,9 +385,11 @@ class Tree:
         at, name = (directories[-1] if directories else root.fd), names[-1]
         try:
             if token is not None:
+                permit.check()
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary_name(name, token), dir_fd=at)
             if self._may_remove(at, name, key, token):
+                permit.check()  # between this and the next line a thread may still hang: see design.md, J2
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=at)
             self.prune(root.fd, names, directories)
@@ -395,15 +422,13 @@ class Tree:
                 return False  # a directory, a link, a pipe: not an object of ours
             if token is None:
                 return True
-            handle = Handle(os.open(name, _READ, dir_fd=at))
+            return self.token_at(at, name) == token
         except FileNotFoundError:
             return False
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 return False
             raise
-        try:
-            found = read_token(handle.fd)
         except NoXattrs:
             _log.warning(
                 "%r below %r stays: the file system keeps no extended attributes, so that it cannot be told "
@@ -412,9 +437,19 @@ class Tree:
                 self.root,
             )
             return False
+
+    @staticmethod
+    def token_at(at: int, name: str) -> str | None:
+        """Return the token of the file `name`, None where it has none.
+
+        Raises:
+            NoXattrs: the file system could not have kept one. OSError: natively.
+        """
+        handle = Handle(os.open(name, _READ, dir_fd=at))
+        try:
+            return read_token(handle.fd)
         finally:
             handle.close()
-        return found == token
 
     # -- listing
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
-from ..errors import InvalidPath, NotSupported, StorageError
+from ..errors import BackendUnavailable, InvalidPath, NotSupported, StorageError
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
@@ -23,7 +23,7 @@ from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
 from ._draft import Draft, hash_part
 from ._handles import HIDDEN, Opened
-from ._posix import Tree
+from ._posix import Permit, Tree
 from .base import Backend, Reader
 
 __all__ = ["FileSystemBackend"]
@@ -185,6 +185,9 @@ class FileSystemBackend(Backend):
                 mapped.outcome_unknown = True
                 raise mapped from error
             raise
+        if draft.pinned:
+            with contextlib.suppress(BackendUnavailable):  # too many jobs wait: then it is closed here
+                self._workers.call(draft.unpin, timeout=None)
         return _info(key, status, token)
 
     async def _give_up(self, draft: Draft) -> None:
@@ -327,7 +330,12 @@ class FileSystemBackend(Backend):
         return _info(key, status, token, published=True)
 
     async def _discard(self, key: str, *, token: str | None) -> None:
-        await self._workers.call(self._tree.discard, key, token, timeout=self.timeouts.operation)
+        permit = Permit(self.timeouts.operation)
+        try:
+            await self._workers.call(self._tree.discard, key, token, permit, timeout=self.timeouts.operation)
+        except BaseException:
+            permit.withdraw()
+            raise
 
     async def _sync_discard(self, key: str) -> None:
         await self._workers.call(self._tree.sync_discard, key, timeout=self.timeouts.operation)

@@ -16,6 +16,7 @@ import pytest
 
 from aproxy_storage.backends import _draft, _posix
 from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.content import Source
 from aproxy_storage.errors import (
     AccessDenied,
     AlreadyExists,
@@ -374,6 +375,82 @@ async def test_write_that_hangs_in_the_link_for_ever_is_unknown(
     backend.timeouts = Timeouts()
     await backend.aclose()
     assert everything_below(backend.root) == []
+
+
+@pytest.mark.parametrize("token", [None, "tokenOfOld00"])
+@pytest.mark.parametrize("ended", ["timeout", "cancelled", "stopped"])
+async def test_discard_that_hung_for_too_long_spares_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str, token: str | None
+) -> None:
+    operation = 0.1 if ended == "timeout" else 30.0
+    hung = FileSystemBackend(tmp_path / "root", timeouts=Timeouts(operation=operation), max_workers=1)
+    await hung.write("a", b"old", token="tokenOfOld00")
+    stuck = Stuck(hung._tree.enter)
+    monkeypatch.setattr(hung._tree, "enter", stuck)
+    task = asyncio.ensure_future(hung.discard("a", token=token))
+    await until(stuck.reached)
+    if ended == "cancelled":
+        task.cancel()
+    elif ended == "stopped":  # all of the process, or it slept with its machine: nobody has said yet that it is over
+        later = _posix.elapsed() + operation
+        monkeypatch.setattr(_posix, "elapsed", lambda: later)
+    if ended != "stopped":
+        with pytest.raises((DeadlineExceeded, asyncio.CancelledError)):
+            await task
+    other = FileSystemBackend(hung.root)
+    await other.discard("a")
+    await other.write("a", b"new", token="tokenOfOld00")  # the same one: what is looked at is the time
+    stuck.release.set()
+    if ended == "stopped":
+        with pytest.raises(DeadlineExceeded, match="nothing was removed"):
+            await task
+    assert (await hung.stat("a")).size == 3, "asked after the discard, in the same thread"
+    assert await content(other, "a") == b"new"
+
+
+@pytest.mark.parametrize("kind", ["small", "moved"])
+@pytest.mark.parametrize("xattrs", [True, False])
+async def test_undo_of_a_write_that_hung_for_too_long_spares_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, xattrs: bool, kind: str
+) -> None:
+    if not xattrs:
+        request.getfixturevalue("no_xattrs")
+    hung = FileSystemBackend(tmp_path / "root", timeouts=Timeouts(cleanup=0.05), max_workers=1)
+    other = FileSystemBackend(hung.root)
+    await hung.write("kept", b"x")
+    upload = tmp_path / "upload"
+    upload.write_bytes(b"old")
+    source = Source.of(upload)
+    if kind == "moved":
+        source.temporary_path, source.path = str(upload), None
+    published = Stuck(lambda status: status)
+    finished, remove = _draft.Draft._finished, _draft.Draft._remove_names
+    removing = Stuck(remove)
+    monkeypatch.setattr(_draft.Draft, "_finished", lambda draft, work: published(finished(draft, work)))
+    monkeypatch.setattr(_draft.Draft, "_remove_names", lambda *args, **options: removing(*args, **options))
+    task = asyncio.ensure_future(hung.write("a", source, token="tokenOfOld00"))
+    await until(published.reached)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert outcome_unknown(caught.value)
+    published.release.set()
+    await until(removing.reached)
+    monkeypatch.setattr(_draft.Draft, "_finished", finished)
+    await other.discard("a")
+    if xattrs:  # ext4 would give the same number, others at times
+        monkeypatch.setattr(_draft.os.path, "samestat", lambda *_: True)
+    await other.write("a", b"new", token="tokenOfNew00")
+    removing.release.set()
+    await hung.stat("kept")  # asked after the undo, in the same thread
+    assert await content(other, "a") == b"new"
+
+
+@pytest.mark.usefixtures("no_xattrs")
+async def test_file_without_a_token_is_closed_after_the_answer(backend: FileSystemBackend) -> None:
+    await backend.write("a", b"x")
+    await backend.write("b", pieces(pattern(BIG)))
+    await until_open(backend, backend.root)
 
 
 async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
