@@ -428,6 +428,7 @@ class _Chunks:
     ) -> None:
         self._workers = workers
         self._timeout = timeout
+        self._key = opened.key
         self._opened: Opened | None = opened
         self._at = start
         self._stop = stop
@@ -440,8 +441,10 @@ class _Chunks:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._at >= self._stop or self._opened is None:
+        if self._at >= self._stop:
             raise StopAsyncIteration
+        if self._opened is None:
+            raise self._closed()
         if self._first is not None:
             data, self._first = self._first, None
         else:
@@ -452,6 +455,8 @@ class _Chunks:
             except BaseException:
                 self._forget()
                 raise
+            if self._opened is None:  # in between the answer and now
+                raise self._closed()
             self._ahead = None
         self._at += len(data)
         if self._at < self._stop:
@@ -469,9 +474,17 @@ class _Chunks:
 
     def _forget(self) -> None:
         ahead, self._ahead = self._ahead, None
-        # Cancelled or out of time, its worker may still be at it.
-        if ahead is not None and (ahead.cancel() or ahead.cancelled() or ahead.exception() is not None):
+        if ahead is None:
+            return
+        if not ahead.done():
+            # Not cancelled: a task that waits for it would take that for a cancellation of its own.
+            ahead.set_exception(self._closed())
+        # Given up or out of time, its worker may still be at it.
+        if ahead.cancelled() or ahead.exception() is not None:
             self._abandoned = True
+
+    def _closed(self) -> BackendUnavailable:
+        return BackendUnavailable(f"{self._key!r} was closed while it was read", retryable=False)
 
     async def aclose(self) -> None:
         """Let go of the file; a read that is under way keeps it open until its end."""

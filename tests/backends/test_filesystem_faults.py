@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from aproxy_storage import ProxyStorage, Replicate
 from aproxy_storage.backends import _draft, _posix
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
@@ -26,6 +27,7 @@ from aproxy_storage.errors import (
     OutOfSpace,
     outcome_unknown,
 )
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import BIG, pattern, pieces
 from aproxy_storage.timeouts import Timeouts
 from tests.backends.test_filesystem import content, descriptors, everything_below, until_open
@@ -466,6 +468,43 @@ async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
     assert len(descriptors(backend)) > len(before), "closed under a thread that reads from it"
     stuck.release.set()
     await until_open(backend, *before)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_file_that_is_closed_while_another_task_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """The reader is told: a CancelledError would end his TaskGroup without a word, as if this were all of the file."""
+    backends = {name: FileSystemBackend(tmp_path / name) for name in "ab"}
+    async with ProxyStorage(
+        "media", originals=backends, meta=MemoryMetaBackend(), placement=Replicate(2), chunk_bytes=1 << 16
+    ) as storage:
+        path = await storage.save("x", pattern(BIG))
+        file = await storage.open(path)
+        reading = backends["a"].read("x", chunk_bytes=1 << 16)
+        reader = await reading.__aenter__()
+        stuck = Stuck(os.pread)
+        monkeypatch.setattr(_posix.os, "pread", stuck)
+        for source in (file, reader):
+            await anext(source)  # was read when it was opened; the next one is read ahead
+        readers = [asyncio.ensure_future(read_on(source)) for source in (file, reader)]
+        await asyncio.sleep(0)
+        if answered:  # the chunk is there when the file is closed, and its reader has not seen it yet
+            for chunks in (file._reading._reader._chunks, reader._reader._chunks):
+                chunks._ahead.set_result(b"x" * (1 << 16))
+        await file.aclose()
+        await reading.__aexit__(None, None, None)
+        stuck.release.set()
+        for task in readers:
+            with pytest.raises(BackendUnavailable, match="closed while it was read"):
+                await task
+        for backend in backends.values():
+            await until_open(backend, backend.root)
+
+
+async def read_on(chunks: AsyncIterator[bytes]) -> None:
+    async for _ in chunks:
+        pass
 
 
 async def test_reader_whose_next_chunk_is_out_of_time_closes_its_file_when_the_read_is_over(
