@@ -21,7 +21,7 @@ from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
-from ._draft import Draft, hash_part
+from ._draft import CallersFile, Draft, hash_part
 from ._handles import HIDDEN, Opened
 from ._posix import Permit, Tree
 from .base import Backend, Reader
@@ -228,27 +228,44 @@ class FileSystemBackend(Backend):
             return await self._step(draft, draft.create, data)
         if data is not None:
             return await self._pour(source, data, draft)
-        if source.temporary_path is not None:
-            size = await self._step(draft, draft.take, source.temporary_path)
-            if size is not None:
-                source.measured(*await self._follow(draft, None, size, size, source.algorithm))
-                return await self._step(draft, draft.finish, b"")
         path = source.temporary_path or source.path
         if path is None:
             return await self._stream(source, draft)
-        found = await self._step(draft, draft.create_from, path, _SMALL, source.algorithm, source.size)
-        if found is None:
+        movable = source.temporary_path is not None
+        opened = await source.ask(CallersFile.open, path, -1 if movable else _SMALL)
+        if opened is None:
             return await self._stream(source, draft)
-        if isinstance(found, tuple):
-            status, checksum = found
+        if movable:
+            moved = await self._move(source, opened, draft)
+            if moved is not None:
+                return moved
+            await source.ask(opened.read_all, _SMALL)
+        if opened.data is not None:
+            source.measured(len(opened.data), None)  # before anything is written: not if the size is wrong
+            status, checksum = await self._step(draft, draft.create_hashed, opened.data, source.algorithm)
             source.measured(status.st_size, checksum)
             return status
-        source.measured(*await self._copy_file(draft, found, source.algorithm))
+        copied = None
+        if opened.status.st_size > _SMALL:
+            copied = await self._copy_file(draft, opened, source.algorithm)
+        if copied is None:
+            await source.ask(opened.close)
+            return await self._stream(source, draft)
+        source.measured(*copied)
         return await self._step(draft, draft.finish, b"")
 
-    async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None]:
-        """Copy a whole file into the draft; return its size and checksum."""
+    async def _move(self, source: Source, opened: CallersFile, draft: Draft) -> os.stat_result | None:
+        size = await self._step(draft, draft.take, opened)
+        if size is None:
+            return None
+        source.measured(*await self._follow(draft, None, size, size, source.algorithm))
+        return await self._step(draft, draft.move)
+
+    async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None] | None:
+        """Copy a whole file into the draft; return its size and checksum. None: see `Draft.copy_from`."""
         done = await self._bulk_step(draft, draft.copy_from, source, _SLICE, _STRETCH)
+        if done is None:
+            return None
         return await self._follow(draft, source, done, source.status.st_size, algorithm)
 
     async def _follow(
@@ -309,9 +326,10 @@ class FileSystemBackend(Backend):
                     writing = self._step(draft, draft.write, _joined(gathered))
                     writing.add_done_callback(_seen)
                     gathered, count = [], 0
-        if writing is None:
+        if writing is None and not draft.begun:
             return await self._step(draft, draft.create, _joined(gathered))
-        await writing
+        if writing is not None:
+            await writing
         return await self._step(draft, draft.finish, _joined(gathered))
 
     # -- reading
