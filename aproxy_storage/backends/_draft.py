@@ -28,6 +28,7 @@ T = TypeVar("T")
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EISDIR, errno.EINVAL}
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EIO}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 # Of a link from elsewhere: another mount of the same disk, another quota; not ours to link; too many links.
 _NO_MOVE = {errno.EXDEV, errno.EPERM, errno.EMLINK}
 _STEP = 1 << 20  # bytes read at once where the kernel cannot copy by itself
@@ -328,12 +329,13 @@ class Draft:
             try:
                 self._handle = Handle(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=at))
             except OSError as error:
-                if tree.anonymous or error.errno not in _NO_TMPFILE:
+                if error.errno not in _NO_TMPFILE:
                     raise
             else:
                 tree.anonymous = True
                 return self._handle.fd
-        tree.anonymous = False
+        if not tree.anonymous:  # else it is a mount below the root that has none
+            tree.anonymous = False
         name = temporary_name(self._names[-1], self._token)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -393,6 +395,9 @@ class Draft:
                 return
             if isinstance(error, FileExistsError):
                 raise AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}") from error
+            if error.errno in _NO_LINKS and self._moved is None:
+                hint = "without hard links (exFAT, FAT, some FUSE) no file system can keep files here; choose another"
+                raise OSError(error.errno, f"{error.strerror} ({hint})") from error
             raise
 
     def _is_ours(self, at: int) -> bool:

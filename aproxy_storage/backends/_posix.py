@@ -209,12 +209,24 @@ class Tree:
             except FileNotFoundError:
                 continue
             except OSError:
-                if os.fstat(at).st_nlink:
+                # ext4 does not say "no such directory" of one that was removed, but "not permitted". Some FUSE give
+                # every directory no links.
+                if os.fstat(at).st_nlink or self._is_still_there(root.fd, names[:-1], at):
                     raise
-                continue  # ext4 does not say "no such directory" of one that was removed, but "not permitted"
+                continue
             finally:
                 close_all(directories)
         raise BackendUnavailable(f"the directory of {'/'.join(names)!r} was removed {_TRIES} times while it was needed")
+
+    def _is_still_there(self, root: int, names: Sequence[str], directory: int) -> bool:
+        try:
+            found = self.descend(root, names)
+        except FileNotFoundError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(found[-1] if found else root), os.fstat(directory))
+        finally:
+            close_all(found)
 
     @contextlib.contextmanager
     def parent(self, key: str) -> Iterator[tuple[int, str]]:
@@ -365,7 +377,8 @@ class Tree:
         """Remove the file `key`, the temporary of the write `token`, and the directories left empty.
 
         Raises:
-            OSError: natively. DeadlineExceeded: `permit` is over.
+            OSError: natively. DeadlineExceeded: `permit` is over. AccessDenied: without a token, a link lies where the
+                file or one of its directories should be: it may have been moved to where the link leads.
         """
         names = self.parts(key)
         root = self.enter()
@@ -376,8 +389,12 @@ class Tree:
         except FileNotFoundError:
             self._prune_rest(root.fd, names)
             return
-        except (NotADirectoryError, AccessDenied):
-            return  # never written there: not even through a link
+        except NotADirectoryError:
+            return  # never written there
+        except AccessDenied:
+            if token is None:  # a directory that was moved away, and the file with it
+                raise
+            return  # not even through a link
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return
@@ -418,7 +435,10 @@ class Tree:
 
     def _may_remove(self, at: int, name: str, key: str, token: str | None) -> bool:
         try:
-            if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+            mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                if token is None and stat.S_ISLNK(mode):
+                    self.refuse_link(name, at)
                 return False  # a directory, a link, a pipe: not an object of ours
             if token is None:
                 return True
@@ -484,6 +504,12 @@ class Tree:
             finally:
                 os.close(fd)
         except FileNotFoundError:  # pruned at this moment
+            return []
+        except PermissionError:
+            if list(names) != ["lost+found"]:
+                raise
+            # Of every ext4 disk, and root's alone. Elsewhere what cannot be listed must not seem to be empty.
+            _log.warning("not listed: 'lost+found' below %r, which may not be read", self.root)
             return []
         finally:
             close_all(directories)

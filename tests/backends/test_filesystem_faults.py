@@ -162,6 +162,55 @@ async def test_errors_of_the_system_calls_are_mapped(
             await backend.discard("kept")
 
 
+async def test_file_system_without_hard_links(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(_posix.os, "link", refused)
+    with pytest.raises(AccessDenied, match=r"not permitted \(without hard links .* choose another"):
+        await backend.write("a", b"x")
+
+
+async def test_full_disk_that_gives_directories_no_links(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some FUSE do; a directory that is still there was not removed."""
+    fstat, calls = os.fstat, []
+
+    def no_links(fd: int) -> os.stat_result:
+        found = fstat(fd)
+        return os.stat_result((*found[:3], 0, *found[4:10])) if stat.S_ISDIR(found.st_mode) else found
+
+    def full(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    await backend.write("dir/kept", b"x")
+    monkeypatch.setattr(_posix.os, "fstat", no_links)
+    monkeypatch.setattr(_posix.os, "link", full)
+    for key in ("a", "dir/a"):
+        with pytest.raises(OutOfSpace):
+            await backend.write(key, b"x")
+    assert len(calls) == 2
+
+
+async def test_mount_below_the_root_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FileSystemBackend(tmp_path / "root")
+    await backend.write("dir/a", b"x")
+    opened, mount = os.open, Path(backend.root, "dir").stat().st_ino
+
+    def without(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE and os.fstat(options["dir_fd"]).st_ino == mount:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return opened(path, flags, *args, **options)
+
+    monkeypatch.setattr(_posix.os, "open", without)
+    await backend.write("b", b"x")
+    await backend.write("dir/b", b"x")
+    assert backend._tree.anonymous, "elsewhere there are some"
+    assert sorted(everything_below(backend.root)) == ["b", "dir/", "dir/a", "dir/b"]
+
+
 async def test_answer_of_the_link_is_lost(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on NFS: the link is made, the answer lost, and the repeated call finds its own work."""
     link = os.link
