@@ -7,10 +7,10 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
-from .errors import ContentError
+from .errors import ContentError, DeadlineExceeded
 from .feeds import SETTLE, Feed, InlineFeed, readers, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
@@ -18,6 +18,8 @@ from .spool import Spool, SpoolFeed
 from .timeouts import IdleWatch
 
 __all__ = ["Chunks", "Source", "guess_content_type", "hash_workers"]
+
+T = TypeVar("T")
 
 PEEK_BYTES = 64 * 1024
 
@@ -162,6 +164,24 @@ class Source:
             with contextlib.suppress(OSError, ValueError):
                 return await readers.call(self.look, timeout=self.timeout)
         return self.size
+
+    async def ask(self, function: Callable[..., T], *args: Any) -> T:
+        """Call `function`, which looks at a file of the caller's, in a worker thread of the content's, and return its
+        result. As with a chunk, whoever consumes the content is not blamed for the time, nor for his disk.
+
+        Raises:
+            ContentError: there is no answer within the timeout. And what `function` raises.
+        """
+        watch = self._watch
+        if watch is not None:
+            watch.pause()
+        try:
+            return await readers.call(function, *args, timeout=self.timeout)
+        except DeadlineExceeded as error:
+            raise silent(self.timeout) from error
+        finally:
+            if watch is not None:
+                watch.go_on()
 
     async def measure(self) -> None:
         """Compute the checksum of `data`, in a worker thread where it is large; nothing for other content."""

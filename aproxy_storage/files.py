@@ -207,6 +207,8 @@ class AsyncFile:
 
     async def _next_chunk(self) -> bytes:
         """Return the next non-empty bytes at `_position`; called only where the size says that there are some."""
+        if self.closed:
+            raise BackendUnavailable(f"{self.name!r} was closed while it was read", retryable=False)
         if self._reading is None or self._at != self._position:
             await self._read_from(self._position)
         assert self._reading is not None
@@ -215,6 +217,8 @@ class AsyncFile:
         except NotFound as error:
             raise self._vanished() from error
         except BackendUnavailable as error:
+            if self.closed:
+                raise
             try:
                 goes_on = await self._go_on_elsewhere(error)
             except NotFound as gone:

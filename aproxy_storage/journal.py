@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from .leases import Leases
 from .meta_backends.base import UNCHANGED, MetaBackend, Unchanged
 from .paths import MAX_PATH_BYTES, alternative, new_token
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
+from .timeouts import elapsed
 
 __all__ = ["Journal", "Marked"]
 
@@ -41,7 +41,7 @@ _ROUNDING = 0.01  # seconds by which a lease ends after what it is for is due: d
 
 
 class Marked(NamedTuple):
-    """A record that its holder has marked ``deleting``, and until when (monotonic clock) he may act on it."""
+    """A record that its holder has marked ``deleting``, and until when (`timeouts.elapsed`) he may act on it."""
 
     record: MetaRecord
     until: float
@@ -145,7 +145,7 @@ class Journal:
             Conflict: it is gone or has moved on; nothing may be removed then.
         """
         seconds = self.lease if lease is None else lease
-        until = time.monotonic() + seconds  # from before the statement was sent
+        until = elapsed() + seconds  # from before the statement was sent
         places = record.all_places()
         if len(places) == 1 and places[0].state == "good":
             places = ()  # what an empty list means in a deleting record
@@ -217,12 +217,12 @@ class Journal:
         """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.
 
         Where a write of ours may have been kept out by somebody else's file, only what carries our token goes, and
-        nothing that another record names. `until`: when our lease ends, by the monotonic clock; a process that was
-        stopped for so long starts nothing more, because the keys may be somebody else's by now.
+        nothing that another record names. `until`: when our lease ends, by `timeouts.elapsed`; a process that was
+        stopped or asleep for so long starts nothing more, because the keys may be somebody else's by now.
         """
         gone = True
         for place in places:
-            if until is not None and time.monotonic() >= until:
+            if until is not None and elapsed() >= until:
                 return False
             token = None if place.state in _CERTAIN else record.token
             if token is not None and await self._is_anothers(place, record):
@@ -314,7 +314,7 @@ class Journal:
         later = tuple(place for place in wanted_gone if place.due is not None and place.due > over)
         # Until when we are at it says the lease, and not a time of their own.
         due = tuple(replace(place, due=None) for place in wanted_gone if place not in later)
-        seconds, since = self.longest, time.monotonic()
+        seconds, since = self.longest, elapsed()
         record = await self.change(record, {"places": (*kept, *due, *later)}, lease=seconds)
         if not await self.discard(due, record, until=since + seconds):
             return "failed"

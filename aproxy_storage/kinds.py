@@ -110,13 +110,14 @@ def _path(source: Source, content: os.PathLike[Any]) -> None:
     source.path = path
     source.name = os.path.basename(os.fsdecode(where)) or None
 
-    def pieces(limit: int) -> Iterator[bytes]:
-        with open(where, "rb", buffering=0) as file:
-            while piece := file.read(limit):
-                yield piece
-
     source.look = lambda: os.stat(where).st_size
-    _threaded(source, pieces)
+    _threaded(source, lambda limit: _pieces_of(where, limit))
+
+
+def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(limit):
+            yield piece
 
 
 def _django_file(source: Source, content: Any) -> None:
@@ -130,16 +131,22 @@ def _django_file(source: Source, content: Any) -> None:
         return
     locate = getattr(content, "temporary_file_path", None)
     if callable(locate):
-        path = locate()
-        if isinstance(path, str):
+        where = locate()
+        if isinstance(where, str):
             # What the caller has written to it must be in the file before somebody reads or moves it by name.
             with contextlib.suppress(Exception):
                 content.flush()
             with contextlib.suppress(OSError):
-                source.size = os.stat(path).st_size
-                source.temporary_path = path
+                source.size = os.stat(where).st_size
+                source.temporary_path = where
+    closed = getattr(content, "closed", False)
+    path = source.temporary_path
+    if path is not None and closed:
+        source.look = lambda: os.stat(path).st_size
+        _threaded(source, lambda limit: _pieces_of(path, limit))
+        return
     # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.
-    source.replayable = not getattr(content, "closed", False) and _seekable(content)
+    source.replayable = not closed and _seekable(content)
     source.look = _look_at(content)
     _threaded(source, lambda limit: iter(content.chunks(limit)), _inside(content))
 

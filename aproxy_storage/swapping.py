@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from .errors import Conflict, ContentError, NotFound, StorageError, outcome_unkn
 from .leases import DatabaseTime
 from .paths import alternative, new_token, token_key
 from .records import STORED, MetaRecord, Place
+from .timeouts import elapsed
 from .writes import Transfer, Write
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Swapping:
                     seconds = max(storage.keep_replaced or journal.longest, at_least)
                     return None if clock is None else clock.latest() + seconds
 
-                until = time.monotonic() + max(journal.settle, journal.lease)
+                until = elapsed() + max(journal.settle, journal.lease)
                 stored = await self._with_latest(held.record, pinned, swapped, clock)
             except BaseException as error:
                 # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.

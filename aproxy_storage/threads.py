@@ -75,6 +75,14 @@ class Job:
             self.error = error
         del self  # no cycle: error -> traceback -> frame -> job -> future -> error
 
+    def drop(self) -> bool:
+        """Let go of what a job holds whose future is done and that never began; return whether it is such a one."""
+        # In this order, and `claim` the other way round: a worker that claims it now sees that it is done.
+        if not self.future.done() or self.started:
+            return False
+        self.function = _nothing
+        return True
+
     def resolve(self) -> None:
         """Give the result or error to whoever waits; called where the future may be touched."""
         error, self.error = self.error, None
@@ -119,8 +127,10 @@ class _Answers:
         self.deliver()  # a finished job of a batch whose next job hangs is not kept waiting
         now = self.loop.time()
         watched, self.watched = self.watched, []
+        dropped = False
         for job in watched:
             if job.future.done():
+                dropped = job.drop() or dropped
                 continue
             if job.deadline is not None and now >= job.deadline:
                 # First done, then the look at `started`; `claim` does it the other way round. So of two that meet
@@ -130,8 +140,11 @@ class _Answers:
                 error.outcome_unknown = job.started
                 where = "running in" if error.outcome_unknown else "waiting for"
                 error.args = (f"no answer in time while {where} a worker thread",)
+                dropped = job.drop() or dropped
             else:
                 self.watched.append(job)
+        if dropped:
+            self.workers.forget()
         self.timer = self.loop.call_later(_TICK, self.tick) if self.watched else None
 
 
@@ -190,7 +203,8 @@ class Workers(concurrent.futures.Executor):
         """Have `function` called in a worker; return the future of its result, bound to the running loop.
 
         After `timeout` seconds, queueing included, the future fails with DeadlineExceeded; a job that has not begun
-        by then, or whose future was cancelled before it began, is never run. One that has begun runs to its end.
+        by then, or whose future was cancelled before it began, is never run, and lets go of what it holds within a
+        tick. One that has begun runs to its end.
 
         In a thread that may block (see `blocking`) it is called there, now, without any limit.
 
@@ -364,6 +378,13 @@ class Workers(concurrent.futures.Executor):
                         break
             if self._jobs and self._is_slow():
                 self._rouse()
+
+    def forget(self) -> None:
+        """Take the jobs out of the queue that nobody waits for any more, so that others may wait in their place."""
+        with self._lock:
+            wanted = [job for job in self._jobs if job.answers is None or not job.future.done()]
+            self._jobs.clear()
+            self._jobs.extend(wanted)
 
     # -- concurrent.futures.Executor
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -14,7 +15,13 @@ from typing import Any, Self
 
 from .loops import PerLoop
 
-__all__ = ["Alarm", "IdleWatch", "Timeouts", "progress", "unhurried"]
+__all__ = ["Alarm", "IdleWatch", "Timeouts", "elapsed", "progress", "unhurried"]
+
+
+def elapsed() -> float:
+    """Return seconds by a clock that nobody can set and that goes on while the machine sleeps, where there is one: by
+    when something had to be done, others see by clocks that do not sleep."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -425,6 +425,23 @@ async def test_what_each_kind_says_of_itself(directory: pathlib.Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_closed_upload_is_read_from_its_temporary_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "upload"
+    path.write_bytes(payload(10_000))
+
+    class Upload(File):
+        def temporary_file_path(self) -> str:
+            return str(path)
+
+    content = Upload(path.open("rb"))
+    content.close()
+    source = Source.of(content)
+    assert source.replayable
+    for _ in range(2):
+        assert b"".join([chunk async for chunk in source.chunks()]) == payload(10_000)
+
+
+@pytest.mark.asyncio
 async def test_bytes_are_not_copied() -> None:
     data = payload(10_000)
     for content in (data, io.BytesIO(data), ContentFile(data), SimpleUploadedFile("a", data)):

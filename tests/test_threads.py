@@ -168,6 +168,34 @@ async def test_deadline_of_a_queued_and_of_a_running_job() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("ended", ["cancelled", "out of time"])
+async def test_job_that_ends_before_it_began_holds_nothing_and_is_in_nobodys_way(ended: str) -> None:
+    workers = Workers("t-given-up", 1, max_waiting=1)
+
+    class Chunk:
+        pass
+
+    argument = Chunk()
+    seen = weakref.ref(argument)
+    with blocker() as free:
+        held = workers.call(free.wait, timeout=None)
+        await _until(lambda: not workers._jobs)
+        job = workers.call(id, argument, timeout=0.01 if ended == "out of time" else None)
+        del argument
+        if ended == "cancelled":
+            job.cancel()
+        await asyncio.wait((job,))
+        await _until(lambda: not workers._jobs)  # at the next tick: the thread still hangs
+        assert seen() is None
+        last = workers.call(int, "3", timeout=5)
+        free.set()
+        await held
+    assert await last == 3
+    if not job.cancelled():
+        assert isinstance(job.exception(), DeadlineExceeded)
+
+
+@pytest.mark.asyncio
 async def test_cancelled_before_it_began_is_never_run() -> None:
     workers = Workers("t-cancel", 1)
     ran = []

@@ -28,6 +28,9 @@ T = TypeVar("T")
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EISDIR, errno.EINVAL}
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EIO}
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+# Of a link from elsewhere: another mount of the same disk, another quota; not ours to link; too many links.
+_NO_MOVE = {errno.EXDEV, errno.EPERM, errno.EMLINK}
 _STEP = 1 << 20  # bytes read at once where the kernel cannot copy by itself
 _PIECE = 256 << 10  # bytes hashed at once: what a core's cache holds
 
@@ -65,6 +68,7 @@ class Draft:
         self._moved: str | None = None  # the path that the file had before, where it is moved in
         self._made: list[str] = []
         self._status: os.stat_result  # of the whole file
+        self._marked = False  # it carries the token
         self._lock = threading.Lock()
         self._busy = False
         self._withdrawn = False
@@ -87,6 +91,23 @@ class Draft:
     def left(self) -> bool:
         """Whether there is something that `remove` must remove, or a step under way that will."""
         return self._busy or self._anything
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a file to `write` to already."""
+        return self._handle is not None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the published file is still open: without a token, only so its inode number cannot become that of
+        another file, which a late removal would take for this one."""
+        return self._handle is not None
+
+    def unpin(self) -> None:
+        """Close it; in a worker, because a network file system may wait there."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.close()  # whoever else refers to it is the task, which would close it in the loop
 
     @property
     def handle(self) -> Handle:
@@ -173,7 +194,7 @@ class Draft:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary, dir_fd=at)
             if self._published:
-                if self._lies_at(at):
+                if self._is_ours(at):
                     os.unlink(self._names[-1], dir_fd=at)
                 self._published = False
             if prune:
@@ -216,33 +237,22 @@ class Draft:
         self._complete()
         return self._finished(self._publish_at)
 
-    def create_from(
-        self, path: str | bytes | os.PathLike[Any], limit: int, algorithm: str | None, size: int | None
-    ) -> tuple[os.stat_result, str | None] | CallersFile | None:
-        """`create` with the content of the file at `path`; return the checksum too.
-
-        A file of more than `limit` bytes is returned, open; None stands for what is no regular file.
-
-        Raises:
-            ContentError: it cannot be read, or has not `size` bytes.
-        """
-        source = CallersFile.open(path)
-        if source is None or source.status.st_size > limit:
-            return source
-        data = source.pread(limit + 1, 0)
-        if len(data) > limit:  # it grows, or is one of the kernel's, which do not know their size
-            return None
-        if size is not None and len(data) != size:
-            raise ContentError(f"the content has {len(data)} bytes, not {size} as declared")
+    def create_hashed(self, data: bytes, algorithm: str | None) -> tuple[os.stat_result, str | None]:
+        """`create`, and return the checksum too."""
         checksum = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}" if algorithm else None
         return self.create(data), checksum
 
-    def copy_from(self, source: Opened, count: int, seconds: float) -> int:
-        """Share the blocks of `source`, or else begin to `copy` it; return the bytes that are there now."""
+    def copy_from(self, source: Opened, count: int, seconds: float) -> int | None:
+        """Share the blocks of `source`, or else begin to `copy` it; return the bytes that are there now.
+
+        None: it is the caller's and not on the disk that the draft is on, which must not be blamed for that one.
+        """
         self.begin()
         try:
             fcntl.ioctl(self.handle.fd, _FICLONE, source.fd)
         except OSError:
+            if isinstance(source, CallersFile) and source.status.st_dev != os.fstat(self.handle.fd).st_dev:
+                return None
             return self.copy(source, count, seconds)
         return os.lseek(self.handle.fd, 0, os.SEEK_END)
 
@@ -271,22 +281,30 @@ class Draft:
             at += len(data)
         return at
 
-    def take(self, path: str) -> int | None:
-        """Make the file at `path` the draft's own, to be moved by `finish`, and return its size; None: copy it."""
-        if self._tree.file_mode is None or os.path.islink(path):  # the mode it would have got is not known
+    def take(self, taken: CallersFile) -> int | None:
+        """Make `taken` the draft's own, to be moved by `move`, and return its size; None: copy it."""
+        if self._tree.file_mode is None or taken.is_link:  # the mode it would have got is not known
             return None
-        taken = CallersFile.open(path)
-        if taken is None:
-            return None
-        device = self._tree.below(self._names, self._made, lambda at, _root, _directories: os.fstat(at).st_dev)
-        if device != taken.status.st_dev:
+        if not self._tree.below(self._names, self._made, lambda at, _root, _directories: _share_a_mount(at, taken)):
             return None
         try:
             os.fchmod(taken.fd, stat.S_IMODE(taken.status.st_mode) | 0o600)
         except PermissionError:  # somebody else's: it can be neither marked nor given its mode
             return None
-        self._handle, self._moved = taken, path
+        self._handle, self._moved = taken, taken.key
         return taken.status.st_size
+
+    def move(self) -> os.stat_result | None:
+        """Give the file that was taken its name; None: it cannot be moved after all and is the caller's again."""
+        try:
+            return self.finish(b"")
+        except OSError as error:
+            if error.errno not in _NO_MOVE:
+                raise
+        with self._lock:
+            self._handle = self._moved = None
+            self._published = False
+        return None
 
     # -- the parts of the steps
 
@@ -297,7 +315,8 @@ class Draft:
                 raise Withdrawn
             # From here on nothing is left to be removed but, should the task be cancelled now, the object itself.
             self._made = []
-            self._handle = None
+            if self._marked:
+                self.unpin()
         if self._moved is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._moved)
@@ -310,12 +329,13 @@ class Draft:
             try:
                 self._handle = Handle(os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, mode, dir_fd=at))
             except OSError as error:
-                if tree.anonymous or error.errno not in _NO_TMPFILE:
+                if error.errno not in _NO_TMPFILE:
                     raise
             else:
                 tree.anonymous = True
                 return self._handle.fd
-        tree.anonymous = False
+        if not tree.anonymous:  # else it is a mount below the root that has none
+            tree.anonymous = False
         name = temporary_name(self._names[-1], self._token)
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -331,7 +351,7 @@ class Draft:
     def _complete(self) -> None:
         """All of the file but its name: token, mode, and the way to the disk."""
         fd = self.handle.fd
-        mark(fd, self._token)
+        self._marked = mark(fd, self._token)
         mode = self._tree.file_mode
         self._status = os.fstat(fd)
         if mode is not None and stat.S_IMODE(self._status.st_mode) != mode:
@@ -375,7 +395,19 @@ class Draft:
                 return
             if isinstance(error, FileExistsError):
                 raise AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}") from error
+            if error.errno in _NO_LINKS and self._moved is None:
+                hint = "without hard links (exFAT, FAT, some FUSE) no file system can keep files here; choose another"
+                raise OSError(error.errno, f"{error.strerror} ({hint})") from error
             raise
+
+    def _is_ours(self, at: int) -> bool:
+        """Return whether the file under the name is this one, however long ago it was published."""
+        if not self._lies_at(at):
+            return False
+        try:
+            return self._handle is not None or self._tree.token_at(at, self._names[-1]) == self._token
+        except FileNotFoundError:
+            return False
 
     def _lies_at(self, at: int, name: str | None = None) -> bool:
         try:
@@ -383,6 +415,18 @@ class Draft:
         except FileNotFoundError:
             return False
         return os.path.samestat(found, self._status)
+
+
+def _share_a_mount(at: int, file: Opened) -> bool:
+    """Return whether `file` can be linked into the directory `at`: a disk that is mounted twice is one device only."""
+    return os.fstat(at).st_dev == file.status.st_dev and _mount_of(at) == _mount_of(file.fd)
+
+
+def _mount_of(fd: int) -> bytes | None:
+    """Return by which mount `fd` was opened; None where that cannot be asked."""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}", "rb") as lines:
+        return next((line for line in lines if line.startswith(b"mnt_id:")), None)
+    return None
 
 
 def hash_part(handle: Handle, state: Any, start: int, stop: int) -> None:
@@ -401,17 +445,36 @@ class CallersFile(Opened):
         ContentError: in `open` and in `pread`.
     """
 
+    __slots__ = ("data", "is_link")
+
     changed_error = ContentError
 
+    def __init__(self, key: str, fd: int) -> None:
+        super().__init__(key, fd)
+        self.is_link = False
+        self.data: bytes | None = None  # all of it, once it was read
+
     @classmethod
-    def open(cls, path: str | bytes | os.PathLike[Any]) -> CallersFile | None:
-        """Return the regular file at `path`, None if it is something else."""
+    def open(cls, path: str | bytes | os.PathLike[Any], small: int) -> CallersFile | None:
+        """Return the regular file at `path`, with its `data` where it has at most `small` bytes; None if it is
+        something else."""
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):  # asked first: opening a pipe has effects
                 return None
-            return cls(os.fsdecode(path), os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            opened = cls(os.fsdecode(path), os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            opened.is_link = os.path.islink(path)
         except OSError as error:
             raise _unreadable(path, error) from error
+        opened.read_all(small)
+        return opened
+
+    def read_all(self, small: int) -> None:
+        """Read the `data` if there are at most `small` bytes, and close the file then."""
+        if self.status.st_size <= small:
+            data = self.pread(small + 1, 0)
+            if len(data) <= small:  # else it grows, or is one of the kernel's, which do not know their size
+                self.data = data
+                self.close()
 
     def pread(self, count: int, offset: int) -> bytes:
         try:

@@ -111,14 +111,17 @@ def read_token(fd: int) -> str | None:
         raise
 
 
-def mark(fd: int, token: str) -> None:
-    """Keep the token with an open file, where the file system can."""
-    if hasattr(os, "setxattr"):
-        try:
-            os.setxattr(fd, TOKEN_XATTR, token.encode())
-        except OSError as error:
-            if error.errno not in _NO_XATTRS:
-                raise
+def mark(fd: int, token: str) -> bool:
+    """Keep the token with an open file; return whether the file system can."""
+    if not hasattr(os, "setxattr"):
+        return False
+    try:
+        os.setxattr(fd, TOKEN_XATTR, token.encode())
+    except OSError as error:
+        if error.errno not in _NO_XATTRS:
+            raise
+        return False
+    return True
 
 
 def temporary_name(name: str, token: str) -> str:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import stat
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from ..errors import AccessDenied, BackendUnavailable, InvalidPath, NotFound
+from ..errors import AccessDenied, BackendUnavailable, DeadlineExceeded, InvalidPath, NotFound
 from ..records import ByteRange
+from ..timeouts import elapsed
 from ._handles import HIDDEN, Handle, NoXattrs, Opened, close_all, read_token, temporary_name
 
-__all__ = ["Tree"]
+__all__ = ["Permit", "Tree"]
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +50,29 @@ class _Root(Handle):
 
 # Not locked, so that a fork cannot leave it so.
 _trees: weakref.WeakValueDictionary[int, Tree] = weakref.WeakValueDictionary()
+
+
+class Permit:
+    """Leave to remove a name within `seconds` (None: whenever), until it is withdrawn.
+
+    A worker that hung in the kernel looks at it right before it removes: by then the name may be another file's.
+    """
+
+    __slots__ = ("_until", "_withdrawn")
+
+    def __init__(self, seconds: float | None) -> None:
+        # Not for the loop alone to say: after the whole process was stopped, the worker may be the first to run.
+        self._until = math.inf if seconds is None else elapsed() + seconds
+        self._withdrawn = False
+
+    def withdraw(self) -> None:
+        """Have nothing removed from now on; called when nobody waits for the removal any more."""
+        self._withdrawn = True
+
+    def check(self) -> None:
+        """Raise DeadlineExceeded if nothing may be removed any more."""
+        if self._withdrawn or elapsed() >= self._until:
+            raise DeadlineExceeded("the time for the removal was over before it was its turn; nothing was removed")
 
 
 class Tree:
@@ -190,12 +215,24 @@ class Tree:
             except FileNotFoundError:
                 continue
             except OSError:
-                if os.fstat(at).st_nlink:
+                # ext4 does not say "no such directory" of one that was removed, but "not permitted". Some FUSE give
+                # every directory no links.
+                if os.fstat(at).st_nlink or self._is_still_there(root.fd, names[:-1], at):
                     raise
-                continue  # ext4 does not say "no such directory" of one that was removed, but "not permitted"
+                continue
             finally:
                 close_all(directories)
         raise BackendUnavailable(f"the directory of {'/'.join(names)!r} was removed {_TRIES} times while it was needed")
+
+    def _is_still_there(self, root: int, names: Sequence[str], directory: int) -> bool:
+        try:
+            found = self.descend(root, names)
+        except FileNotFoundError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(found[-1] if found else root), os.fstat(directory))
+        finally:
+            close_all(found)
 
     @contextlib.contextmanager
     def parent(self, key: str) -> Iterator[tuple[int, str]]:
@@ -360,11 +397,12 @@ class Tree:
 
     # -- removing
 
-    def discard(self, key: str, token: str | None) -> None:
+    def discard(self, key: str, token: str | None, permit: Permit) -> None:
         """Remove the file `key`, the temporary of the write `token`, and the directories left empty.
 
         Raises:
-            OSError: natively.
+            OSError: natively. DeadlineExceeded: `permit` is over. AccessDenied: without a token, a link lies where the
+                file or one of its directories should be: it may have been moved to where the link leads.
         """
         names = self.parts(key)
         root = self.enter()
@@ -375,8 +413,12 @@ class Tree:
         except FileNotFoundError:
             self._prune_rest(root.fd, names)
             return
-        except (NotADirectoryError, AccessDenied):
-            return  # never written there: not even through a link
+        except NotADirectoryError:
+            return  # never written there
+        except AccessDenied:
+            if token is None:  # a directory that was moved away, and the file with it
+                raise
+            return  # not even through a link
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 return
@@ -384,9 +426,11 @@ class Tree:
         at, name = (directories[-1] if directories else root.fd), names[-1]
         try:
             if token is not None:
+                permit.check()
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary_name(name, token), dir_fd=at)
             if self._may_remove(at, name, key, token):
+                permit.check()  # between this and the next line a thread may still hang: see design.md, J2
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=at)
             self.prune(root.fd, names, directories)
@@ -415,19 +459,20 @@ class Tree:
 
     def _may_remove(self, at: int, name: str, key: str, token: str | None) -> bool:
         try:
-            if not stat.S_ISREG(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+            mode = os.stat(name, dir_fd=at, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                if token is None and stat.S_ISLNK(mode):
+                    self.refuse_link(name, at)
                 return False  # a directory, a link, a pipe: not an object of ours
             if token is None:
                 return True
-            handle = Handle(os.open(name, _READ, dir_fd=at))
+            return self.token_at(at, name) == token
         except FileNotFoundError:
             return False
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
                 return False
             raise
-        try:
-            found = read_token(handle.fd)
         except NoXattrs:
             _log.warning(
                 "%r below %r stays: the file system keeps no extended attributes, so that it cannot be told "
@@ -436,9 +481,19 @@ class Tree:
                 self.root,
             )
             return False
+
+    @staticmethod
+    def token_at(at: int, name: str) -> str | None:
+        """Return the token of the file `name`, None where it has none.
+
+        Raises:
+            NoXattrs: the file system could not have kept one. OSError: natively.
+        """
+        handle = Handle(os.open(name, _READ, dir_fd=at))
+        try:
+            return read_token(handle.fd)
         finally:
             handle.close()
-        return found == token
 
     # -- listing
 
@@ -473,6 +528,12 @@ class Tree:
             finally:
                 os.close(fd)
         except FileNotFoundError:  # pruned at this moment
+            return []
+        except PermissionError:
+            if list(names) != ["lost+found"]:
+                raise
+            # Of every ext4 disk, and root's alone. Elsewhere what cannot be listed must not seem to be empty.
+            _log.warning("not listed: 'lost+found' below %r, which may not be read", self.root)
             return []
         finally:
             close_all(directories)

@@ -15,15 +15,15 @@ from urllib.parse import quote
 
 from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
-from ..errors import InvalidPath, NotSupported, StorageError
+from ..errors import BackendUnavailable, InvalidPath, NotSupported, StorageError
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
-from ._draft import Draft, hash_part
+from ._draft import CallersFile, Draft, hash_part
 from ._handles import HIDDEN, Opened
-from ._posix import Tree
+from ._posix import Permit, Tree
 from .base import Backend, Reader
 
 __all__ = ["FileSystemBackend"]
@@ -185,6 +185,9 @@ class FileSystemBackend(Backend):
                 mapped.outcome_unknown = True
                 raise mapped from error
             raise
+        if draft.pinned:
+            with contextlib.suppress(BackendUnavailable):  # too many jobs wait: then it is closed here
+                self._workers.call(draft.unpin, timeout=None)
         return _info(key, status, token)
 
     async def _give_up(self, draft: Draft) -> None:
@@ -225,27 +228,44 @@ class FileSystemBackend(Backend):
             return await self._step(draft, draft.create, data)
         if data is not None:
             return await self._pour(source, data, draft)
-        if source.temporary_path is not None:
-            size = await self._step(draft, draft.take, source.temporary_path)
-            if size is not None:
-                source.measured(*await self._follow(draft, None, size, size, source.algorithm))
-                return await self._step(draft, draft.finish, b"")
         path = source.temporary_path or source.path
         if path is None:
             return await self._stream(source, draft)
-        found = await self._step(draft, draft.create_from, path, _SMALL, source.algorithm, source.size)
-        if found is None:
+        movable = source.temporary_path is not None
+        opened = await source.ask(CallersFile.open, path, -1 if movable else _SMALL)
+        if opened is None:
             return await self._stream(source, draft)
-        if isinstance(found, tuple):
-            status, checksum = found
+        if movable:
+            moved = await self._move(source, opened, draft)
+            if moved is not None:
+                return moved
+            await source.ask(opened.read_all, _SMALL)
+        if opened.data is not None:
+            source.measured(len(opened.data), None)  # before anything is written: not if the size is wrong
+            status, checksum = await self._step(draft, draft.create_hashed, opened.data, source.algorithm)
             source.measured(status.st_size, checksum)
             return status
-        source.measured(*await self._copy_file(draft, found, source.algorithm))
+        copied = None
+        if opened.status.st_size > _SMALL:
+            copied = await self._copy_file(draft, opened, source.algorithm)
+        if copied is None:
+            await source.ask(opened.close)
+            return await self._stream(source, draft)
+        source.measured(*copied)
         return await self._step(draft, draft.finish, b"")
 
-    async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None]:
-        """Copy a whole file into the draft; return its size and checksum."""
+    async def _move(self, source: Source, opened: CallersFile, draft: Draft) -> os.stat_result | None:
+        size = await self._step(draft, draft.take, opened)
+        if size is None:
+            return None
+        source.measured(*await self._follow(draft, None, size, size, source.algorithm))
+        return await self._step(draft, draft.move)
+
+    async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None] | None:
+        """Copy a whole file into the draft; return its size and checksum. None: see `Draft.copy_from`."""
         done = await self._bulk_step(draft, draft.copy_from, source, _SLICE, _STRETCH)
+        if done is None:
+            return None
         return await self._follow(draft, source, done, source.status.st_size, algorithm)
 
     async def _follow(
@@ -306,9 +326,10 @@ class FileSystemBackend(Backend):
                     writing = self._step(draft, draft.write, _joined(gathered))
                     writing.add_done_callback(_seen)
                     gathered, count = [], 0
-        if writing is None:
+        if writing is None and not draft.begun:
             return await self._step(draft, draft.create, _joined(gathered))
-        await writing
+        if writing is not None:
+            await writing
         return await self._step(draft, draft.finish, _joined(gathered))
 
     # -- reading
@@ -327,7 +348,12 @@ class FileSystemBackend(Backend):
         return _info(key, status, token, published=True)
 
     async def _discard(self, key: str, *, token: str | None) -> None:
-        await self._workers.call(self._tree.discard, key, token, timeout=self.timeouts.operation)
+        permit = Permit(self.timeouts.operation)
+        try:
+            await self._workers.call(self._tree.discard, key, token, permit, timeout=self.timeouts.operation)
+        except BaseException:
+            permit.withdraw()
+            raise
 
     async def _sync_discard(self, key: str) -> None:
         await self._workers.call(self._tree.sync_discard, key, timeout=self.timeouts.operation)
@@ -420,6 +446,7 @@ class _Chunks:
     ) -> None:
         self._workers = workers
         self._timeout = timeout
+        self._key = opened.key
         self._opened: Opened | None = opened
         self._at = start
         self._stop = stop
@@ -432,8 +459,10 @@ class _Chunks:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._at >= self._stop or self._opened is None:
+        if self._at >= self._stop:
             raise StopAsyncIteration
+        if self._opened is None:
+            raise self._closed()
         if self._first is not None:
             data, self._first = self._first, None
         else:
@@ -444,6 +473,8 @@ class _Chunks:
             except BaseException:
                 self._forget()
                 raise
+            if self._opened is None:  # in between the answer and now
+                raise self._closed()
             self._ahead = None
         self._at += len(data)
         if self._at < self._stop:
@@ -461,9 +492,17 @@ class _Chunks:
 
     def _forget(self) -> None:
         ahead, self._ahead = self._ahead, None
-        # Cancelled or out of time, its worker may still be at it.
-        if ahead is not None and (ahead.cancel() or ahead.cancelled() or ahead.exception() is not None):
+        if ahead is None:
+            return
+        if not ahead.done():
+            # Not cancelled: a task that waits for it would take that for a cancellation of its own.
+            ahead.set_exception(self._closed())
+        # Given up or out of time, its worker may still be at it.
+        if ahead.cancelled() or ahead.exception() is not None:
             self._abandoned = True
+
+    def _closed(self) -> BackendUnavailable:
+        return BackendUnavailable(f"{self._key!r} was closed while it was read", retryable=False)
 
     async def aclose(self) -> None:
         """Let go of the file; a read that is under way keeps it open until its end."""

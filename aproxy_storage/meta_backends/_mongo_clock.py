@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from ..timeouts import elapsed as _elapsed  # a lease must not begin in the past after a sleep
 
 __all__ = ["ServerClock"]
 
 _FRESH = 10.0  # seconds for which one answer is good: clocks drift apart by less than a millisecond in that time
-
-
-def _elapsed() -> float:
-    """Return seconds by a clock that goes on while the machine sleeps, where there is one: a lease must not begin in
-    the past after it."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 class ServerClock:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from aproxy_storage import ProxyStorage, Replicate
 from aproxy_storage.backends import _draft, _posix
 from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.content import Source
 from aproxy_storage.errors import (
     AccessDenied,
     AlreadyExists,
@@ -25,6 +27,7 @@ from aproxy_storage.errors import (
     OutOfSpace,
     outcome_unknown,
 )
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing._backend_hooks import BIG, pattern, pieces
 from aproxy_storage.timeouts import Timeouts
 from tests.backends.test_filesystem import content, descriptors, everything_below, until_open
@@ -157,6 +160,55 @@ async def test_errors_of_the_system_calls_are_mapped(
         patch.setattr(_posix.os, "unlink", broken)
         with pytest.raises(error):
             await backend.discard("kept")
+
+
+async def test_file_system_without_hard_links(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(_posix.os, "link", refused)
+    with pytest.raises(AccessDenied, match=r"not permitted \(without hard links .* choose another"):
+        await backend.write("a", b"x")
+
+
+async def test_full_disk_that_gives_directories_no_links(
+    backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some FUSE do; a directory that is still there was not removed."""
+    fstat, calls = os.fstat, []
+
+    def no_links(fd: int) -> os.stat_result:
+        found = fstat(fd)
+        return os.stat_result((*found[:3], 0, *found[4:10])) if stat.S_ISDIR(found.st_mode) else found
+
+    def full(*_: Any, **__: Any) -> Any:
+        calls.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    await backend.write("dir/kept", b"x")
+    monkeypatch.setattr(_posix.os, "fstat", no_links)
+    monkeypatch.setattr(_posix.os, "link", full)
+    for key in ("a", "dir/a"):
+        with pytest.raises(OutOfSpace):
+            await backend.write(key, b"x")
+    assert len(calls) == 2
+
+
+async def test_mount_below_the_root_without_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FileSystemBackend(tmp_path / "root")
+    await backend.write("dir/a", b"x")
+    opened, mount = os.open, Path(backend.root, "dir").stat().st_ino
+
+    def without(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE and os.fstat(options["dir_fd"]).st_ino == mount:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return opened(path, flags, *args, **options)
+
+    monkeypatch.setattr(_posix.os, "open", without)
+    await backend.write("b", b"x")
+    await backend.write("dir/b", b"x")
+    assert backend._tree.anonymous, "elsewhere there are some"
+    assert sorted(everything_below(backend.root)) == ["b", "dir/", "dir/a", "dir/b"]
 
 
 async def test_answer_of_the_link_is_lost(backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +428,82 @@ async def test_write_that_hangs_in_the_link_for_ever_is_unknown(
     assert everything_below(backend.root) == []
 
 
+@pytest.mark.parametrize("token", [None, "tokenOfOld00"])
+@pytest.mark.parametrize("ended", ["timeout", "cancelled", "stopped"])
+async def test_discard_that_hung_for_too_long_spares_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str, token: str | None
+) -> None:
+    operation = 0.1 if ended == "timeout" else 30.0
+    hung = FileSystemBackend(tmp_path / "root", timeouts=Timeouts(operation=operation), max_workers=1)
+    await hung.write("a", b"old", token="tokenOfOld00")
+    stuck = Stuck(hung._tree.enter)
+    monkeypatch.setattr(hung._tree, "enter", stuck)
+    task = asyncio.ensure_future(hung.discard("a", token=token))
+    await until(stuck.reached)
+    if ended == "cancelled":
+        task.cancel()
+    elif ended == "stopped":  # all of the process, or it slept with its machine: nobody has said yet that it is over
+        later = _posix.elapsed() + operation
+        monkeypatch.setattr(_posix, "elapsed", lambda: later)
+    if ended != "stopped":
+        with pytest.raises((DeadlineExceeded, asyncio.CancelledError)):
+            await task
+    other = FileSystemBackend(hung.root)
+    await other.discard("a")
+    await other.write("a", b"new", token="tokenOfOld00")  # the same one: what is looked at is the time
+    stuck.release.set()
+    if ended == "stopped":
+        with pytest.raises(DeadlineExceeded, match="nothing was removed"):
+            await task
+    assert (await hung.stat("a")).size == 3, "asked after the discard, in the same thread"
+    assert await content(other, "a") == b"new"
+
+
+@pytest.mark.parametrize("kind", ["small", "moved"])
+@pytest.mark.parametrize("xattrs", [True, False])
+async def test_undo_of_a_write_that_hung_for_too_long_spares_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, xattrs: bool, kind: str
+) -> None:
+    if not xattrs:
+        request.getfixturevalue("no_xattrs")
+    hung = FileSystemBackend(tmp_path / "root", timeouts=Timeouts(cleanup=0.05), max_workers=1)
+    other = FileSystemBackend(hung.root)
+    await hung.write("kept", b"x")
+    upload = tmp_path / "upload"
+    upload.write_bytes(b"old")
+    source = Source.of(upload)
+    if kind == "moved":
+        source.temporary_path, source.path = str(upload), None
+    published = Stuck(lambda status: status)
+    finished, remove = _draft.Draft._finished, _draft.Draft._remove_names
+    removing = Stuck(remove)
+    monkeypatch.setattr(_draft.Draft, "_finished", lambda draft, work: published(finished(draft, work)))
+    monkeypatch.setattr(_draft.Draft, "_remove_names", lambda *args, **options: removing(*args, **options))
+    task = asyncio.ensure_future(hung.write("a", source, token="tokenOfOld00"))
+    await until(published.reached)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert outcome_unknown(caught.value)
+    published.release.set()
+    await until(removing.reached)
+    monkeypatch.setattr(_draft.Draft, "_finished", finished)
+    await other.discard("a")
+    if xattrs:  # ext4 would give the same number, others at times
+        monkeypatch.setattr(_draft.os.path, "samestat", lambda *_: True)
+    await other.write("a", b"new", token="tokenOfNew00")
+    removing.release.set()
+    await hung.stat("kept")  # asked after the undo, in the same thread
+    assert await content(other, "a") == b"new"
+
+
+@pytest.mark.usefixtures("no_xattrs")
+async def test_file_without_a_token_is_closed_after_the_answer(backend: FileSystemBackend) -> None:
+    await backend.write("a", b"x")
+    await backend.write("b", pieces(pattern(BIG)))
+    await until_open(backend, backend.root)
+
+
 async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
     backend: FileSystemBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +517,43 @@ async def test_cancelled_reader_closes_its_file_when_the_read_is_over(
     assert len(descriptors(backend)) > len(before), "closed under a thread that reads from it"
     stuck.release.set()
     await until_open(backend, *before)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_file_that_is_closed_while_another_task_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    """The reader is told: a CancelledError would end his TaskGroup without a word, as if this were all of the file."""
+    backends = {name: FileSystemBackend(tmp_path / name) for name in "ab"}
+    async with ProxyStorage(
+        "media", originals=backends, meta=MemoryMetaBackend(), placement=Replicate(2), chunk_bytes=1 << 16
+    ) as storage:
+        path = await storage.save("x", pattern(BIG))
+        file = await storage.open(path)
+        reading = backends["a"].read("x", chunk_bytes=1 << 16)
+        reader = await reading.__aenter__()
+        stuck = Stuck(os.pread)
+        monkeypatch.setattr(_posix.os, "pread", stuck)
+        for source in (file, reader):
+            await anext(source)  # was read when it was opened; the next one is read ahead
+        readers = [asyncio.ensure_future(read_on(source)) for source in (file, reader)]
+        await asyncio.sleep(0)
+        if answered:  # the chunk is there when the file is closed, and its reader has not seen it yet
+            for chunks in (file._reading._reader._chunks, reader._reader._chunks):
+                chunks._ahead.set_result(b"x" * (1 << 16))
+        await file.aclose()
+        await reading.__aexit__(None, None, None)
+        stuck.release.set()
+        for task in readers:
+            with pytest.raises(BackendUnavailable, match="closed while it was read"):
+                await task
+        for backend in backends.values():
+            await until_open(backend, backend.root)
+
+
+async def read_on(chunks: AsyncIterator[bytes]) -> None:
+    async for _ in chunks:
+        pass
 
 
 async def test_reader_whose_next_chunk_is_out_of_time_closes_its_file_when_the_read_is_over(

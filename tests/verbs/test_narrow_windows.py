@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any
@@ -234,3 +235,17 @@ async def test_a_read_never_goes_on_in_another_file() -> None:
 
 async def read_all(file: AsyncIterator[bytes]) -> Iterable[bytes]:
     return [chunk async for chunk in file]
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="no clock here goes on while the machine sleeps")
+async def test_a_removal_is_not_begun_after_the_machine_has_slept_past_its_lease(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend())
+    path = await storage.save("a.txt", b"1")
+    marked = await storage.journal.mark(await storage.get(path))
+    since_boot = time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: since_boot(clock) + 3600)  # and time.monotonic stood still
+    assert await storage.journal.sweep(marked) == "failed"
+    assert (await storage.get_original("default").stat("a.txt")).size == 1, "it may be another's by now"
+    await storage.aclose()
