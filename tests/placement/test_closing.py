@@ -38,7 +38,7 @@ def test_a_save_cut_short_by_a_close_says_so(placement: Placement, begun: str, w
                 async with world.storage.open("x", "wb") as file:
                     await file.write(b"content")
                     if streamed:
-                        await file._put(b"")  # further content, while the original hangs
+                        await file.write(bytes(world.storage.chunk_bytes))  # more, while the original hangs
 
             saving = asyncio.ensure_future(save())
             await reached(hangs, begun)
