@@ -330,7 +330,9 @@ class WritingVerbs(ReadingVerbs):
         while True:
             try:
                 return await self.meta.update(record.path, {"extra": dict(extra)}, expect=record.revision)
-            except Conflict:
+            except Conflict as error:
+                if not error.retryable:  # a rule of the database's, which it would break again
+                    raise
                 record = await self._again(path, record)
 
     async def delete(self, path: Path, *, missing_ok: bool = False) -> None:

@@ -218,10 +218,14 @@ class AsyncTwins(ConfiguredStorage):
         while True:
             try:
                 return await self.proxy.replace(record.path, content, expect_version=record.revision)
-            except Conflict:
+            except Conflict as error:
                 current = await self.proxy.get(record.path)
                 # Not by the key, which comes back in a directory that is published.
-                if record.checksum is None or (current.token, current.checksum) != (record.token, record.checksum):
+                if (
+                    not error.retryable
+                    or record.checksum is None
+                    or (current.token, current.checksum) != (record.token, record.checksum)
+                ):
                     raise
                 record = current
 

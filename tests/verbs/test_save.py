@@ -1,5 +1,6 @@
 """save, replace, delete, rename, copy, move, adopt and the listing verbs, on every storage of the fixture."""
 
+import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -18,12 +19,14 @@ from aproxy_storage import (
     ContentError,
     IntegrityError,
     InvalidPath,
+    MetaRecord,
     NotFound,
     NotSupported,
     ProxyStorage,
     Source,
 )
 from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.conftest import Make, content_of, keys_of
 
@@ -483,3 +486,18 @@ async def test_ranges(storage: ProxyStorage) -> None:
     }
     for byte_range, expected in cases.items():
         assert b"".join([chunk async for chunk in storage.stream(path, byte_range=byte_range)]) == expected
+
+
+async def test_what_the_database_refuses_is_not_tried_for_ever() -> None:
+    class Meta(MemoryMetaBackend):
+        async def update(self, path: str, changes: Any, **options: Any) -> MetaRecord:
+            if "extra" in changes or changes.get("state") == "deleting":
+                raise Conflict("a constraint of the table", retryable=False)
+            return await super().update(path, changes, **options)
+
+    async with ProxyStorage("m", originals=MemoryBackend(), meta=Meta()) as storage, asyncio.timeout(5):
+        await storage.save("a.txt", b"1")
+        with pytest.raises(Conflict, match="constraint"):
+            await storage.update("a.txt", extra={"rating": 11})
+        with pytest.raises(Conflict, match="constraint"):
+            await storage.delete("a.txt")
