@@ -38,6 +38,7 @@ __all__ = [
     "find_proxy",
     "live_storages",
     "named",
+    "root_of",
     "saving",
     "suspicious",
     "url_below",
@@ -311,6 +312,12 @@ def find_proxy(name: str) -> ProxyStorage | None:
 def live_storages() -> list[ConfiguredStorage]:
     """Return every BridgeStorage there is, of fields and of modules; of ``STORAGES`` those that were asked for."""
     return list(_instances)
+
+
+def root_of(backend: Backend) -> str:
+    """Return what the full paths of all keys in `backend` begin with; links in it are followed, nothing else asked."""
+    root = backend.full_path("name").removesuffix("name")
+    return os.path.join(os.path.realpath(root), "") if os.path.isabs(root) else root
 
 
 class _Release:

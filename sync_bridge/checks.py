@@ -20,7 +20,7 @@ from django.utils.module_loading import import_string
 from aproxy_storage import Backend, MetaBackend, ProxyStorage, StorageError
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 
-from .base import ConfiguredStorage
+from .base import ConfiguredStorage, root_of
 from .conf import proxy_storage_settings
 
 __all__ = ["check_field", "check_storages", "check_tables"]
@@ -161,7 +161,7 @@ def _check_names(alias: str, one: ProxyStorage, second: str, other: ProxyStorage
 def _check_places(made: Mapping[str, ProxyStorage]) -> Iterator[CheckMessage]:
     """Look for originals inside other ones, by their names: nothing is asked."""
     roots = [
-        (f"the original {name!r} of STORAGES[{alias!r}]", _root_of(backend))
+        (f"the original {name!r} of STORAGES[{alias!r}]", root_of(backend))
         for alias, proxy in made.items()
         for name, backend in proxy.originals.items()
     ]
@@ -169,15 +169,10 @@ def _check_places(made: Mapping[str, ProxyStorage]) -> Iterator[CheckMessage]:
         if around.endswith("/") and below != around and below.startswith(around):
             yield Warning(
                 f"{inner[0].upper()}{inner[1:]} keeps its files in {below}, inside {outer}, {around}: who may list or"
-                " publish that has them too, and adopting everything there would give them a second record.",
+                " publish that has them too.",
                 hint="Give each a directory, a prefix or a bucket of its own, beside the other.",
                 id="sync_bridge.W007",
             )
-
-
-def _root_of(backend: Backend) -> str:
-    root = backend.full_path("name").removesuffix("name")
-    return os.path.join(os.path.realpath(root), "") if os.path.isabs(root) else root
 
 
 def _table_of(meta: MetaBackend) -> object:

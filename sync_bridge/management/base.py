@@ -13,10 +13,10 @@ from django.core.files.storage import InvalidStorageError, Storage, storages
 from django.core.management.base import BaseCommand, CommandError
 from django.db import models
 
-from aproxy_storage import ConfigurationError, MetaRecord, ProxyStorage
+from aproxy_storage import Backend, ConfigurationError, MetaRecord, ProxyStorage
 from aproxy_storage.registry import registered_names
 
-from ..base import ConfiguredStorage, live_storages
+from ..base import ConfiguredStorage, live_storages, root_of
 from ..conf import proxy_storage_settings
 from ..fields import ProxyStorageFileField, ProxyStorageImageField
 from ..registry import get_storage
@@ -30,6 +30,7 @@ __all__ = [
     "has_owner",
     "known_storages",
     "owner_of",
+    "prefixes_of_others",
     "storage_of_alias",
     "unwrapped",
 ]
@@ -128,6 +129,19 @@ def known_storages() -> list[ProxyStorage]:
             raise CommandError(f"{storage!r} cannot be made, so that nobody can tell its files: {error}") from error
     found += [get_storage(name) for name in registered_names()]
     return list({id(proxy): proxy for proxy in found}.values())
+
+
+def prefixes_of_others(original: Backend) -> tuple[str, ...]:
+    """Return how the keys in `original` begin of files that lie in other originals, which are inside it.
+
+    Raises:
+        CommandError: a storage cannot be made.
+    """
+    around = root_of(original)
+    if not around.endswith("/"):
+        return ()
+    roots = {root_of(backend) for proxy in known_storages() for backend in proxy.originals.values()}
+    return tuple(root.removeprefix(around) for root in roots if root != around and root.startswith(around))
 
 
 def _storages_of_fields() -> Iterator[ConfiguredStorage]:

@@ -18,6 +18,8 @@ from tests.django_support.setup import configure
 configure()
 
 from django.apps import apps  # noqa: E402
+from django.conf import settings  # noqa: E402
+from django.contrib.contenttypes.models import ContentType  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.core.files.storage import FileSystemStorage, Storage, default_storage, storages  # noqa: E402
 from django.core.management import CommandError, call_command  # noqa: E402
@@ -185,7 +187,6 @@ def test_a_name_that_another_storage_has_taken_is_changed_in_the_row(before: Fil
 @pytest.fixture
 def private(tmp_path: Path, before: FileSystemStorage) -> Iterator[FileSystemStorage]:
     """What a second storage has below a directory of its own. It shares the table, and calls its original the same."""
-    from django.conf import settings
 
     options = {"name": "private", "location": str(tmp_path / "private")}
     aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
@@ -284,7 +285,6 @@ def test_mistakes_are_said(
 @pytest.fixture
 def live(tmp_path: Path, media: Path, django_database: Path) -> Iterator[FileSystemStorage]:
     """The storage of the live site, besides our own."""
-    from django.conf import settings
 
     backend = "django.core.files.storage.FileSystemStorage"
     live = {"BACKEND": backend, "OPTIONS": {"location": str(tmp_path / "live")}}
@@ -345,7 +345,6 @@ def test_a_target_that_renames_is_left_as_it_was(live: FileSystemStorage, monkey
 @pytest.fixture
 def staging(tmp_path: Path, media: Path, django_database: Path) -> Iterator[Callable[..., BridgeStorage]]:
     """Return a function that makes a target with records of its own."""
-    from django.conf import settings
 
     with contextlib.ExitStack() as stack:
 
@@ -370,13 +369,33 @@ def letter(**options: Any) -> Message:
     return Message.objects.create(attach=path)
 
 
+def owner_in(record: MetaRecord) -> Any:
+    """Return the object that the record names. Its field has another storage, for now."""
+    if record.get("object_id") is None:
+        return None
+    assert get_content_object(record) is None
+    return ContentType.objects.get_for_id(record["content_type_id"]).get_object_for_this_type(pk=record["object_id"])
+
+
 def test_a_copy_has_owner_content_type_and_extra_fields(staging: Callable[..., BridgeStorage]) -> None:
     target = staging()
     message = letter(content_type="application/x-letter", extra={"shelf": 3})
     assert run("proxystorage_copy", "default", "staging") == ("1 copied, 0 there already.\n", "")
     record = target.get("letter.txt")
-    assert get_content_object(record) == message
+    assert owner_in(record) == message
     assert (record.content_type, record["shelf"], record["field"]) == ("application/x-letter", 3, "attach")
+
+
+def test_files_of_a_directory_inside_are_not_adopted(media: Path, django_database: Path, no_others: None) -> None:
+    options = {"name": "private", "location": str(media / "private")}
+    aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
+    with override_settings(STORAGES=aliases):
+        bridge_storage("private").save("secret.txt", ContentFile(b"secret"))
+        (media / "private.txt").write_bytes(b"around")
+        said, _ = run("proxystorage_adopt", storage="default")
+        assert said == "1 adopted, 0 had a record, 1 left to originals inside this one.\n"
+        assert StoredFile.objects.count() == 2
+        assert run("proxystorage_adopt", storage="private")[0] == "0 adopted, 1 had a record.\n"
 
 
 def test_files_from_a_storage_without_records_get_their_owner(live: FileSystemStorage) -> None:
@@ -390,9 +409,9 @@ def test_a_copy_that_was_made_without_its_owner_gets_it(staging: Callable[..., B
     target.publish("letter.txt", b"Dear Ada", extra={"shelf": 3})
     said = "0 copied, 1 there already."
     assert run("proxystorage_copy", "default", "staging", dry_run=True)[0].startswith(said)
-    assert get_content_object(target.get("letter.txt")) is None
+    assert owner_in(target.get("letter.txt")) is None
     assert run("proxystorage_copy", "default", "staging") == (said + "\n", "")
-    assert get_content_object(target.get("letter.txt")) == message
+    assert owner_in(target.get("letter.txt")) == message
     assert target.get("letter.txt")["shelf"] == 3
 
 
@@ -405,7 +424,7 @@ def test_a_copied_file_of_several_rows_keeps_its_owner(still: bool, staging: Cal
         Message.objects.filter(pk=second.pk).update(attach="")
     target = staging()
     assert run("proxystorage_copy", "default", "staging")[1] == ""
-    assert get_content_object(target.get("letter.txt")) == (second if still else first)
+    assert owner_in(target.get("letter.txt")) == (second if still else first)
 
 
 def test_what_the_records_of_the_target_have_no_room_for_is_said(staging: Callable[..., BridgeStorage]) -> None:
@@ -520,7 +539,6 @@ def test_a_scan_is_refused_where_a_storage_cannot_be_made(media: Path, django_da
 def test_a_scan_spares_the_files_of_a_directory_inside_or_around_it(
     scanned: str, media: Path, django_database: Path, no_others: None
 ) -> None:
-    from django.conf import settings
 
     options = {"name": "private", "location": str(media / "private")}
     aliases = {**settings.STORAGES, "private": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}

@@ -12,9 +12,18 @@ from django.db import models
 from aproxy_storage import AlreadyExists, ConfigurationError, NotFound, ProxyStorage, StorageError
 
 from ...storage import BridgeStorage
-from ..base import StorageCommand, bridge_storage, file_field, has_owner, owner_of, unwrapped
+from ..base import (
+    StorageCommand,
+    bridge_storage,
+    file_field,
+    has_owner,
+    owner_of,
+    prefixes_of_others,
+    unwrapped,
+)
 
 AT_ONCE = 16  # adoptions under way at a time
+_OF_OTHERS = "left to originals inside this one"
 
 
 class Command(StorageCommand):
@@ -48,6 +57,7 @@ class Command(StorageCommand):
         else:
             assert storage is not None
             one = bridge_storage(storage)
+            self._others = prefixes_of_others(one.proxy.get_original(self._original_of(one.proxy)))
             one.bridge.call(self._adopt_all, one.proxy, options["after"], options["batch"])
         counts = ", ".join(f"{count} {what}" for what, count in self._counts.items())
         if self._owned:
@@ -155,6 +165,9 @@ class Command(StorageCommand):
         original = self._original_of(proxy)
         keys: list[str] = []
         async for info in proxy.get_original(original).list(after=after):
+            if info.key.startswith(self._others):
+                self._counts[_OF_OTHERS] = self._counts.get(_OF_OTHERS, 0) + 1
+                continue
             keys.append(info.key)
             if len(keys) >= batch:
                 await self._adopt_keys(proxy, original, keys)
