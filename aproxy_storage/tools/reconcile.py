@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -113,10 +114,13 @@ async def reconcile(
             for each in await mend(storage, record, dry_run=dry_run):
                 report.add(Finding(each.action, record.path, each.original, each.error))
     if scan:
-        others = {other.name: other for other in storages} | {storage.name: storage}
-        asked = {id(meta): meta for meta in (storage.meta, *metas, *(other.meta for other in others.values()))}
+        every = list({id(other): other for other in (storage, *storages)}.values())
+        asked = {id(meta): meta for meta in (*(other.meta for other in every), *metas)}
+        # Where two have one name, a record does not say whose it is.
+        names = Counter(other.name for other in every)
+        known = {other.name: other if names[other.name] == 1 else None for other in every}
         for name in storage.originals:
-            scan_of_one = _Scan(storage, name, list(asked.values()), others, report, dry_run=dry_run, min_age=min_age)
+            scan_of_one = _Scan(storage, name, list(asked.values()), known, report, dry_run=dry_run, min_age=min_age)
             await scan_of_one.run()
     return report
 
@@ -139,7 +143,7 @@ class _Scan:
         storage: ProxyStorage,
         name: str,
         metas: list[MetaBackend],
-        storages: Mapping[str, ProxyStorage],
+        storages: Mapping[str, ProxyStorage | None],
         report: Report,
         *,
         dry_run: bool,
@@ -226,8 +230,8 @@ class _Scan:
     def _storage_of(self, record: MetaRecord | None) -> ProxyStorage | None:
         if record is None:
             return None
-        if known := self.storages.get(record.proxy_storage_name):
-            return known
+        if record.proxy_storage_name in self.storages:
+            return self.storages[record.proxy_storage_name]
         try:
             return record.get_proxy_storage()
         except Exception:  # not known here, or a finder cannot make it

@@ -105,13 +105,13 @@ def bridge_storage(name: str) -> BridgeStorage:
 
 def bridge_storages(names: list[str]) -> Iterator[BridgeStorage]:
     """Yield the storages of those names; without any, all that the settings know, each once."""
-    seen = set()
+    seen = set()  # not of names: two may have been given the same one
     for name in names or [*settings.STORAGES, *proxy_storage_settings.names()]:
         if not names and name in settings.STORAGES and not isinstance(unwrapped(storages[name]), BridgeStorage):
             continue
         storage = bridge_storage(name)
-        if storage.proxy.name not in seen:
-            seen.add(storage.proxy.name)
+        if id(storage.proxy) not in seen:
+            seen.add(id(storage.proxy))
             yield storage
 
 

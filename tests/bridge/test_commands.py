@@ -26,8 +26,11 @@ from django.core.management import CommandError, call_command  # noqa: E402
 from django.db.models import FileField  # noqa: E402
 from django.test import override_settings  # noqa: E402
 
-from aproxy_storage import MetaRecord  # noqa: E402
+from aproxy_storage import MetaRecord, ProxyStorage  # noqa: E402
+from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
+from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend  # noqa: E402
 from sync_bridge import BridgeStorage, base, get_content_object  # noqa: E402
+from sync_bridge.bridge import bridge as default_bridge  # noqa: E402
 from sync_bridge.management.base import StorageCommand, bridge_storage, unwrapped  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Picture, Plain  # noqa: E402
@@ -522,6 +525,28 @@ def test_a_scan_knows_storages_that_the_settings_do_not_name(
     other.save("contract.txt", ContentFile(b"contract"))
     assert "nothing is left over" in run("proxystorage_reconcile", "default", **SCAN)[0]
     assert other.open("contract.txt").read() == b"contract"
+
+
+def test_two_storages_of_one_name_are_both_looked_at(
+    media: Path, tmp_path: Path, django_database: Path, no_others: None
+) -> None:
+    second = ProxyStorage(
+        bridge_storage("default").proxy.name,
+        originals=FileSystemBackend(media),
+        meta=SQLiteMetaBackend(tmp_path / "second.sqlite3"),
+    )
+    aliases = {
+        **settings.STORAGES,
+        "second": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {"storage": second}},
+    }
+    with override_settings(STORAGES=aliases):
+        for alias in ("default", "second"):
+            bridge_storage(alias).save(f"{alias}.txt", ContentFile(b"x"))
+        assert run("proxystorage_verify")[0] == "2 files with 2 bytes were read.\n"
+        assert run("proxystorage_reconcile", **SCAN)[0].count("nothing is left over") == 2
+        assert (media / "default.txt").exists()
+        assert (media / "second.txt").exists()
+    default_bridge.call(second.aclose)
 
 
 def test_a_scan_is_refused_where_a_storage_cannot_be_made(media: Path, django_database: Path, no_others: None) -> None:
