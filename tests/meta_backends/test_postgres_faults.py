@@ -254,7 +254,7 @@ async def test_a_write_whose_commit_has_no_answer_is_found_by_its_token(
         url = f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres?sslmode=disable"
         async with PostgresBackend(url) as backend:
             await backend.setup()
-            for content, marker in ((b"small", "tokenOfSmall"), (BIG, "COMMIT")):
+            for content, marker in ((b"small", "tokenOfSmall"), (BIG, "COMMIT\0")):  # not: READ COMMITTED
                 proxy.cut(marker)
                 with pytest.raises(BackendUnavailable) as caught:
                     await backend.write("key", content, token="tokenOfSmall")
