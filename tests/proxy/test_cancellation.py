@@ -36,7 +36,7 @@ from tests.telling import Tell
 
 PIECE = 512 << 10
 OLD, NEW = b"o" * 1000, b"n" * 1200
-OLD_BIG, NEW_BIG = os.urandom(PIECE) * 6, os.urandom(PIECE) * 6  # 3 MiB
+OLD_BIG, NEW_BIG = os.urandom(PIECE) * 4, os.urandom(PIECE) * 4  # 2 MiB, two chunks
 
 Possible = dict[str, tuple[bytes | None, ...]]  # file -> what may be in it; None: it is not there
 

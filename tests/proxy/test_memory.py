@@ -17,7 +17,7 @@ MIB = 1 << 20
 SCRIPT = Path(__file__).with_name("memory_scenarios.py")
 ROOT = Path(__file__).parents[2]
 SAFETY = 270.0
-FREE = 5 << 30  # bytes that a disk must have free for files of 2 GiB
+FREE = 3 << 30  # bytes that a disk must have free for files of 1 GiB
 
 # By how many MiB the resident memory of a process may grow.
 LIMITS = {
