@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError, DeadlineExceeded
-from .feeds import SETTLE, Feed, InlineFeed, readers, silent
+from .feeds import SETTLE, Feed, InlineFeed, lookers, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
@@ -162,7 +162,7 @@ class Source:
         """Return `size`, or else how large a file of the disk is just now: it may change until it has been read."""
         if self.size is None and self.look is not None:
             with contextlib.suppress(OSError, ValueError):
-                return await readers.call(self.look, timeout=self.timeout)
+                return await lookers.call(self.look, timeout=self.timeout)
         return self.size
 
     async def ask(self, function: Callable[..., T], *args: Any) -> T:
@@ -176,7 +176,7 @@ class Source:
         if watch is not None:
             watch.pause()
         try:
-            return await readers.call(function, *args, timeout=self.timeout)
+            return await lookers.call(function, *args, timeout=self.timeout)
         except DeadlineExceeded as error:
             raise silent(self.timeout) from error
         finally:

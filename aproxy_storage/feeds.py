@@ -31,6 +31,7 @@ __all__ = [
     "ThreadFeed",
     "encoded",
     "failed",
+    "lookers",
     "readers",
     "silent",
     "to_bytes",
@@ -46,6 +47,8 @@ SETTLE = 10.0  # seconds that closing the caller's generators may take
 
 # One blocked source takes one thread. Nothing is ever refused: each pass has one job at most.
 readers = Workers("aproxy_storage-content", 32, max_waiting=1 << 30, share=1)
+# What is over in microseconds, unless a disk hangs: one thread does it all until then.
+lookers = Workers("aproxy_storage-paths", 32, max_waiting=1 << 30)
 
 
 def to_bytes(piece: Any) -> bytes:

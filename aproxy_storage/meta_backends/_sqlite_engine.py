@@ -10,7 +10,7 @@ Four rules keep it safe:
   help: the counts are kept per file.) So every connection is closed before a fork, in the parent, and both sides
   open theirs again when they need one.
 * A write is answered after its COMMIT.
-* A connection whose file is not at its path any more is left. Until then writes would be acknowledged, and gone.
+* A connection whose file is not at its path any more is left. Writes would be acknowledged, and gone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import math
 import os
 import sqlite3
 import threading
@@ -37,6 +38,9 @@ __all__ = ["Engine", "Held"]
 
 T = TypeVar("T")
 
+LOOK_EVERY = (
+    0.1  # seconds for which a connection that reads is taken to be at the file of its path; one that writes never
+)
 _FORK_WAIT = 5.0  # seconds that a fork waits for a statement under way
 
 
@@ -46,12 +50,13 @@ _File = tuple[int, int] | None  # device and inode; None: there is none
 class Held:
     """One connection, or the place for one."""
 
-    __slots__ = ("broken", "cursor", "file", "lock")
+    __slots__ = ("broken", "cursor", "file", "lock", "seen")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cursor: sqlite3.Cursor | None = None
         self.file: _File = None  # which one was opened
+        self.seen = -math.inf  # when it was last seen at its path, by the monotonic clock
         self.broken = False
 
     def close(self) -> None:
@@ -159,7 +164,9 @@ class Engine:
 
     def open_reading(self, held: Held) -> sqlite3.Cursor:
         """Return the cursor of a reading connection, opened now if need be."""
-        self._leave_moved(held)
+        if time.monotonic() - held.seen > LOOK_EVERY:  # not for each: it costs a look-up a tenth
+            self._leave_moved(held)
+            held.seen = time.monotonic()
         if held.cursor is None:
             held.file = self._file()
             # Not mode=ro: whoever comes first after a crash recovers the log, and that is a write.

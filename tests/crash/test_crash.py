@@ -51,7 +51,7 @@ async def crash(root: Path, tell: Tell, *, each: int, at_random: int, at_least: 
 
 @pytest.mark.asyncio
 async def test_a_kill_loses_nothing_and_leaves_nothing(tmp_path: Path, tell: Tell) -> None:
-    await crash(tmp_path, tell, each=5, at_random=20, at_least=100)
+    await crash(tmp_path, tell, each=5, at_random=10, at_least=100)
 
 
 @pytest.mark.soak

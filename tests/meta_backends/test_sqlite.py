@@ -30,6 +30,7 @@ from aproxy_storage.errors import (
     OutOfSpace,
     StorageError,
 )
+from aproxy_storage.meta_backends import _sqlite_engine
 from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.paths import new_token
@@ -450,7 +451,10 @@ def move(path: Path, to: str) -> None:
 
 
 @pytest.mark.asyncio
-async def test_nothing_is_acknowledged_into_a_file_that_was_moved(tmp_path: Path) -> None:
+async def test_nothing_is_acknowledged_into_a_file_that_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sqlite_engine, "LOOK_EVERY", -1.0)
     path = tmp_path / "meta.db"
     async with SQLiteMetaBackend(path) as meta, SQLiteMetaBackend(path) as other:
         for each in (meta, other):
@@ -473,7 +477,10 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_moved(tmp_path: Path
 
 
 @pytest.mark.asyncio
-async def test_a_file_that_was_deleted_is_made_anew_after_aclose(tmp_path: Path) -> None:
+async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sqlite_engine, "LOOK_EVERY", -1.0)
     meta = SQLiteMetaBackend(tmp_path / "meta.db")
     await meta.create(make_record("a"))
     for path in tmp_path.iterdir():

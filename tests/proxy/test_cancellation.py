@@ -26,7 +26,7 @@ from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.content import hash_workers
 from aproxy_storage.errors import Conflict, NotFound
-from aproxy_storage.feeds import readers
+from aproxy_storage.feeds import lookers, readers
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.records import STORED, MetaRecord
@@ -146,7 +146,7 @@ async def a_world(directory: Path, kind: str, keys: str, **options: Any) -> Asyn
         left: Any = None
         gc.collect()
         for _ in range(1500):  # threads end by themselves, soon; no clock is compared with
-            for shared in (hash_workers, readers):
+            for shared in (hash_workers, lookers, readers):
                 shared.shutdown()
             left = (set(threading.enumerate()) - threads, _descriptors() - descriptors)
             if not any(left):

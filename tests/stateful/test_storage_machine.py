@@ -643,7 +643,7 @@ def case(machine: type[StorageMachine], examples: int, steps: int) -> Any:
 
 SOAK = 10 if os.environ.get("APROXY_SOAK") else 1
 
-TestInMemory = case(StorageMachine, 250, 30)
+TestInMemory = case(StorageMachine, 150, 30)
 TestOnDisk = case(FilesMachine, 20, 25)
 TestInMemoryForLong = pytest.mark.soak(case(StorageMachine, 100 * SOAK, 50))
 TestOnDiskForLong = pytest.mark.soak(case(FilesMachine, 15 * SOAK, 50))
