@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -28,6 +29,7 @@ __all__ = ["NOT_FOR_HOOKS", "WritingVerbs"]
 
 _log = logging.getLogger(__name__)
 
+_MAX_TRIES = 10  # of an overwriting save whose path is now taken, now free
 _PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
 
 #: By these the journal goes.
@@ -235,7 +237,7 @@ class WritingVerbs(ReadingVerbs):
         options: dict[str, Any] = {"using": using, "content_type": content_type}
         until = time.monotonic() + _PATIENCE
         try:
-            while True:
+            for tries in itertools.count(1):
                 if not exclusive and await self.exists(path):
                     try:
                         return await self.replace(path, source, **options)
@@ -246,8 +248,10 @@ class WritingVerbs(ReadingVerbs):
                     return await self._save(path, source, exact=True, extra=extra, **options)
                 except AlreadyExists:
                     # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
-                    if exclusive or not await self._settles(path, until):
+                    # Where nobody has the path each time, its key is taken by something that has no record.
+                    if exclusive or tries == _MAX_TRIES or not await self._settles(path, until):
                         raise
+            raise AssertionError("the last try returns or raises")
         finally:
             await source.aclose(within=self.timeouts.cleanup)
 

@@ -230,3 +230,16 @@ async def test_a_key_that_an_unfinished_record_names_is_not_taken(
         path = await storage.save("a.txt", b"2")
     await reconcile(storage, dry_run=False, force=True)
     assert await read(storage, path) == b"2"
+
+
+async def test_overwriting_in_a_transaction_gives_up_where_the_key_is_taken_without_a_record() -> None:
+    class Meta(MemoryMetaBackend):
+        async def reserve(self, record: MetaRecord, **options: Any) -> None:
+            """Be in a transaction."""
+
+    original = MemoryBackend()
+    await original.write("a.txt", b"somebody else's")
+    async with ProxyStorage("m", originals=original, meta=Meta()) as storage:
+        with pytest.raises(AlreadyExists):
+            await storage.write_to("a.txt", b"x", exclusive=False)
+    assert [info.key async for info in original.list()] == ["a.txt"]
