@@ -26,7 +26,8 @@ from .errors import (
     StorageError,
 )
 from .fallback import Fallback, Original
-from .files import AsyncFile, AsyncWriter
+from .file_writer import AsyncWriter
+from .files import AsyncFile
 from .gates import Traffic
 from .meta_backends.base import MetaBackend
 from .placement import First, Limits, Placement, Request, Route, by_content_type, by_suffix

@@ -13,7 +13,8 @@ from .attempts import Attempt
 from .backends.base import Backend
 from .cleanup import Cleanup
 from .errors import ConfigurationError, Conflict, IntegrityError, NotFound, NotSupported
-from .files import AsyncFile, AsyncWriter, Opening
+from .file_writer import AsyncWriter
+from .files import AsyncFile, Opening
 from .gates import Gate
 from .meta_backends.base import MetaBackend
 from .openings import Opened, in_read_order, open_bytes

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from .content import Source
 from .direct_uploads import DirectUpload, begin, finish
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
-from .files import AsyncWriter
+from .file_writer import AsyncWriter
 from .journal import Journal, Marked
 from .paths import check_path
 from .placement import First, Request

@@ -27,6 +27,7 @@ CORE = {
     "journal",
     "leases",
     "files",
+    "file_writer",
     "writing",
     "swapping",
     "attempts",
