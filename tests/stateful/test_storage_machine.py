@@ -34,6 +34,7 @@ from aproxy_storage import (
     ProxyStorage,
     StorageError,
     paths,
+    proxy_writing,
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
@@ -181,6 +182,8 @@ class StorageMachine(RuleBasedStateMachine):
         turn = itertools.count()
         self.drawn = mock.patch.object(paths, "_random", lambda length: f"{next(turn):0{length}}")
         self.drawn.start()
+        self.patience = mock.patch.object(proxy_writing, "_PATIENCE", 0.01)  # with saves that were killed
+        self.patience.start()
         self.runner = asyncio.Runner()
         self.directory = Path(tempfile.mkdtemp(prefix="aproxy-machine-"))
         self.files: dict[str, File] = {}
@@ -289,8 +292,8 @@ class StorageMachine(RuleBasedStateMachine):
             options = self.options(path)
             if file in options:
                 continue
-            # Not where it should be: it can only be a save whose outcome was unknown.
-            assert path not in self.files, f"{path!r} is {file}, and may be {options}"
+            # Not where it should be: it can only be a save whose outcome was unknown, under a name that may be free.
+            assert path not in self.files or None in options, f"{path!r} is {file}, and may be {options}"
             assert (name, file) in self.maybe, f"{path!r} is {file}: nobody has saved that"
             assert name is not None
             self.maybe.remove((name, file))
@@ -374,7 +377,7 @@ class StorageMachine(RuleBasedStateMachine):
             self.is_now(path, file)
         elif breaks and not plan:
             assert "own trouble" in str(error) or isinstance(error, AlreadyExists)
-        elif self.settled(error, plan, AlreadyExists):
+        elif self.settled(error, plan, AlreadyExists, Conflict):  # the latter: a save of the name was killed
             self.may_be(path, file)
         elif not plan:
             assert blocked or mode == "xb"
@@ -615,6 +618,7 @@ class StorageMachine(RuleBasedStateMachine):
                 self.run(self.storage.aclose())
         finally:
             self.drawn.stop()
+            self.patience.stop()
             self.runner.close()
             shutil.rmtree(self.directory, ignore_errors=True)
 
