@@ -23,6 +23,7 @@ from aproxy_storage import MetaRecord, NotFound, StorageError
 from .base import ConfiguredStorage
 from .files import BridgeFile
 from .storage import BridgeStorage
+from .uncommitted import hold, is_any_transaction_open, make_again
 
 __all__ = ["ProxyFieldFile", "ProxyImageFieldFile", "ProxyStorageFileField", "ProxyStorageImageField"]
 
@@ -47,6 +48,18 @@ class ProxyFieldFile(FieldFile):
             file.abort()  # what was being written is not published
         self.close()
 
+    def save(self, name: str, content: Any, save: bool = True) -> None:
+        """Store `content` and set the field to it; then, with `save`, save the object."""
+        super().save(name, content, save=False)
+        storage = self.storage
+        if is_any_transaction_open() and isinstance(storage, ConfiguredStorage):
+            place = self.instance.__dict__, _key_of_held(self.field)
+            storage._await(storage._works_here, hold, storage.proxy, self._required(), *place)
+        if save:
+            self.instance.save()
+
+    save.alters_data = True  # type: ignore[attr-defined]
+
     async def asave(self, name: str, content: Any, save: bool = True) -> None:
         """Store `content` and set the field to it; then, with `save`, save the object.
 
@@ -60,6 +73,8 @@ class ProxyFieldFile(FieldFile):
         # An image is looked at for its dimensions.
         await sync_to_async(self._set_instance_attribute)(self.name, content)
         self._committed = True
+        if isinstance(self.storage, ConfiguredStorage):
+            await hold(self.storage.proxy, self.name, self.instance.__dict__, _key_of_held(self.field))
         if save:
             await self.instance.asave()
 
@@ -172,6 +187,10 @@ def _key(field: Any) -> str:
     return f"_{field.attname}_as_stored"
 
 
+def _key_of_held(field: Any) -> str:
+    return f"_{field.attname}_uncommitted"
+
+
 def _memory(instance: models.Model, field: Any) -> _Memory:
     found = instance.__dict__.get(_key(field))
     return found if isinstance(found, _Memory) else _Memory()
@@ -214,6 +233,7 @@ class _OwnedFileMixin:
     storage: Any
     name: str
     attname: str
+    max_length: int | None
     model: type[models.Model]
 
     def __init__(
@@ -235,22 +255,55 @@ class _OwnedFileMixin:
 
         return [*super().check(**kwargs), *check_field(self)]  # type: ignore[misc]
 
+    # -- before the object is saved
+
+    def pre_save(self, model_instance: models.Model, add: bool) -> Any:
+        self._make_again(model_instance)
+        return super().pre_save(model_instance, add)  # type: ignore[misc]
+
+    def _make_again(self, instance: models.Model) -> None:
+        """Make the record of the file again, if this object has stored it in a transaction that was rolled back.
+
+        Raises:
+            StorageError: that cannot be; no row may name a file that there is not.
+        """
+        file: ProxyFieldFile
+        held = instance.__dict__.get(_key_of_held(self))
+        if held is None or not (file := getattr(instance, self.attname)) or not file._committed:
+            return
+        if file.name != held.path:
+            return
+        made = self.storage._await(self.storage._works_here, self._made_again, instance, held)
+        if made is None:
+            return
+        file.name = made.path
+        memory = _memory(instance, self)
+        if memory.path == held.path:  # as it was after a save of the object, which was rolled back too
+            instance.__dict__[_key(self)] = replace(memory, path="", owned=False)
+
+    async def _made_again(self, instance: models.Model, held: MetaRecord) -> MetaRecord | None:
+        storage: BridgeStorage = self.storage
+        made = await make_again(storage.proxy, held, self.max_length)
+        if made is not None:
+            await hold(storage.proxy, made.path, instance.__dict__, _key_of_held(self))
+            await storage._with_its_key(made)
+        return made
+
     # -- after the object was saved
 
     def remember_owner(self, instance: models.Model, created: bool, using: str, update_fields: Any) -> None:
         """Write into the record who owns the file, if the object has got another file by this save."""
         if self.attname not in instance.__dict__ or (update_fields is not None and self.name not in update_fields):
             return
-        path, memory = getattr(instance, self.attname).name or "", _memory(instance, self)
-        if path == memory.path and not created:
-            return
-        former = memory.former
-        if memory.path and self.delete_on_replace:
-            former = (*memory.without(memory.path), (memory.path, memory.owned))
-        owned = bool(path) and self._write_owner(instance, path)
-        now = _Memory(path, owned, former)
-        instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
-        if now.former:
+        path, now = getattr(instance, self.attname).name or "", _memory(instance, self)
+        if path != now.path or created:
+            former = now.former
+            if now.path and self.delete_on_replace:
+                former = (*now.without(now.path), (now.path, now.owned))
+            owned = bool(path) and self._write_owner(instance, path)
+            now = _Memory(path, owned, former)
+            instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
+        if now.former:  # also those that a rollback has left
             work = partial(self._delete_former, instance, self._owner(instance), using)
             transaction.on_commit(work, using=using, robust=True)
 
