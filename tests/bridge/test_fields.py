@@ -27,7 +27,7 @@ from django.template import Context, Template
 from django.test import RequestFactory, override_settings
 from PIL import Image
 
-from aproxy_storage import AlreadyExists, NotFound, ProxyStorage, registry
+from aproxy_storage import AlreadyExists, BackendUnavailable, NotFound, ProxyStorage, registry
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from sync_bridge import (
@@ -630,6 +630,61 @@ def test_only_databases_with_rows_of_the_model_are_asked(
         assert ("is kept" in caplog.text) == kept
     finally:
         remove_database("archive")
+
+
+def test_in_a_testcase_that_forbids_a_database_files_are_kept(
+    default: BridgeStorage, archive: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from django.test import TestCase
+
+    class Case(TestCase):
+        def runTest(self) -> None:
+            paper = Paper.objects.create(owner=Person.objects.create(), file=file())
+            with self.captureOnCommitCallbacks(execute=True):
+                paper.delete()
+            assert default.exists(paper.file.name)
+
+    result = unittest.TestSuite([Case()]).run(unittest.TestResult())
+    assert result.wasSuccessful(), (result.errors, result.failures)
+    assert "is kept" in caplog.text
+    assert "are not allowed in this test" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+@pytest.mark.parametrize("error", [BackendUnavailable("out of reach"), RuntimeError("a bug")])
+def test_a_file_that_cannot_be_deleted_on_commit_stops_no_other_hook(
+    default: BridgeStorage,
+    person: Person,
+    change: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    papers = [Paper.objects.create(owner=person, file=file(name=name)) for name in ("a.txt", "b.txt")]
+    paths = [paper.file.name for paper in papers]
+    ran: list[str] = []
+    delete = BridgeStorage.delete
+
+    def failing(storage: BridgeStorage, name: str) -> None:
+        if name == paths[0]:
+            raise error
+        delete(storage, name)
+
+    monkeypatch.setattr(BridgeStorage, "delete", failing)
+    with transaction.atomic():
+        for paper in papers:
+            if change == "deleted":
+                paper.delete()
+            else:
+                paper.file.save("new.txt", file())
+        transaction.on_commit(lambda: ran.append("mail"))
+    assert ran == ["mail"]
+    assert [default.exists(path) for path in paths] == [True, False]
+    assert str(error) in caplog.text
+    monkeypatch.undo()
+    if change == "replaced":
+        papers[0].save()
+        assert not default.exists(paths[0]), "it is tried again with the next save"
 
 
 @pytest.mark.parametrize("how", ["instance", "queryset"])
