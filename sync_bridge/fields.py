@@ -155,11 +155,14 @@ class _Memory:
         path: with which it came from there, or was saved last. That save may have been rolled back.
         owned: this object has written itself into the record of `path`. A record without an owner is then another.
         former: paths that it had before, each with its `owned`, until a commit has dealt with them.
+        unsure: the row may have another path: the object was loaded without it, or no ``post_save`` has confirmed what
+            was written, as after a bulk operation.
     """
 
     path: str = ""
     owned: bool = False
     former: tuple[tuple[str, bool], ...] = ()
+    unsure: bool = False
 
     def without(self, path: str) -> tuple[tuple[str, bool], ...]:
         """Return what is former and not `path`."""
@@ -170,12 +173,14 @@ class _Remembering(FileDescriptor):
     """Remembers the path with which an object came from the database, to tell later whether it has changed."""
 
     def __set__(self, instance: models.Model, value: Any) -> None:
-        loaded = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
-        if loaded or _is_refreshed(self.field, instance, value):
+        absent = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
+        if (absent and instance._state.adding) or _is_refreshed(self.field, instance, value):
             # Where it was deferred, the value is the file of another instance, which was loaded for it.
             path = value.name if isinstance(value, FieldFile) and value._committed else value
             path = path if isinstance(path, str) else ""
             instance.__dict__[_key(self.field)] = _Memory(path, former=_memory(instance, self.field).without(path))
+        elif absent:
+            instance.__dict__[_key(self.field)] = replace(_memory(instance, self.field), unsure=True)
         super().__set__(instance, value)
 
 
@@ -211,10 +216,13 @@ def _is_refreshed(field: Any, instance: models.Model, value: Any) -> bool:
 
 
 def _forget(instance: models.Model, field: Any, path: str) -> None:
-    """Forget a file that was deleted: whatever has its path later is not it."""
+    """Forget a file that was deleted: whatever has its path later is not it, unless a rollback brings it back."""
     memory = _memory(instance, field)
+    former = memory.without(path)
+    if field.delete_on_replace:
+        former = (*former, (path, True))  # of a record without an owner it could not be told which file it is
     kept = memory if memory.path != path else _Memory()
-    instance.__dict__[_key(field)] = replace(kept, former=memory.without(path))
+    instance.__dict__[_key(field)] = replace(kept, former=former)
 
 
 class _OwnedFileMixin:
@@ -259,7 +267,25 @@ class _OwnedFileMixin:
 
     def pre_save(self, model_instance: models.Model, add: bool) -> Any:
         self._make_again(model_instance)
-        return super().pre_save(model_instance, add)  # type: ignore[misc]
+        self._ask_the_row(model_instance)
+        file = super().pre_save(model_instance, add)  # type: ignore[misc]
+        memory = _memory(model_instance, self)
+        if (file.name or "") != memory.path:
+            model_instance.__dict__[_key(self)] = replace(memory, unsure=True)
+        return file
+
+    def _ask_the_row(self, instance: models.Model) -> None:
+        """Find out which file `instance` is about to give up, where it cannot know."""
+        memory = _memory(instance, self)
+        if not memory.unsure or not self.delete_on_replace or instance._state.adding:
+            return
+        key = self.model._meta.pk
+        assert key is not None
+        using = instance._state.db or router.db_for_write(self.model, instance=instance)
+        rows = self.model._base_manager.using(using).filter(pk=getattr(instance, key.attname))
+        path = rows.values_list(self.attname, flat=True).first()
+        former = (*memory.without(path), (path, False)) if path and path != memory.path else memory.former
+        instance.__dict__[_key(self)] = replace(memory, former=former, unsure=False)
 
     def _make_again(self, instance: models.Model) -> None:
         """Make the record of the file again, if this object has stored it in a transaction that was rolled back.
@@ -298,7 +324,8 @@ class _OwnedFileMixin:
         path, now = getattr(instance, self.attname).name or "", _memory(instance, self)
         if path != now.path or created:
             former = now.former
-            if now.path and self.delete_on_replace:
+            # A new row has had no other file: what the constructor was given need not be this object's.
+            if now.path and self.delete_on_replace and (now.owned or not created):
                 former = (*now.without(now.path), (now.path, now.owned))
             owned = bool(path) and self._write_owner(instance, path)
             now = _Memory(path, owned, former)
@@ -386,6 +413,8 @@ class _OwnedFileMixin:
                 return
             if not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
                 return
+        elif owned:  # it was deleted already, and no record tells whether this is the file that a rollback brought back
+            return
         try:
             other = self._row_with(path, using)
         except Exception:  # not only those of databases: a TestCase forbids the ones that it does not name

@@ -770,10 +770,14 @@ def test_deleting_an_object_that_is_out_of_date_leaves_what_is_somebody_elses(
     assert default.open(taken.attach.name).read() == b"of the message"
 
 
-@pytest.mark.parametrize("how", ["sync", "async"])
-def test_a_deleted_file_is_not_remembered(default: BridgeStorage, how: str) -> None:
+@pytest.mark.parametrize("how", ["sync", "async", "loaded", "without contenttypes"])
+def test_a_deleted_file_is_not_remembered(default: BridgeStorage, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = Scan.objects.create(file=file(b"first", "x.txt"))
-    if how == "sync":
+    if how == "loaded":
+        scan = Scan.objects.get()
+    if how == "without contenttypes":
+        monkeypatch.setattr(ProxyStorageFileField, "_owner", lambda *_: {})
+    if how != "async":
         scan.file.delete(save=False)
     else:
         run(lambda: scan.file.adelete(save=False))
@@ -789,6 +793,63 @@ def test_a_file_without_an_owner_in_its_record_is_deleted(default: BridgeStorage
     default.update("shared/x.txt", extra={})
     Scan.objects.get().file.save("y.txt", file(b"2"))
     assert not default.exists("shared/x.txt")
+
+
+def replaced_by_one_that_was_loaded_without_it(new: Any) -> None:
+    scan = Scan.objects.only("subject").get()
+    scan.file = new
+    scan.save()
+
+
+def replaced_after_a_rolled_back_deletion(new: Any) -> None:
+    scan = Scan.objects.get()
+    with pytest.raises(Rollback), transaction.atomic():
+        scan.file.delete()
+        raise Rollback
+    scan.file = new
+    scan.save()
+
+
+def replaced_after_a_bulk_creation(new: Any) -> None:
+    Scan.objects.get().file.delete()
+    Scan.objects.all().delete()
+    (scan,) = Scan.objects.bulk_create([Scan(file=file(b"1", "x.txt"))])
+    scan.file = new
+    scan.save()
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        replaced_by_one_that_was_loaded_without_it,
+        replaced_after_a_rolled_back_deletion,
+        replaced_after_a_bulk_creation,
+    ],
+)
+def test_an_object_that_did_not_know_its_former_file_deletes_it(
+    default: BridgeStorage, replace: Callable[[Any], None], cleared: bool
+) -> None:
+    Scan.objects.create(file=file(b"1", "x.txt"))
+    replace("" if cleared else file(b"2", "y.txt"))
+    assert default.listdir("shared")[1] == ["y.txt"] * (not cleared)
+    if not cleared:
+        assert get_content_object(default.get("shared/y.txt")) == Scan.objects.get()
+
+
+def test_what_no_row_has_had_is_not_deleted(default: BridgeStorage) -> None:
+    path = default.save("of/others.txt", b"1")
+    scan = Scan(pk=Scan.objects.create().pk, file=path)
+    with pytest.raises(DatabaseError):
+        Scan.objects.bulk_create([scan])
+    scan.pk = None
+    scan.file = file(b"2", "y.txt")
+    scan.save()
+    loaded = Scan.objects.only("subject").get(pk=scan.pk)
+    loaded.file = "shared/y.txt"
+    loaded.save()
+    assert default.exists(path)
+    assert default.exists("shared/y.txt")
 
 
 def test_a_rollback_loses_no_former_file_from_memory(default: BridgeStorage) -> None:
