@@ -10,6 +10,7 @@ these. The key is the name that the storage writes into its records.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,6 +83,9 @@ class ProxyStorageSettings:
         """Return the storage called `name`; None where the setting has none. For `aproxy_storage.registry`."""
         return self.storage(name) if settings.configured and name in self.names() else None
 
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
     def _forget(self, *, setting: str, **_: Any) -> None:
         if setting == "PROXY_STORAGE":
             self._made.clear()
@@ -114,3 +118,6 @@ def make_storage(target: Any, name: str | None = None) -> ProxyStorage:
 
 #: The setting of this project.
 proxy_storage_settings = ProxyStorageSettings()
+
+# A thread of the parent that was just making a storage has the lock, and is not there in the child to give it back.
+os.register_at_fork(after_in_child=proxy_storage_settings._renew_lock)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from aproxy_storage import MetaRecord, NotFound, StorageError
 from .base import ConfiguredStorage
 from .files import BridgeFile
 from .storage import BridgeStorage
+from .uncommitted import hold, is_any_transaction_open, make_again
 
 __all__ = ["ProxyFieldFile", "ProxyImageFieldFile", "ProxyStorageFileField", "ProxyStorageImageField"]
 
@@ -47,6 +48,18 @@ class ProxyFieldFile(FieldFile):
             file.abort()  # what was being written is not published
         self.close()
 
+    def save(self, name: str, content: Any, save: bool = True) -> None:
+        """Store `content` and set the field to it; then, with `save`, save the object."""
+        super().save(name, content, save=False)
+        storage = self.storage
+        if is_any_transaction_open() and isinstance(storage, ConfiguredStorage):
+            place = self.instance.__dict__, _key_of_held(self.field)
+            storage._await(storage._works_here, hold, storage.proxy, self._required(), *place)
+        if save:
+            self.instance.save()
+
+    save.alters_data = True  # type: ignore[attr-defined]
+
     async def asave(self, name: str, content: Any, save: bool = True) -> None:
         """Store `content` and set the field to it; then, with `save`, save the object.
 
@@ -60,6 +73,8 @@ class ProxyFieldFile(FieldFile):
         # An image is looked at for its dimensions.
         await sync_to_async(self._set_instance_attribute)(self.name, content)
         self._committed = True
+        if isinstance(self.storage, ConfiguredStorage):
+            await hold(self.storage.proxy, self.name, self.instance.__dict__, _key_of_held(self.field))
         if save:
             await self.instance.asave()
 
@@ -140,11 +155,14 @@ class _Memory:
         path: with which it came from there, or was saved last. That save may have been rolled back.
         owned: this object has written itself into the record of `path`. A record without an owner is then another.
         former: paths that it had before, each with its `owned`, until a commit has dealt with them.
+        unsure: the row may have another path: the object was loaded without it, or no ``post_save`` has confirmed what
+            was written, as after a bulk operation.
     """
 
     path: str = ""
     owned: bool = False
     former: tuple[tuple[str, bool], ...] = ()
+    unsure: bool = False
 
     def without(self, path: str) -> tuple[tuple[str, bool], ...]:
         """Return what is former and not `path`."""
@@ -155,12 +173,14 @@ class _Remembering(FileDescriptor):
     """Remembers the path with which an object came from the database, to tell later whether it has changed."""
 
     def __set__(self, instance: models.Model, value: Any) -> None:
-        loaded = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
-        if loaded or _is_refreshed(self.field, instance, value):
+        absent = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
+        if (absent and instance._state.adding) or _is_refreshed(self.field, instance, value):
             # Where it was deferred, the value is the file of another instance, which was loaded for it.
             path = value.name if isinstance(value, FieldFile) and value._committed else value
             path = path if isinstance(path, str) else ""
             instance.__dict__[_key(self.field)] = _Memory(path, former=_memory(instance, self.field).without(path))
+        elif absent:
+            instance.__dict__[_key(self.field)] = replace(_memory(instance, self.field), unsure=True)
         super().__set__(instance, value)
 
 
@@ -170,6 +190,10 @@ class _RememberingImage(_Remembering, ImageFileDescriptor):
 
 def _key(field: Any) -> str:
     return f"_{field.attname}_as_stored"
+
+
+def _key_of_held(field: Any) -> str:
+    return f"_{field.attname}_uncommitted"
 
 
 def _memory(instance: models.Model, field: Any) -> _Memory:
@@ -192,10 +216,13 @@ def _is_refreshed(field: Any, instance: models.Model, value: Any) -> bool:
 
 
 def _forget(instance: models.Model, field: Any, path: str) -> None:
-    """Forget a file that was deleted: whatever has its path later is not it."""
+    """Forget a file that was deleted: whatever has its path later is not it, unless a rollback brings it back."""
     memory = _memory(instance, field)
+    former = memory.without(path)
+    if field.delete_on_replace:
+        former = (*former, (path, True))  # of a record without an owner it could not be told which file it is
     kept = memory if memory.path != path else _Memory()
-    instance.__dict__[_key(field)] = replace(kept, former=memory.without(path))
+    instance.__dict__[_key(field)] = replace(kept, former=former)
 
 
 class _OwnedFileMixin:
@@ -214,6 +241,7 @@ class _OwnedFileMixin:
     storage: Any
     name: str
     attname: str
+    max_length: int | None
     model: type[models.Model]
 
     def __init__(
@@ -235,24 +263,75 @@ class _OwnedFileMixin:
 
         return [*super().check(**kwargs), *check_field(self)]  # type: ignore[misc]
 
+    # -- before the object is saved
+
+    def pre_save(self, model_instance: models.Model, add: bool) -> Any:
+        self._make_again(model_instance)
+        self._ask_the_row(model_instance)
+        file = super().pre_save(model_instance, add)  # type: ignore[misc]
+        memory = _memory(model_instance, self)
+        if (file.name or "") != memory.path:
+            model_instance.__dict__[_key(self)] = replace(memory, unsure=True)
+        return file
+
+    def _ask_the_row(self, instance: models.Model) -> None:
+        """Find out which file `instance` is about to give up, where it cannot know."""
+        memory = _memory(instance, self)
+        if not memory.unsure or not self.delete_on_replace or instance._state.adding:
+            return
+        key = self.model._meta.pk
+        assert key is not None
+        using = instance._state.db or router.db_for_write(self.model, instance=instance)
+        rows = self.model._base_manager.using(using).filter(pk=getattr(instance, key.attname))
+        path = rows.values_list(self.attname, flat=True).first()
+        former = (*memory.without(path), (path, False)) if path and path != memory.path else memory.former
+        instance.__dict__[_key(self)] = replace(memory, former=former, unsure=False)
+
+    def _make_again(self, instance: models.Model) -> None:
+        """Make the record of the file again, if this object has stored it in a transaction that was rolled back.
+
+        Raises:
+            StorageError: that cannot be; no row may name a file that there is not.
+        """
+        file: ProxyFieldFile
+        held = instance.__dict__.get(_key_of_held(self))
+        if held is None or not (file := getattr(instance, self.attname)) or not file._committed:
+            return
+        if file.name != held.path:
+            return
+        made = self.storage._await(self.storage._works_here, self._made_again, instance, held)
+        if made is None:
+            return
+        file.name = made.path
+        memory = _memory(instance, self)
+        if memory.path == held.path:  # as it was after a save of the object, which was rolled back too
+            instance.__dict__[_key(self)] = replace(memory, path="", owned=False)
+
+    async def _made_again(self, instance: models.Model, held: MetaRecord) -> MetaRecord | None:
+        storage: BridgeStorage = self.storage
+        made = await make_again(storage.proxy, held, self.max_length)
+        if made is not None:
+            await hold(storage.proxy, made.path, instance.__dict__, _key_of_held(self))
+            await storage._with_its_key(made)
+        return made
+
     # -- after the object was saved
 
     def remember_owner(self, instance: models.Model, created: bool, using: str, update_fields: Any) -> None:
         """Write into the record who owns the file, if the object has got another file by this save."""
         if self.attname not in instance.__dict__ or (update_fields is not None and self.name not in update_fields):
             return
-        path, memory = getattr(instance, self.attname).name or "", _memory(instance, self)
-        if path == memory.path and not created:
-            return
-        former = memory.former
-        if memory.path and self.delete_on_replace:
-            former = (*memory.without(memory.path), (memory.path, memory.owned))
-        owned = bool(path) and self._write_owner(instance, path)
-        now = _Memory(path, owned, former)
-        instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
-        if now.former:
-            work = partial(self._delete_former, instance, self._owner(instance), using)
-            transaction.on_commit(work, using=using, robust=True)
+        path, now = getattr(instance, self.attname).name or "", _memory(instance, self)
+        if path != now.path or created:
+            former = now.former
+            # A new row has had no other file: what the constructor was given need not be this object's.
+            if now.path and self.delete_on_replace and (now.owned or not created):
+                former = (*now.without(now.path), (now.path, now.owned))
+            owned = bool(path) and self._write_owner(instance, path)
+            now = _Memory(path, owned, former)
+            instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
+        if now.former:  # also those that a rollback has left
+            _on_commit(partial(self._delete_former, instance, self._owner(instance), using), using)
 
     def _write_owner(self, instance: models.Model, path: str) -> bool:
         """Write `instance` into the record of `path`; return whether it is there."""
@@ -305,20 +384,27 @@ class _OwnedFileMixin:
         path = (file.name or "") if file._committed else memory.path
         if path:
             owned = memory.owned and path == memory.path
-            work = partial(self._delete_unused, path, self._owner(instance), owned, using)
-            transaction.on_commit(work, using=using, robust=True)
+            _on_commit(partial(self._delete_unused, path, self._owner(instance), owned, using), using)
 
     def _delete_former(self, instance: models.Model, owner: Mapping[str, Any], using: str) -> None:
         for path, owned in _memory(instance, self).former:
-            self._delete_unused(path, owner, owned, using)
-            memory = _memory(instance, self)
-            instance.__dict__[_key(self)] = replace(memory, former=memory.without(path))
+            if self._delete_unused(path, owner, owned, using):
+                memory = _memory(instance, self)
+                instance.__dict__[_key(self)] = replace(memory, former=memory.without(path))
 
-    def _delete_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> None:
-        """Delete the file of `owner`, unless it is somebody else's by now.
+    def _delete_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> bool:
+        """Delete the file of `owner`, unless it is somebody else's by now; return whether that is done with.
 
         A record that names nobody may be older than this field; not so where `owner` was written into it (`owned`).
         """
+        try:
+            self._delete_if_unused(path, owner, owned, using)
+        except StorageError:  # it is committed that nobody wants the file
+            _log.exception("%r, which %s.%s has given up, could not be deleted", path, *_label(self))
+            return False
+        return True
+
+    def _delete_if_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> None:
         record: MetaRecord | None = None
         if owner:
             try:
@@ -327,9 +413,11 @@ class _OwnedFileMixin:
                 return
             if not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
                 return
+        elif owned:  # it was deleted already, and no record tells whether this is the file that a rollback brought back
+            return
         try:
             other = self._row_with(path, using)
-        except Error:
+        except Exception:  # not only those of databases: a TestCase forbids the ones that it does not name
             _log.warning("%r is kept: not every database could say who has it", path, exc_info=True)
             return
         if other is None:
@@ -341,7 +429,7 @@ class _OwnedFileMixin:
         """Return a row with the file `path`, of any database; of `using` first.
 
         Raises:
-            Error: one of them could not be asked.
+            Exception: one of them could not be asked.
         """
         for alias in (using, *(alias for alias in _homes_of(self.model) if alias != using)):
             rows = self.model._base_manager.using(alias).filter(**{self.attname: path})
@@ -404,6 +492,13 @@ def _has_table(model: type[models.Model], alias: str) -> bool:
     table = model._meta.db_table.strip('"')
     introspection = connections[alias].introspection
     return '"' in table or introspection.identifier_converter(table) in introspection.table_names()
+
+
+def _on_commit(work: Callable[[], object], using: str) -> None:
+    def unwanted_files_go() -> None:  # of what fails Django 5.2 logs the `__qualname__`, which a partial has not
+        work()
+
+    transaction.on_commit(unwanted_files_go, using=using, robust=True)
 
 
 def _label(field: Any) -> tuple[str, str]:

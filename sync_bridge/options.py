@@ -44,6 +44,15 @@ _lock = threading.RLock()
 _made: dict[Any, ProxyStorage] = {}
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# A thread of the parent that was just making a storage has the lock, and is not there in the child to give it back.
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @dataclass(frozen=True)
 class Options:
     """What a BridgeStorage was given about its ProxyStorage, sorted into one of four forms.

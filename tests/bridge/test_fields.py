@@ -8,17 +8,18 @@ import shutil
 import unittest
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
+from asgiref.sync import async_to_sync, sync_to_async
 from django.core import serializers
 from django.core.exceptions import FieldError
 from django.core.files.base import ContentFile
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.core.management import call_command
-from django.db import connections, transaction
+from django.db import DatabaseError, connections, transaction
 from django.db.migrations.writer import MigrationWriter
 from django.forms import modelform_factory
 from django.http import StreamingHttpResponse
@@ -26,7 +27,7 @@ from django.template import Context, Template
 from django.test import RequestFactory, override_settings
 from PIL import Image
 
-from aproxy_storage import ProxyStorage, registry
+from aproxy_storage import AlreadyExists, BackendUnavailable, NotFound, ProxyStorage, registry
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from sync_bridge import (
@@ -400,6 +401,115 @@ def test_a_save_that_is_rolled_back_is_no_file(default: BridgeStorage, media: Pa
     assert not (media / "messages" / "f.txt").exists()
 
 
+def saved_and_rolled_back(scan: Scan, how: str) -> None:
+    """Let `scan` be stored in a transaction that is rolled back."""
+    with pytest.raises((Rollback, DatabaseError)), transaction.atomic():
+        if how == "bulk":
+            Scan.objects.bulk_create([scan])
+        elif how == "async":
+            async_to_sync(scan.file.asave)("x.txt", scan.file.file, save=False)
+        elif how == "not written":  # what fails is the row
+            scan.save(force_insert=True)
+        else:
+            scan.save()
+        raise Rollback
+
+
+@pytest.mark.parametrize("how", ["saved", "not written", "bulk", "async"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_object_that_is_saved_again_after_a_rollback_has_its_file(
+    default: BridgeStorage, how: str, nested: bool
+) -> None:
+    Scan.objects.create(pk=5)
+    scan = Scan(pk=5 if how == "not written" else 6, file=file(b"irreplaceable", "x.txt"))
+    with transaction.atomic() if nested else nullcontext():
+        saved_and_rolled_back(scan, how)
+        assert not default.exists("shared/x.txt")
+        scan.pk = 6
+        for _ in range(2):
+            scan.save()
+    assert Scan.objects.get(pk=6).file.read() == b"irreplaceable"
+    record = default.get("shared/x.txt")
+    assert get_content_object(record) == scan
+    assert record.checksum is not None
+    with default.open(record, "rb") as opened:
+        assert opened.read() == b"irreplaceable"
+
+
+@BOTH
+def test_a_replacement_that_is_saved_again_after_a_rollback(default: BridgeStorage, django_assert_queries: Any) -> None:
+    scan = Scan.objects.create(file=file(b"1", "r1.txt"))
+    scan.file = file(b"2", "r2.txt")
+    for _ in range(2):
+        saved_and_rolled_back(scan, "saved")
+    scan.save()
+    assert Scan.objects.get().file.read() == b"2"
+    assert get_content_object(default.get("shared/r2.txt")) == scan
+    assert default.listdir("shared")[1] == ["r2.txt"]
+    with django_assert_queries(1):
+        scan.save()
+
+
+@pytest.mark.parametrize("by", ["nothing", "another size", "another token"])
+def test_no_row_names_a_file_whose_bytes_have_gone_after_a_rollback(
+    default: BridgeStorage, media: Path, by: str
+) -> None:
+    scan = Scan(file=file(b"mine", "x.txt"))
+    saved_and_rolled_back(scan, "saved")
+    os.unlink(media / "shared/x.txt")
+    if by == "another size":
+        (media / "shared/x.txt").write_bytes(b"of others")
+    elif by == "another token":
+        os.rename(default.path(default.save("other.txt", b"four")), media / "shared/x.txt")
+    with pytest.raises(NotFound, match="give the field its file once more"):
+        scan.save()
+    assert not Scan.objects.exists()
+    scan.file = file(b"once more", "x.txt")
+    scan.save()
+    assert Scan.objects.get().file.read() == b"once more"
+
+
+def test_a_name_that_was_taken_after_a_rollback_is_left_to_its_file(default: BridgeStorage, media: Path) -> None:
+    scan = Scan(file=file(b"mine", "x.txt"))
+    saved_and_rolled_back(scan, "saved")
+    default.bridge.call(default.proxy.save, "shared/x.txt", b"of others")
+    scan.save()
+    name = Scan.objects.get().file.name
+    assert name != "shared/x.txt"
+    assert (media / name).read_bytes() == Scan.objects.get().file.read() == b"mine"
+    assert default.open("shared/x.txt").read() == b"of others"
+    assert get_content_object(default.get(name)) == scan
+
+
+def test_bytes_that_others_have_taken_in_after_a_rollback_are_not_named_twice(default: BridgeStorage) -> None:
+    scan = Scan(file=file(b"mine", "x.txt"))
+    saved_and_rolled_back(scan, "saved")
+    default.adopt("shared/x.txt")
+    scan.save()
+    assert Scan.objects.get().file.read() == b"mine"
+    saved_and_rolled_back(other := Scan(file=file(b"2", "y.txt")), "saved")
+    default.bridge.call(default.proxy.adopt, "shared/y.txt", name="z.txt")
+    default.bridge.call(default.proxy.save, "shared/y.txt", b"of others")
+    with pytest.raises(AlreadyExists, match="another file by now"):
+        other.save()
+
+
+@pytest.mark.parametrize("change", ["renamed", "deleted"])
+def test_a_file_that_the_transaction_itself_takes_away_is_not_made_again(default: BridgeStorage, change: str) -> None:
+    with transaction.atomic():
+        scan = Scan.objects.create(file=file(b"1", "x.txt"))
+        if change == "renamed":
+            default.rename("shared/x.txt", "y.txt")
+        else:
+            default.delete("shared/x.txt")
+        scan.save()
+    assert [record.path for record in default.bridge.call(every_record, default)] == ["y.txt"] * (change == "renamed")
+
+
+async def every_record(storage: BridgeStorage) -> list[Any]:
+    return [record async for record in storage.proxy.meta.list()]
+
+
 @BOTH
 def test_what_is_deleted_or_replaced_is_as_it_was_after_a_rollback(default: BridgeStorage, media: Path) -> None:
     path = default.save("a.txt", file(b"old"))
@@ -522,6 +632,61 @@ def test_only_databases_with_rows_of_the_model_are_asked(
         remove_database("archive")
 
 
+def test_in_a_testcase_that_forbids_a_database_files_are_kept(
+    default: BridgeStorage, archive: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from django.test import TestCase
+
+    class Case(TestCase):
+        def runTest(self) -> None:
+            paper = Paper.objects.create(owner=Person.objects.create(), file=file())
+            with self.captureOnCommitCallbacks(execute=True):
+                paper.delete()
+            assert default.exists(paper.file.name)
+
+    result = unittest.TestSuite([Case()]).run(unittest.TestResult())
+    assert result.wasSuccessful(), (result.errors, result.failures)
+    assert "is kept" in caplog.text
+    assert "are not allowed in this test" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced"])
+@pytest.mark.parametrize("error", [BackendUnavailable("out of reach"), RuntimeError("a bug")])
+def test_a_file_that_cannot_be_deleted_on_commit_stops_no_other_hook(
+    default: BridgeStorage,
+    person: Person,
+    change: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    papers = [Paper.objects.create(owner=person, file=file(name=name)) for name in ("a.txt", "b.txt")]
+    paths = [paper.file.name for paper in papers]
+    ran: list[str] = []
+    delete = BridgeStorage.delete
+
+    def failing(storage: BridgeStorage, name: str) -> None:
+        if name == paths[0]:
+            raise error
+        delete(storage, name)
+
+    monkeypatch.setattr(BridgeStorage, "delete", failing)
+    with transaction.atomic():
+        for paper in papers:
+            if change == "deleted":
+                paper.delete()
+            else:
+                paper.file.save("new.txt", file())
+        transaction.on_commit(lambda: ran.append("mail"))
+    assert ran == ["mail"]
+    assert [default.exists(path) for path in paths] == [True, False]
+    assert str(error) in caplog.text
+    monkeypatch.undo()
+    if change == "replaced":
+        papers[0].save()
+        assert not default.exists(paths[0]), "it is tried again with the next save"
+
+
 @pytest.mark.parametrize("how", ["instance", "queryset"])
 def test_delete_with_object(default: BridgeStorage, person: Person, how: str) -> None:
     paper = Paper.objects.create(owner=person, file=file())
@@ -605,10 +770,14 @@ def test_deleting_an_object_that_is_out_of_date_leaves_what_is_somebody_elses(
     assert default.open(taken.attach.name).read() == b"of the message"
 
 
-@pytest.mark.parametrize("how", ["sync", "async"])
-def test_a_deleted_file_is_not_remembered(default: BridgeStorage, how: str) -> None:
+@pytest.mark.parametrize("how", ["sync", "async", "loaded", "without contenttypes"])
+def test_a_deleted_file_is_not_remembered(default: BridgeStorage, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = Scan.objects.create(file=file(b"first", "x.txt"))
-    if how == "sync":
+    if how == "loaded":
+        scan = Scan.objects.get()
+    if how == "without contenttypes":
+        monkeypatch.setattr(ProxyStorageFileField, "_owner", lambda *_: {})
+    if how != "async":
         scan.file.delete(save=False)
     else:
         run(lambda: scan.file.adelete(save=False))
@@ -624,6 +793,63 @@ def test_a_file_without_an_owner_in_its_record_is_deleted(default: BridgeStorage
     default.update("shared/x.txt", extra={})
     Scan.objects.get().file.save("y.txt", file(b"2"))
     assert not default.exists("shared/x.txt")
+
+
+def replaced_by_one_that_was_loaded_without_it(new: Any) -> None:
+    scan = Scan.objects.only("subject").get()
+    scan.file = new
+    scan.save()
+
+
+def replaced_after_a_rolled_back_deletion(new: Any) -> None:
+    scan = Scan.objects.get()
+    with pytest.raises(Rollback), transaction.atomic():
+        scan.file.delete()
+        raise Rollback
+    scan.file = new
+    scan.save()
+
+
+def replaced_after_a_bulk_creation(new: Any) -> None:
+    Scan.objects.get().file.delete()
+    Scan.objects.all().delete()
+    (scan,) = Scan.objects.bulk_create([Scan(file=file(b"1", "x.txt"))])
+    scan.file = new
+    scan.save()
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        replaced_by_one_that_was_loaded_without_it,
+        replaced_after_a_rolled_back_deletion,
+        replaced_after_a_bulk_creation,
+    ],
+)
+def test_an_object_that_did_not_know_its_former_file_deletes_it(
+    default: BridgeStorage, replace: Callable[[Any], None], cleared: bool
+) -> None:
+    Scan.objects.create(file=file(b"1", "x.txt"))
+    replace("" if cleared else file(b"2", "y.txt"))
+    assert default.listdir("shared")[1] == ["y.txt"] * (not cleared)
+    if not cleared:
+        assert get_content_object(default.get("shared/y.txt")) == Scan.objects.get()
+
+
+def test_what_no_row_has_had_is_not_deleted(default: BridgeStorage) -> None:
+    path = default.save("of/others.txt", b"1")
+    scan = Scan(pk=Scan.objects.create().pk, file=path)
+    with pytest.raises(DatabaseError):
+        Scan.objects.bulk_create([scan])
+    scan.pk = None
+    scan.file = file(b"2", "y.txt")
+    scan.save()
+    loaded = Scan.objects.only("subject").get(pk=scan.pk)
+    loaded.file = "shared/y.txt"
+    loaded.save()
+    assert default.exists(path)
+    assert default.exists("shared/y.txt")
 
 
 def test_a_rollback_loses_no_former_file_from_memory(default: BridgeStorage) -> None:

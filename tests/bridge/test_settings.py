@@ -1,7 +1,9 @@
 """Names of storages, the setting, system checks, and the storage of static files."""
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from sync_bridge import BridgeStorage, ProxyStorageFileField, get_storage, proxy_storage_settings
 from sync_bridge.bridge import bridge
 from sync_bridge.checks import check_storages, check_tables
+from tests.bridge.test_bridge import in_child
 from tests.django_support.setup import add_database, migrated_sqlite  # noqa: F401
 
 
@@ -135,6 +138,36 @@ def test_a_file_that_cannot_be_read_keeps_no_other_name_from_being_found(
     assert "not-there.toml" in caplog.text
     with pytest.raises(ImproperlyConfigured, match="not-there"):
         broken.exists("a.txt")
+
+
+class Slow:
+    """What makes a storage when it is told to."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self) -> ProxyStorage:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return make("slow")
+
+
+@pytest.mark.parametrize("where", ["options", "setting"])
+def test_a_fork_while_another_thread_makes_a_storage(where: str) -> None:
+    slow = Slow()
+    with setting(slow=slow, function=f"{__name__}.function") if where == "setting" else nullcontext():
+        storage = BridgeStorage(storage="slow" if where == "setting" else slow)
+        other = BridgeStorage(storage="function" if where == "setting" else function)
+        maker = threading.Thread(target=lambda: storage.proxy)
+        maker.start()
+        try:
+            assert slow.begun.wait(60)
+            assert in_child(lambda: other.proxy.name == "function")
+        finally:
+            slow.go_on.set()
+            maker.join()
+            registry.unregister("slow")
+        assert storage.proxy.name == "slow"
 
 
 def test_other_finders_are_asked_too() -> None:
