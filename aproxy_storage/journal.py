@@ -158,6 +158,9 @@ class Journal:
         `certain`: nobody else's operation, nor a lost one of ours, can still land on its places. By default that is
         so when all are good; on a surplus one somebody's discard may be under way. Otherwise the record stays until
         `settle` is over (`force`: it is): under another path, where nothing could make it a file again.
+
+        Raises:
+            Conflict: it has moved on, and has not only stepped aside.
         """
         record = marked.record
         places = record.all_places()
@@ -170,37 +173,43 @@ class Journal:
             try:
                 await self.meta.delete(record.path, expect=record.revision)
             except Conflict:
-                return "gone" if await self._follow(record) else "moved on"
+                if (aside := await self._find_aside(record, record.primary)) is None:
+                    return "moved on"
+                try:
+                    await self.meta.delete(aside.path, expect=aside.revision)
+                except Conflict:
+                    return "moved on"
             return "gone"
-        changes: dict[str, Any] = {"places": _as_settling(places)}
-        if _is_without_doubt(record):
-            changes["path"] = self._other_path(record.path)
-        await self.change(record, changes, lease=self.settle)
+        changes = {"places": _as_settling(places)}
+        elsewhere = {"path": self._other_path(record.path)} if _was_committed(record) else {}
+        try:
+            await self.change(record, {**changes, **elsewhere}, lease=self.settle)
+        except Conflict:
+            if (aside := await self._find_aside(record, record.primary)) is None:
+                raise
+            await self.change(aside, changes, lease=self.settle)
         return "settling"
 
-    async def _follow(self, record: MetaRecord) -> bool:
-        """Remove a record that has only stepped aside since it was marked; return whether it is gone."""
-        place = record.primary
+    async def _find_aside(self, record: MetaRecord, place: Place) -> MetaRecord | None:
+        """Return what `record`, which names `place`, has become, if it has only stepped aside since it was marked."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
         for found in await self.meta.get_many([owner for owner in owners if owner != record.path]):
-            if found is None or found.revision != (record.token, record.version + 1) or found.state != DELETING:
-                continue
-            with contextlib.suppress(Conflict):
-                await self.meta.delete(found.path, expect=found.revision)
-                return True
-        return False
+            if found and found.revision == (record.token, record.version + 1) and found.state == DELETING:
+                return found
+        return None
 
     async def step_aside(self, record: MetaRecord) -> bool:
         """Let a file that is being deleted give its path up to a new one; return whether the path may be free now.
 
         Its record goes on under another path, and still names its keys, so that nobody else gets them; whoever is at
-        its removal finds it changed and leaves it, or follows. Only where nothing that was sent for it is unanswered:
-        a reservation or a commit that lands once more would make it a file again, under a path that is another's.
+        its removal finds it changed and leaves it, or follows. Only that of a file that was committed, by statements
+        that were answered: a reservation that lands once more, and a commit, would make an undone save a file again,
+        under a path that is another's. A replacement may be under way: its keys are new, and stay named.
 
         Raises:
             As `MetaBackend.update`.
         """
-        if record.state != DELETING or not _is_without_doubt(record):
+        if record.state != DELETING or not _was_committed(record):
             return False
         with contextlib.suppress(Conflict):
             await self.change(record, {"path": self._other_path(record.path)})
@@ -266,7 +275,9 @@ class Journal:
         and then renamed; or, where the original cannot tell by our token what is ours, a later file of our path."""
         owners = (await self.meta.owners(place.original, [place.key])).get(place.key, ())
         if any(owner != record.path for owner in owners):
-            return True
+            # What has only stepped aside since we have marked it is no other.
+            aside = await self._find_aside(record, place) if record.state == DELETING else None
+            return aside is None or list(owners) != [aside.path]
         if not owners or self._original(place.original).capabilities.tokens:
             return False
         try:
@@ -335,9 +346,9 @@ class Journal:
             await self.change(record, {"places": places}, lease=self.lease_for(places))
 
 
-def _is_without_doubt(record: MetaRecord) -> bool:
-    """Return whether all that was sent for a file was answered, as far as its record knows."""
-    return all(place.state in _CERTAIN for place in record.all_places())
+def _was_committed(record: MetaRecord) -> bool:
+    """Return whether a record that is being deleted was one of a stored file, whose bytes were not discarded yet."""
+    return record.primary.state in _CERTAIN
 
 
 def _as_settling(places: Iterable[Place]) -> tuple[Place, ...]:

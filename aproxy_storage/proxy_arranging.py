@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adopting import adopt
 from .content import Source
-from .errors import AlreadyExists
+from .errors import AlreadyExists, NotFound
 from .meta_backends.base import UNCHANGED
 from .placement import Request
 from .proxy_reading import Path
 from .proxy_writing import WritingVerbs
-from .records import OWNER_FIELDS, MetaRecord
+from .records import OWNER_FIELDS, STORED, MetaRecord
 
 __all__ = ["ArrangingVerbs"]
+
+_MAX_WAITING = 100  # files, each of which has the key of the one before
 
 
 class ArrangingVerbs(WritingVerbs):
@@ -82,12 +85,18 @@ class ArrangingVerbs(WritingVerbs):
 
         For directories that are published as they are, where the key is the URL. Replaced bytes are discarded now,
         whatever `keep_replaced` says, because one of them may have the key; then the file is copied there, on the
-        server where that can be, and changes over in one step. Where the key is somebody else's, or something cannot
-        be reached, the file stays as it is.
+        server where that can be, and changes over in one step. Where another file of this storage has the key, as after
+        renamings that pass names on, that one gets its own first. Where the key is somebody else's all the same, or
+        something cannot be reached, the file stays as it is.
 
         Raises:
             NotFound; Conflict: replaced, renamed or deleted meanwhile. And as `move`.
         """
+        return await self._restore_key(path, ())
+
+    async def _restore_key(self, path: Path, waiting: tuple[str, ...], *, again: bool = False) -> MetaRecord:
+        """As `restore_key`, for the files `waiting`, the last of which waits for the key that this one has. `again`:
+        whoever had the key has been asked for it."""
         record = await self._record(path)
         original, key = record.original_storage_name or next(iter(self.originals)), record.path[len(self.prefix) :]
         if record.original_storage_path == key or self.keys != "path":
@@ -103,7 +112,10 @@ class ArrangingVerbs(WritingVerbs):
                 return await self.get(record.path)
             record = await self.get(record.path)
         if (await self.meta.owners(original, [key])).get(key):
-            return record  # a file that was renamed keeps its key, and its deletion would take ours with it
+            # A file that was renamed keeps its key, and its deletion would take ours with it.
+            if again or not await self._give_up_key(original, key, (*waiting, record.path)):
+                return await self.get(record.path)
+            return await self._restore_key(record.path, waiting, again=True)
         write = self._writing.transfer_of(record)
         try:
             moved = await self._writing.swap(
@@ -115,6 +127,31 @@ class ArrangingVerbs(WritingVerbs):
             await write.aclose()
         await self.journal.finish(moved, early=True)
         return await self.get(record.path)
+
+    async def _give_up_key(self, original: str, key: str, waiting: tuple[str, ...]) -> bool:
+        """Let the files that have `key` although their paths say another get their own; return whether it is free."""
+        owners = (await self.meta.owners(original, [key])).get(key, ())
+        for owner in await self.meta.get_many(list(owners)):
+            if owner is None:
+                continue
+            place = (owner.original_storage_name or next(iter(self.originals)), owner.original_storage_path)
+            known = owner.proxy_storage_name == self.name and owner.state == STORED and place == (original, key)
+            if not known or len(waiting) > _MAX_WAITING:
+                return False
+            with contextlib.suppress(NotFound):  # deleted or renamed meanwhile
+                if owner.path in waiting:  # they have exchanged their names
+                    await self._take_token_key(owner, original)
+                else:
+                    await self._restore_key(owner.path, waiting)
+        return not (await self.meta.owners(original, [key])).get(key)
+
+    async def _take_token_key(self, record: MetaRecord, original: str) -> None:
+        write = self._writing.transfer_of(record)
+        try:
+            moved = await self._writing.swap(record, [original], write, pinned=True, forced=True, same_bytes=True)
+        finally:
+            await write.aclose()
+        await self.journal.finish(moved, early=True)
 
     async def rename(self, path: Path, new_path: str | os.PathLike[str]) -> MetaRecord:
         """Give a file another path; no byte moves. Return the new record.

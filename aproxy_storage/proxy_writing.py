@@ -238,12 +238,15 @@ class WritingVerbs(ReadingVerbs):
         until = time.monotonic() + _PATIENCE
         try:
             for tries in itertools.count(1):
-                if not exclusive and await self.exists(path):
+                if not exclusive and (found := await self._found(path)) is not None:
                     try:
                         return await self.replace(path, source, **options)
-                    except NotFound:
-                        if await self.exists(path):
+                    except (NotFound, Conflict):  # deleted meanwhile, perhaps while the content was written
+                        now = await self._found(path)
+                        if source.spent or tries == _MAX_TRIES or (now is not None and now.token == found.token):
                             raise
+                        if now is not None:
+                            continue
                 try:
                     return await self._save(path, source, exact=True, extra=extra, **options)
                 except AlreadyExists:
@@ -254,6 +257,12 @@ class WritingVerbs(ReadingVerbs):
             raise AssertionError("the last try returns or raises")
         finally:
             await source.aclose(within=self.timeouts.cleanup)
+
+    async def _found(self, path: str) -> MetaRecord | None:
+        try:
+            return await self.get(path)
+        except NotFound:
+            return None
 
     async def _settles(self, path: str, until: float) -> bool:
         """Wait until `path`, at which nothing could be saved, is a file of ours, or free; return whether it ever is."""

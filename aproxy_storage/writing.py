@@ -16,7 +16,7 @@ from .content import Source
 from .errors import AlreadyExists, NotFound, outcome_unknown
 from .leases import Held
 from .paths import new_token
-from .records import PENDING, STORED, MetaRecord, Place
+from .records import DELETING, PENDING, STORED, MetaRecord, Place
 from .swapping import Swapping, no_lease
 from .writes import Content, Transfer, Write
 
@@ -150,13 +150,26 @@ class Writing(Swapping):
 
     async def _is_left(self, path: str) -> bool:
         """Return whether `path` may be free by now, because whoever had it is gone, or is being deleted and has
-        stepped aside."""
+        stepped aside.
+
+        Raises:
+            AlreadyExists: a save of it was undone, but part of that is without an answer.
+        """
         storage = self._storage
         try:
             record = await storage.meta.get(path)
         except NotFound:
             return True
-        return record.proxy_storage_name == storage.name and await storage.journal.step_aside(record)
+        if record.proxy_storage_name != storage.name or record.state != DELETING:
+            return False
+        if await storage.journal.step_aside(record):
+            return True
+        since = "now on" if record.lease is None else f"{record.lease:%Y-%m-%d %H:%M:%S %Z} on"
+        raise AlreadyExists(
+            f"there is no file {path!r}, but what was sent for one was not answered, so that the name is kept until "
+            f"reconcile (or tidy) has made sure of it, which it can from {since}; another name is free now",
+            operation="save", path=path, backend=repr(storage),
+        )  # fmt: skip
 
     # -- J8: inside a caller's transaction
 

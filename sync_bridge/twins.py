@@ -211,7 +211,7 @@ class AsyncTwins(ConfiguredStorage):
         )
         if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
             record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
-        return record if exclusive else await self._with_its_key(record)
+        return await self._with_its_key(record)
 
     async def _replace_bytes(self, record: MetaRecord, content: Any) -> MetaRecord:
         """Replace those bytes of a file that `record` says, wherever they have been brought meanwhile."""
@@ -254,14 +254,22 @@ class AsyncTwins(ConfiguredStorage):
                 await asyncio.sleep(pause)
                 try:
                     latest = await self.proxy.restore_key(record.path)
-                except (Conflict, NotFound) as error:  # replaced or deleted at the same moment
+                except NotFound:  # deleted; or renamed, and then there is a key for that name to be restored
+                    return
+                except Conflict as error:  # replaced or deleted at the same moment
                     problem = error
                     continue
                 except StorageError as error:
                     problem = error
                     break
-                if self._has_its_key(latest) or not any(place.state in _UNDER_WAY for place in latest.places):
+                if self._has_its_key(latest):
                     return
+                if latest.token != record.token:  # another file by now, of which somebody else takes care
+                    return
+                if not any(place.state in _UNDER_WAY for place in latest.places):
+                    seconds = self.proxy.journal.longest
+                    problem = f"another file has it, or one of which a removal may be under way for {seconds:.0f} s"
+                    break
             # It is stored, and can be read; only its URL leads nowhere.
             _log.warning(
                 "%r could not be given its own key again: %s; proxystorage_reconcile --scan --apply does it",

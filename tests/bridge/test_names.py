@@ -1,9 +1,10 @@
 """Names, keys and URLs where they are not the same, and where asking whether a name is free takes for ever."""
 
 import asyncio
+import io
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.files.base import ContentFile
+from django.core.management import call_command
 from django.db import connections, transaction
 
 from aproxy_storage import DeadlineExceeded, StorageError, Timeouts
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
-from sync_bridge import BridgeStorage
+from sync_bridge import BridgeStorage, twins
 from sync_bridge.bridge import bridge
 from tests.bridge.test_storage import content_of
 
@@ -207,6 +209,61 @@ def test_a_record_that_is_going_is_a_record(media: Path, default: BridgeStorage,
         except (StorageError, FileExistsError) as error:
             said = str(error)
     assert "adopt" not in said
+
+
+# -- names that change hands in one transaction
+
+
+def write(storage: BridgeStorage, name: str, mode: str) -> None:
+    with storage.open(name, mode) as file:
+        file.write(b"new")
+
+
+IN_ONE_TRANSACTION: dict[str, tuple[Callable[[BridgeStorage], Any], dict[str, bytes]]] = {
+    "deleted, xb": (lambda s: (s.delete("a"), write(s, "a", "xb")), {"a": b"new", "b": b"b"}),
+    "deleted, ab": (lambda s: (s.delete("a"), write(s, "a", "ab")), {"a": b"new", "b": b"b"}),
+    "replaced, deleted": (lambda s: (s.replace("a", b"new"), s.delete("a")), {"b": b"b"}),
+    "replaced, renamed": (lambda s: (s.replace("a", b"new"), s.rename("a", "z")), {"z": b"new", "b": b"b"}),
+    "exchanged": (
+        lambda s: (s.rename("a", "z"), s.rename("b", "a"), s.rename("z", "b")),
+        {"a": b"b", "b": b"a"},
+    ),
+    "passed on": (
+        lambda s: (s.rename("a", "y"), s.rename("b", "a"), s.rename("y", "z")),
+        {"a": b"b", "z": b"a"},
+    ),
+}
+
+
+@pytest.mark.parametrize("how", IN_ONE_TRANSACTION)
+def test_urls_lead_to_the_files_after_a_transaction(
+    media: Path, default: BridgeStorage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    steps, wanted = IN_ONE_TRANSACTION[how]
+    monkeypatch.setattr(twins, "_PAUSES", (0.0,))  # nothing has to be tried twice
+    for name in "ab":
+        default.save(name, ContentFile(name.encode()))
+    with transaction.atomic():
+        steps(default)
+    assert {path.name: path.read_bytes() for path in media.iterdir()} == wanted
+    assert {name: content_of(default, name) for name in wanted} == wanted
+    assert not caplog.records
+
+
+def test_a_url_that_leads_nowhere_for_a_while_is_told_of(
+    media: Path, default: BridgeStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    default.save("a", ContentFile(b"old"))
+    with transaction.atomic():
+        default.replace("a", b"second")
+        default.delete("a")
+        write(default, "a", "wb")
+    (warning,) = caplog.records
+    assert "'a' could not be given its own key again: " in warning.getMessage()
+    assert "for 900 s; proxystorage_reconcile --scan --apply does it" in warning.getMessage()
+    assert content_of(default, "a") == b"new"
+    call_command("proxystorage_reconcile", "default", "--scan", "--apply", "--force", stdout=io.StringIO())
+    assert {path.name: path.read_bytes() for path in media.iterdir()} == {"a": b"new"}
 
 
 # -- names that are too long in UTF-8

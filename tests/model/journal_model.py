@@ -225,7 +225,7 @@ class Model(World):
         """(b) start to discard the next place, unless the lease has run out.
 
         At a place that was never good, only bytes that carry the record's token go, and
-        none if another record names the key.
+        none if another record names the key; our own that has stepped aside is no other.
         """
         if not actor.left:
             return [Plan("J4 all places gone", {"": [actor._replace(step=actor.then) if actor.then else _end(actor)]})]
@@ -234,7 +234,12 @@ class Model(World):
         key = actor.left[0]
         never_good = next(place.role for place in actor.places if place.key == key) in ("doubtful", "abandoned")
         ours = "~" in key or state.content(key) in (None, f"c{actor.token[1:3]}")  # a token key is nobody else's
-        named = any(record.names(key) for record in state.records if record.path != actor.path)
+        aside = self.rules.know_what_stepped_aside and actor.then != "clear"
+        named = any(
+            record.names(key) and record.path != actor.path
+            for record in state.records
+            if not (aside and record.token == actor.token and record.state == "deleting")
+        )
         if never_good and ((not ours and self.rules.look_at_bytes) or (named and self.rules.ask_owners_again)):
             return [Plan(f"J4 spare {key!r}, not ours", {"": [actor._replace(left=actor.left[1:])]})]
         return [Plan(f"J4 start to discard {key!r}", {"": [actor._replace(step="dropping", key=key)]})]
@@ -347,13 +352,13 @@ class Model(World):
     def aside_look(self, state: State, who: int, actor: Actor) -> list[Plan]:
         """Let a `deleting` record give up its path by a rename; its keys stay named, and its lease stays.
 
-        Only where nothing that was sent for it is unanswered: of a save which is undone the reservation, sent twice,
-        could land once more where it was, and commit.
+        Only of a file that has been committed: of a save which is undone the reservation, sent twice, could land once
+        more where it was, and commit. A replacement may still be under way, whose key is new and stays named.
         """
         _, path, other = actor.todo[actor.turn].split()
         found = state.record(path)
-        doubt = found is None or any(p.role not in ("good", "surplus") or p.hot for p in found.places)
-        if found is None or found.state != "deleting" or (doubt and self.rules.aside_without_doubt):
+        certain = found is not None and any(p.role in ("good", "surplus") and not p.hot for p in found.places)
+        if found is None or found.state != "deleting" or (self.rules.aside_if_committed and not certain):
             return [Plan(f"aside {path!r}: nothing that could give way", {"": [_end(actor)]})]
         me = actor._replace(path=path, token=found.token, version=found.version)
         on = {"ok": [_end(me)], "taken": [_end(me)], "conflict": [_end(me)], "lost": [_end(me)]}

@@ -31,7 +31,8 @@ class Rules:
     compare_token: bool = True  # J3: comparing versions alone is not enough, for they start again at zero
     mark_first: bool = True  # J4: compare-and-set to `deleting` before any byte is discarded
     second_deleter_waits: bool = True  # J4: a deleter touches nothing of a record that is `deleting` already
-    aside_without_doubt: bool = True  # J4: only a record of which nothing is unanswered steps aside
+    aside_if_committed: bool = True  # J4: only the record of a file that was committed steps aside
+    know_what_stepped_aside: bool = True  # J4: a record that has stepped aside is still that of who deletes it
     follow_compares: bool = True  # J4: one that has stepped aside goes at once only if nothing else became of it
     takeover_moves_version: bool = True  # J4: taking over a `deleting` record is a change of version
     ask_owners: bool = True  # J5: after the reservation, ask whether another record names the key

@@ -85,6 +85,7 @@ SCENARIOS = {
     "replace | rename away, save": Scenario((REPLACE, ("rename a b", "save a")), 5000, stored=("a",)),
     "delete | aside, save": Scenario((DELETE, ("aside a x", "save a")), 2000, stored=("a",)),
     "replace, delete | aside, save": Scenario((REPLACE + DELETE, ("aside a x", "save a")), 2000, stored=("a",)),
+    "replace | delete, aside, save": Scenario((REPLACE, (*DELETE, "aside a x", "save a")), 10_000, stored=("a",)),
     "save, delete | aside, save": Scenario((SAVE + DELETE, ("aside a x", "save a")), 2000),
 }
 
@@ -114,7 +115,8 @@ BROKEN = {
     "mark_first": ("save | delete", "path", "lost bytes"),
     "second_deleter_waits": ("delete | delete, save", "path", "lost bytes"),
     "takeover_moves_version": ("save | delete", "path", "lost bytes"),
-    "aside_without_doubt": ("save, delete | aside, save", "path", "untracked bytes"),
+    "aside_if_committed": ("save, delete | aside, save", "path", "untracked bytes"),
+    "know_what_stepped_aside": ("replace | delete, aside, save", "path", "untracked bytes"),
     "follow_compares": ("delete | aside, save", "path", "lost bytes"),
     "ask_owners": ("rename away, delete | save", "path", "lost bytes"),
     "look_at_bytes": ("save | save, beside a stranger", "path", "stranger"),

@@ -15,6 +15,7 @@ from aproxy_storage import (
     BackendUnavailable,
     Conflict,
     MetaRecord,
+    NotFound,
     Original,
     ProxyStorage,
     Replicate,
@@ -125,12 +126,14 @@ async def test_content_that_was_looked_at_is_whole_when_the_name_turns_out_to_be
     storage = PeekingStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend())
     await storage.save("a.txt", b"first")
     answers = iter([False])  # to the first question, as if the other save had come just after it
-    exists = storage.exists
+    get = storage.get
 
-    async def late(path: Any) -> bool:
-        return next(answers, None) is not False and await exists(path)
+    async def late(path: Any) -> MetaRecord:
+        if next(answers, None) is False:
+            raise NotFound("not yet")
+        return await get(path)
 
-    monkeypatch.setattr(storage, "exists", late)
+    monkeypatch.setattr(storage, "get", late)
     await storage.write_to("a.txt", pieces(), exclusive=False)
     assert await read(storage, "a.txt") == b"one two three"
     await storage.aclose()

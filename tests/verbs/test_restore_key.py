@@ -48,10 +48,10 @@ async def test_after_a_replacement_and_a_renaming(storage: ProxyStorage) -> None
 async def test_a_key_of_somebody_else_is_left_to_him(storage: ProxyStorage) -> None:
     path = await storage.save("a.txt", b"first")
     await storage.rename(path, "p/b.txt")
-    await storage.save("a.txt", b"second")
-    assert (await storage.restore_key("p/a.txt")).original_storage_path != "a.txt"  # that of p/b.txt, which was renamed
-    assert [await read(storage, name) for name in ("p/a.txt", "p/b.txt")] == [b"second", b"first"]
     await storage.get_original().write("b.txt", b"foreign")
+    await storage.save("a.txt", b"second")
+    assert (await storage.restore_key("p/a.txt")).original_storage_path != "a.txt"  # p/b.txt cannot give it up
+    assert [await read(storage, name) for name in ("p/a.txt", "p/b.txt")] == [b"second", b"first"]
     await storage.restore_key("p/b.txt")
     assert (await files(storage))["b.txt"] == b"foreign"
     assert await read(storage, "p/b.txt") == b"first"
@@ -59,6 +59,27 @@ async def test_a_key_of_somebody_else_is_left_to_him(storage: ProxyStorage) -> N
     assert (await files(storage))["b.txt"] == b"foreign"
     assert (await storage.restore_key("p/a.txt")).original_storage_path == "a.txt"
     assert await files(storage) == {"a.txt": b"second", "b.txt": b"foreign"}
+
+
+@pytest.mark.parametrize(
+    ("renamings", "wanted"),
+    [
+        ("at ba tz", {"a": b"b", "z": b"a"}),  # a chain: the key of the first belongs to the last
+        ("at ba tb", {"a": b"b", "b": b"a"}),  # an exchange
+        ("at ba cb tc", {"a": b"b", "b": b"c", "c": b"a"}),
+    ],
+)
+async def test_names_that_are_passed_on(storage: ProxyStorage, renamings: str, wanted: dict[str, bytes]) -> None:
+    for name in set(wanted.values()):
+        await storage.save(name.decode(), name)
+    for old, new in renamings.split():
+        await storage.rename(f"p/{old}", f"p/{new}")
+    record = await storage.restore_key("p/a")
+    assert (record.original_storage_path, record.places) == ("a", ())
+    for name, data in wanted.items():
+        assert await read(storage, f"p/{name}") == data
+        assert (await storage.restore_key(f"p/{name}")).places == ()
+    assert await files(storage) == wanted
 
 
 async def test_a_storage_with_token_keys_keeps_them() -> None:

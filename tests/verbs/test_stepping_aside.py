@@ -1,11 +1,19 @@
 """An exact write to a name whose file is being deleted: the old record steps aside, and is finished all the same."""
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
 
-from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotSupported, ProxyStorage
+from aproxy_storage import (
+    AlreadyExists,
+    BackendUnavailable,
+    Conflict,
+    MetaRecord,
+    NotSupported,
+    ObjectInfo,
+    ProxyStorage,
+)
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.testing.faults import Fail, FaultyBackend, Plan, at
@@ -58,6 +66,43 @@ async def test_the_file_of_another_storage_does_not_step_aside(make: Make) -> No
     assert await content_of(one, "a.txt") == b"3"
 
 
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("saved_anew", [False, True])
+async def test_an_overwriting_save_that_meets_a_delete(
+    make: Make, monkeypatch: pytest.MonkeyPatch, saved_anew: bool, once: bool
+) -> None:
+    storage = make(settle=900.0)
+    await overwrite(storage, b"1")
+    backend = storage.get_original()
+    write = backend.write
+
+    async def write_and_delete(*args: Any, **options: Any) -> ObjectInfo:
+        monkeypatch.setattr(backend, "write", write)
+        info = await write(*args, **options)
+        await storage.delete("a.txt")
+        if saved_anew:
+            await storage.save("a.txt", b"2")
+        return info
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"whole"
+
+    monkeypatch.setattr(backend, "write", write_and_delete)
+    if once:  # there is nothing left to store
+        with pytest.raises(Conflict):
+            await storage.write_to("a.txt", chunks(), exclusive=False)
+        assert await storage.exists("a.txt") is saved_anew
+    else:
+        await storage.write_to("a.txt", b"whole", exclusive=False)
+        assert await content_of(storage, "a.txt") == b"whole"
+    await overwrite(storage, b"3")  # the name is not blocked
+    for _ in range(3):
+        await reconcile(storage, dry_run=False, force=True)
+    assert await content_of(storage, "a.txt") == b"3"
+    assert len([info async for info in storage.get_original().list()]) == 1
+    assert await storage.meta.count() == 1
+
+
 async def test_a_save_finds_its_name_free_too(make: Make) -> None:
     storage = make(keep_replaced=60.0)
     await overwrite(storage, b"1")
@@ -107,7 +152,7 @@ async def test_a_save_that_is_undone_does_not_step_aside() -> None:
     with pytest.raises(BackendUnavailable):
         await storage.save("a.txt", b"1")
     assert (await storage.meta.get("a.txt")).state == "deleting"
-    with pytest.raises(AlreadyExists):
+    with pytest.raises(AlreadyExists, match=r"reconcile \(or tidy\) .* from 20\d\d-.* UTC on"):
         await overwrite(storage, b"2")
     await storage.aclose()
 
@@ -139,4 +184,24 @@ async def test_deleted_and_written_again_in_one_transaction() -> None:
     assert "a.txt" not in await keys(storage)
     await storage.restore_key("a.txt")
     assert "a.txt" in await keys(storage)
+    await storage.aclose()
+
+
+async def test_replaced_deleted_and_written_again_in_one_transaction(caplog: pytest.LogCaptureFixture) -> None:
+    meta = TransactionalMeta()
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+    await storage.save("a.txt", b"1")
+    async with meta.atomic():
+        await storage.replace("a.txt", b"2")
+        await storage.delete("a.txt")
+        await overwrite(storage, b"3")
+    assert "left to reconcile" not in caplog.text
+    assert await keys(storage) == [(await storage.get("a.txt")).original_storage_path]
+    (aside,) = set(meta._rows) - {"a.txt"}
+    assert {place.state for place in (await meta.get(aside)).all_places()} == {"settling"}
+    for _ in range(2):
+        await reconcile(storage, dry_run=False, force=True)
+    assert await meta.count() == 1
+    await storage.restore_key("a.txt")
+    assert await keys(storage) == ["a.txt"]
     await storage.aclose()
