@@ -152,10 +152,12 @@ class BridgeStorage(AsyncTwins):
         """Store at exactly `name`: a new file or, unless `exclusive`, new bytes for the one there; return its record.
 
         What a file opened for writing does when it is closed. Where the storage has a prefix, the name gets it unless
-        it begins with it. `over`: only while the file has the bytes that this record of it says.
+        it begins with it. `over`: only while the file has the bytes that this record of it says. `extra` is added to
+        what a file that was there has.
 
         Raises:
-            AlreadyExists: with `exclusive`. NotFound, Conflict: with `over`. And as `save`.
+            AlreadyExists: with `exclusive`. NotFound, Conflict: with `over`. ContentError: also where storing had to
+            begin anew, as when the file was moved meanwhile, and the content can be read only once. And as `save`.
         """
         prepared = in_callers_thread(content)
         return self._await(

@@ -15,6 +15,7 @@ from django.conf import settings
 from django.core.files.utils import validate_file_name
 
 from aproxy_storage import AlreadyExists, Conflict, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
+from aproxy_storage.content import Source
 from aproxy_storage.files import Opening
 
 from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
@@ -200,24 +201,39 @@ class AsyncTwins(ConfiguredStorage):
         saving: Saving | None = None,
     ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there, or of `over`."""
+        proxy, path, asks = self.proxy, self._full(name), saving or Saving()
         if over is not None:
-            return await self._with_its_key(await self._replace_bytes(over, content))
-        proxy, path = self.proxy, self._full(name)
+            replaced = await self._replace_bytes(over, content, asks.content_type)
+            return await self._with_its_key(await self._with_extra(replaced, asks.extra))
         if await self._ais_on_disk(path) and not await self._is_known(path):
             raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
-        asks = saving or Saving()
         record = await proxy.write_to(
             path, content, exclusive=exclusive, using=asks.using, content_type=asks.content_type, extra=asks.extra
         )
-        if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
-            record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
+        record = await self._with_extra(record, asks.extra)  # it may have been there before
         return record if exclusive else await self._with_its_key(record)
 
-    async def _replace_bytes(self, record: MetaRecord, content: Any) -> MetaRecord:
+    async def _with_extra(self, record: MetaRecord, extra: Mapping[str, Any] | None) -> MetaRecord:
+        """Add `extra` to a file's extra fields, where they differ; return its record."""
+        if extra is None or all(record.get(key) == value for key, value in extra.items()):
+            return record
+        return await self.proxy.update(record, extra={**record.extra, **extra})
+
+    async def _replace_bytes(self, record: MetaRecord, content: Any, content_type: str | None) -> MetaRecord:
         """Replace those bytes of a file that `record` says, wherever they have been brought meanwhile."""
+        source = self.proxy._source(content, None)  # one for all: what can be read only once is refused, not stored empty
+        try:
+            return await self._replace_from(source, record, content_type)
+        finally:
+            if source is not content:
+                await source.aclose(within=self.proxy.timeouts.cleanup)
+
+    async def _replace_from(self, source: Source, record: MetaRecord, content_type: str | None) -> MetaRecord:
         while True:
             try:
-                return await self.proxy.replace(record.path, content, expect_version=record.revision)
+                return await self.proxy.replace(
+                    record.path, source, content_type=content_type, expect_version=record.revision
+                )
             except Conflict as error:
                 current = await self.proxy.get(record.path)
                 # Not by the key, which comes back in a directory that is published.

@@ -8,13 +8,14 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, Storage, storages
@@ -27,7 +28,7 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
-from aproxy_storage import Conflict, MetaRecord, NotFound, Place, ProxyStorage
+from aproxy_storage import Conflict, ContentError, MetaRecord, NotFound, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
@@ -196,6 +197,20 @@ class Failing(ContentFile):
     def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
         yield b"half"
         raise OSError("the disk of the upload")
+
+
+class Once(ContentFile):
+    """Can be read once; `pieces` makes what it has."""
+
+    def __init__(self, pieces: Callable[[], Iterator[bytes]]) -> None:
+        super().__init__(b"")
+        self.left = pieces()
+
+    def seekable(self) -> bool:
+        return False
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        yield from self.left
 
 
 class OneShot(io.RawIOBase):
@@ -498,6 +513,45 @@ def test_a_file_that_was_only_moved_is_written_into(storage: BridgeStorage) -> N
     assert content_of(storage, "a.txt") == b"4123"
 
 
+@pytest.fixture
+def moving(tmp_path: Path, default: object) -> Iterator[BridgeStorage]:
+    """A storage with two originals."""
+    proxy = ProxyStorage(
+        f"moving-{tmp_path.name}", originals={"a": MemoryBackend(), "b": MemoryBackend()}, meta=MemoryMetaBackend()
+    )
+    yield BridgeStorage(storage=proxy)
+    bridge.call(proxy.aclose)
+
+
+def test_content_that_can_be_read_once_is_not_stored_as_nothing(moving: BridgeStorage) -> None:
+    """The bytes of the file are brought elsewhere while the content is read, so that storing begins anew."""
+    moving.save("a.txt", ContentFile(b"old"))
+    record = moving.get("a.txt")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"new "
+        moving.move("a.txt", "b")
+        yield b"content"
+
+    content = Once(pieces)
+    with pytest.raises(ContentError):
+        moving.publish("a.txt", content, over=record)
+    assert content_of(moving, "a.txt") == b"old"
+    with moving.open("a.txt", "r+b") as file:
+        file.write(b"new")
+        moving.move("a.txt", "a")
+    assert content_of(moving, "a.txt") == b"new", "this can be read again"
+
+
+def test_publishing_over_a_record_keeps_to_what_it_is_asked(storage: BridgeStorage) -> None:
+    storage.save("a.txt", ContentFile(b"old"), extra={"mine": 1})
+    asked = {"content_type": "text/x-own", "extra": {"tag": "x"}}
+    record = storage.publish("a.txt", b"new", over=storage.get("a.txt"), **asked)
+    assert (record.content_type, dict(record.extra)) == ("text/x-own", {"mine": 1, "tag": "x"})
+    assert storage.get("a.txt").content_type == "text/x-own"
+    assert content_of(storage, "a.txt") == b"new"
+
+
 @pytest.mark.parametrize("mode", ["w", "wb", "xb", "ab"])
 def test_a_file_for_writing_is_not_read(storage: BridgeStorage, mode: str) -> None:
     with storage.open("a.txt", mode) as file:
@@ -634,13 +688,9 @@ def test_a_file_that_is_in_the_original_is_taken_in(default: BridgeStorage, medi
 
 
 async def asave_adopting(storage: BridgeStorage) -> str:
-    from django.db import connections
-
     try:
         return await storage.asave("renamed.txt", None, original_storage_path="second.txt")
     finally:
-        from asgiref.sync import sync_to_async
-
         await sync_to_async(connections.close_all)()
 
 
@@ -745,9 +795,6 @@ def test_overwriting_beside_others_keeps_the_key(
 
 
 async def overwritten(storage: BridgeStorage) -> str:
-    from asgiref.sync import sync_to_async
-    from django.db import connections
-
     path = await storage.asave("a.txt", b"fourth")
     await sync_to_async(connections.close_all)()
     return path
