@@ -156,7 +156,8 @@ class BridgeStorage(AsyncTwins):
         what a file that was there has.
 
         Raises:
-            AlreadyExists: with `exclusive`. NotFound, Conflict: with `over`. ContentError: also where storing had to
+            AlreadyExists: with `exclusive`; where the URL is the path also if something without a record lies there.
+            NotFound, Conflict: with `over`. ContentError: also where storing had to
             begin anew, as when the file was moved meanwhile, and the content can be read only once. And as `save`.
         """
         prepared = in_callers_thread(content)
@@ -415,12 +416,16 @@ class BridgeStorage(AsyncTwins):
         return self.bridge.call(self._replace, asked(name), in_callers_thread(content), **options)
 
     def rename(self, name: str, new_name: str) -> MetaRecord:
-        """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path."""
+        """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path.
+
+        Raises:
+            AlreadyExists: the name is taken; where the URL is the path also by something without a record.
+        """
         return self._to(new_name, self._rename, asked(name))
 
     def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
-        return self._to(new_name, self.proxy.copy, asked(name), using=using)
+        return self._to(new_name, self._copy, asked(name), using=using)
 
     def _to(self, new_name: str, function: Callable[..., Coroutine[Any, Any, T]], name: str, **options: Any) -> T:
         try:
@@ -433,7 +438,11 @@ class BridgeStorage(AsyncTwins):
         return self.bridge.call(self.proxy.move, asked(name), using)
 
     def adopt(self, original_storage_path: str, *, name: str | os.PathLike[str] | None = None, **options: Any) -> str:
-        """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`."""
+        """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`.
+
+        Raises:
+            AlreadyExists: also where the URL is the path, and something else without a record has that of `name`.
+        """
         if name is not None:
             name = wished(name)
-        return self.bridge.call(self.proxy.adopt, original_storage_path, name=name, **options)
+        return self.bridge.call(self._adopt, original_storage_path, name=name, **options)

@@ -8,15 +8,26 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.files.utils import validate_file_name
 
-from aproxy_storage import AlreadyExists, Conflict, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
+from aproxy_storage import (
+    AlreadyExists,
+    AsyncWriter,
+    Conflict,
+    InvalidPath,
+    MetaRecord,
+    NotFound,
+    NotSupported,
+    StorageError,
+)
 from aproxy_storage.content import Source
 from aproxy_storage.files import Opening
+from aproxy_storage.paths import alternative
 
 from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
 
@@ -54,7 +65,7 @@ class AsyncTwins(ConfiguredStorage):
         """
         if original_storage_path:
             given = wished(name) if name is not None else None
-            return await self.proxy.adopt(
+            return await self._adopt(
                 original_storage_path, name=given, using=using, content_type=content_type, extra=extra
             )
         target = wished(content.name if name is None else name)
@@ -76,21 +87,24 @@ class AsyncTwins(ConfiguredStorage):
 
     def aopen(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> Opening[Any]:
         """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too."""
-        if isinstance(name, MetaRecord):
-            return self.proxy.open(name, mode)  # type: ignore[call-overload, no-any-return]
-        text = asked(name)
-        if mode != "rb":
-            text = self._full(text)
-        if not self.read_through:
-            return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
+        found = name if isinstance(name, MetaRecord) else asked(name)
+        if mode in ("wb", "xb"):
+            path = found.path if isinstance(found, MetaRecord) else self._full(found)
+            return Opening(partial(self._open_writer, path, mode))
+        if isinstance(found, MetaRecord) or mode != "rb" or not self.read_through:
+            return self.proxy.open(found, mode)  # type: ignore[call-overload, no-any-return]
+        text = found
 
         async def opened() -> Any:
             found = await self._touched(text)
-            if mode == "rb" and isinstance(found, MetaRecord):
-                return await self.proxy.open_current(found)
-            return await self.proxy.open(found, mode)  # type: ignore[call-overload]
+            return await (self.proxy.open_current(found) if isinstance(found, MetaRecord) else self.proxy.open(found))
 
         return Opening(opened)
+
+    async def _open_writer(self, path: str, mode: str) -> AsyncWriter:
+        await self._touched(path)
+        await self._check_recorded(path)
+        return await self.proxy.open(path, mode)  # type: ignore[call-overload, no-any-return]
 
     async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
@@ -205,8 +219,7 @@ class AsyncTwins(ConfiguredStorage):
         if over is not None:
             replaced = await self._replace_bytes(over, content, asks.content_type)
             return await self._with_its_key(await self._with_extra(replaced, asks.extra))
-        if await self._ais_on_disk(path) and not await self._is_known(path):
-            raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
+        await self._check_recorded(path)
         record = await proxy.write_to(
             path, content, exclusive=exclusive, using=asks.using, content_type=asks.content_type, extra=asks.extra
         )
@@ -221,7 +234,9 @@ class AsyncTwins(ConfiguredStorage):
 
     async def _replace_bytes(self, record: MetaRecord, content: Any, content_type: str | None) -> MetaRecord:
         """Replace those bytes of a file that `record` says, wherever they have been brought meanwhile."""
-        source = self.proxy._source(content, None)  # one for all: what can be read only once is refused, not stored empty
+        source = self.proxy._source(
+            content, None
+        )  # one for all: what can be read only once is refused, not stored empty
         try:
             return await self._replace_from(source, record, content_type)
         finally:
@@ -244,6 +259,27 @@ class AsyncTwins(ConfiguredStorage):
                 ):
                     raise
                 record = current
+
+    async def _check_recorded(self, path: str) -> None:
+        """Refuse a name under which something without a record lies in a directory that is published: its URL would
+        lead to that.
+
+        Raises:
+            AlreadyExists.
+        """
+        if not await self._ais_on_disk(path) or await self._is_known(path) or await self._owners_of(path):
+            return
+        raise AlreadyExists(
+            f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first, or take another name",
+            path=path, backend=repr(self),
+        )  # fmt: skip
+
+    async def _owners_of(self, path: str) -> list[str]:
+        """Return the paths of those files of ours that have the key of `path`: renamed, say, in a transaction."""
+        proxy, key = self.proxy, path.removeprefix(self.proxy.prefix)
+        owners = (await proxy.meta.owners(next(iter(proxy.originals)), [key])).get(key, ())
+        records = await proxy.meta.get_many(owners) if owners else ()
+        return [record.path for record in records if record is not None and record.proxy_storage_name == proxy.name]
 
     async def _is_known(self, path: str) -> bool:
         """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,
@@ -301,17 +337,41 @@ class AsyncTwins(ConfiguredStorage):
             if self._has_its_key(record):
                 continue
             try:
-                if dry_run or self._has_its_key(await self.proxy.restore_key(record.path)):
+                latest = record if dry_run else await self.proxy.restore_key(record.path)
+                if dry_run or self._has_its_key(latest):
                     found[record.path] = None
+                elif not any(place.state in _UNDER_WAY for place in latest.places):
+                    found[record.path] = await self._obstacle(latest)
             except StorageError as error:
                 found[record.path] = error
         return found
+
+    async def _obstacle(self, record: MetaRecord) -> AlreadyExists:
+        """Return why a file cannot be given its own key."""
+        owners = await self._owners_of(record.path)
+        who = f"belongs to {owners[0]!r}" if owners else "has something without a record"
+        way = "that has to get its own first" if owners else "adopt that under another name, or move it away"
+        return AlreadyExists(f"the key that its URL says {who}; {way}", path=record.path, backend=repr(self))
 
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         return await self._with_its_key(await self.proxy.replace(name, content, **options))
 
     async def _rename(self, name: str, new_name: str) -> MetaRecord:
+        await self._check_recorded(new_name)
         return await self._with_its_key(await self.proxy.rename(name, new_name))
+
+    async def _copy(self, name: str, new_name: str, **options: Any) -> str:
+        proxy, path = self.proxy, self.proxy.prefix + new_name
+        while await self._ais_on_disk(path):
+            longest = proxy.get_original().capabilities.max_segment_bytes
+            path = alternative(path, max_bytes=proxy.max_path_bytes, max_segment_bytes=longest)
+        return await proxy.copy(name, path.removeprefix(proxy.prefix), **options)
+
+    async def _adopt(self, original_storage_path: str, *, name: str | None = None, **options: Any) -> str:
+        path = original_storage_path if name is None else name
+        if path.removeprefix(self.proxy.prefix) != original_storage_path:
+            await self._check_recorded(path)
+        return await self.proxy.adopt(original_storage_path, name=name, **options)
 
 
 def as_set(moment: datetime | None) -> datetime:

@@ -62,6 +62,14 @@ def content_of(storage: Storage, name: str) -> bytes:
     return data
 
 
+async def written(storage: BridgeStorage, name: str, data: bytes, mode: str = "wb") -> None:
+    try:
+        async with storage.aopen(name, mode) as file:
+            await file.write(data)
+    finally:
+        await sync_to_async(connections.close_all)()
+
+
 # -- saving and names
 
 
