@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
@@ -104,7 +104,10 @@ class AsyncTwins(ConfiguredStorage):
     async def _open_writer(self, path: str, mode: str) -> AsyncWriter:
         await self._touched(path)
         await self._check_recorded(path)
-        return await self.proxy.open(path, mode)  # type: ignore[call-overload, no-any-return]
+        file: AsyncWriter = await self.proxy.open(path, mode)  # type: ignore[call-overload]
+        if isinstance(file, AsyncWriter):  # not what an `open` of a subclass makes
+            file._then = self._with_its_key
+        return file
 
     async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
@@ -327,13 +330,16 @@ class AsyncTwins(ConfiguredStorage):
     def _has_its_key(self, record: MetaRecord) -> bool:
         return record.original_storage_path == record.path.removeprefix(self.proxy.prefix)
 
-    async def restore_keys(self, *, dry_run: bool = False) -> Mapping[str, StorageError | None]:
+    async def restore_keys(
+        self, paths: Sequence[str] | None = None, *, dry_run: bool = False
+    ) -> Mapping[str, StorageError | None]:
         """In a directory that is published, give those files their own keys that simultaneous overwritings left
-        without, so that their URLs lead to them again. Return their paths, with what is in the way."""
+        without, so that their URLs lead to them again: of `paths`, or of all. Return their paths, with what is in the
+        way."""
         found: dict[str, StorageError | None] = {}
         if self._published is None:
             return found
-        async for record in self.proxy.list():
+        async for record in self.proxy.list() if paths is None else self._records(paths):
             if self._has_its_key(record):
                 continue
             try:
@@ -345,6 +351,11 @@ class AsyncTwins(ConfiguredStorage):
             except StorageError as error:
                 found[record.path] = error
         return found
+
+    async def _records(self, paths: Sequence[str]) -> AsyncIterator[MetaRecord]:
+        for record in await self.proxy.get_many(list(dict.fromkeys(paths))):
+            if record is not None:
+                yield record
 
     async def _obstacle(self, record: MetaRecord) -> AlreadyExists:
         """Return why a file cannot be given its own key."""

@@ -769,11 +769,14 @@ def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"third"
     assert asyncio.run(overwritten(storage)) == "a.txt"
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"fourth"
+    asyncio.run(written(storage, "a.txt", b"fifth"))
+    assert (tmp_path / "public" / "a.txt").read_bytes() == b"fifth"
+    assert storage.get("a.txt").original_storage_path == "a.txt"
 
 
-@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(("lasting", "scan"), [(False, True), (True, True), (True, False)])
 def test_overwriting_beside_others_keeps_the_key(
-    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool, scan: bool
 ) -> None:
     monkeypatch.setattr(storages["default"], "allow_overwrite", True)
     default.save("a.txt", ContentFile(b"first"))
@@ -795,9 +798,9 @@ def test_overwriting_beside_others_keeps_the_key(
         default.save("a.txt", ContentFile(b"second"))
     assert calls == 3
     assert (media / "a.txt").read_bytes() == (b"first" if lasting else b"second")
-    said = io.StringIO()
-    call_command("proxystorage_reconcile", "default", "--scan", stdout=said)
-    call_command("proxystorage_reconcile", "default", "--scan", "--apply", stdout=said)
+    said, options = io.StringIO(), {"scan": scan, "force": True}
+    call_command("proxystorage_reconcile", "default", **options, stdout=said)
+    call_command("proxystorage_reconcile", "default", **options, apply=True, stdout=said)
     assert said.getvalue().count("1 with the key that their URL says") == (2 if lasting else 0)
     assert (media / "a.txt").read_bytes() == b"second"
 
