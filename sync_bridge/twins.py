@@ -29,7 +29,7 @@ from aproxy_storage.content import Source
 from aproxy_storage.files import Opening
 from aproxy_storage.paths import alternative
 
-from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
+from .base import ConfiguredStorage, Saving, asked, plain, suspicious, url_below, wished
 
 __all__ = ["AsyncTwins", "as_set", "awaited"]
 
@@ -86,25 +86,34 @@ class AsyncTwins(ConfiguredStorage):
         return path
 
     def aopen(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> Opening[Any]:
-        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too."""
-        found = name if isinstance(name, MetaRecord) else asked(name)
+        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too.
+
+        Raises (when awaited or entered):
+            AlreadyExists: for writing, where the URL is the path and something without a record lies there;
+            with ``"xb"`` also a file. SuspiciousFileOperation. And as `ProxyStorage.open`.
+        """
+        if isinstance(name, MetaRecord) and mode == "rb":
+            return self.proxy.open(name)
+        text = name.path if isinstance(name, MetaRecord) else asked(name)
         if mode in ("wb", "xb"):
-            path = found.path if isinstance(found, MetaRecord) else self._full(found)
-            return Opening(partial(self._open_writer, path, mode))
-        if isinstance(found, MetaRecord) or mode != "rb" or not self.read_through:
-            return self.proxy.open(found, mode)  # type: ignore[call-overload, no-any-return]
-        text = found
+            return Opening(partial(self._open_writer, text, mode))
+        if mode != "rb" or (plain(text) == text and not self.read_through):
+            return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
 
         async def opened() -> Any:
-            found = await self._touched(text)
+            found = await self._found(text)
             return await (self.proxy.open_current(found) if isinstance(found, MetaRecord) else self.proxy.open(found))
 
         return Opening(opened)
 
-    async def _open_writer(self, path: str, mode: str) -> AsyncWriter:
+    async def _open_writer(self, name: str, mode: str) -> AsyncWriter:
+        path = self._full(await self._spelled(name))
         await self._touched(path)
         await self._check_recorded(path)
-        file: AsyncWriter = await self.proxy.open(path, mode)  # type: ignore[call-overload]
+        try:
+            file: AsyncWriter = await self.proxy.open(path, mode)  # type: ignore[call-overload]
+        except InvalidPath as error:
+            raise suspicious(error) from error
         if isinstance(file, AsyncWriter):  # not what an `open` of a subclass makes
             file._then = self._with_its_key
         return file
@@ -120,25 +129,24 @@ class AsyncTwins(ConfiguredStorage):
         """Delete a file, as `delete`."""
         if not name:
             raise ValueError("The name must be given to delete().")
-        await self.proxy.delete(await self._touched(asked(name)), missing_ok=True)
+        await self.proxy.delete(await self._found(asked(name)), missing_ok=True)
 
     async def aexists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is such a file."""
         text = asked(name)
         if not text:
             return False
-        if self.read_through:
-            return isinstance(await self._touched(text), MetaRecord)
-        return await self.proxy.exists(text)
+        found = await self._found(text)
+        return isinstance(found, MetaRecord) or (not self.read_through and await self.proxy.exists(found))
 
     async def asize(self, name: str | os.PathLike[str]) -> int:
         """Return the size in bytes. Raises FileNotFoundError."""
-        return await self.proxy.size(await self._touched(asked(name)))
+        return await self.proxy.size(await self._found(asked(name)))
 
     async def aurl(self, name: str | os.PathLike[str], **options: Any) -> str:
         """Return the URL as the record says: exact also where `url` can only say what it was by its name."""
         try:
-            return await self.proxy.url(await self._touched(asked(name)), **options)
+            return await self.proxy.url(await self._found(asked(name)), **options)
         except NotSupported:
             if (base := self._given.get("base_url")) is None or options:
                 raise
@@ -147,6 +155,10 @@ class AsyncTwins(ConfiguredStorage):
     async def alistdir(self, path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         """Return the names of the directories and of the files in a directory."""
         text = asked(path).strip("/")
+        found = await self._listed(text)
+        return found if any(found) or plain(text) == text else await self._listed(plain(text))
+
+    async def _listed(self, text: str) -> tuple[list[str], list[str]]:
         prefix, own = "" if text in ("", ".") else f"{text}/", self.proxy.prefix
         if len(prefix) < len(own) and own.startswith(prefix):  # there the way to the files is all that there is
             found = [record async for record in self.proxy.list(own, limit=1)]
@@ -175,8 +187,18 @@ class AsyncTwins(ConfiguredStorage):
         return as_set(changed)
 
     async def _record(self, name: str | os.PathLike[str]) -> MetaRecord:
-        found = await self._touched(asked(name))
+        found = await self._found(asked(name))
         return found if isinstance(found, MetaRecord) else await self.proxy.get(found)
+
+    async def _spelled(self, name: str) -> str:
+        """Return `name`, or, unless there is a file of exactly that name, what it is without what means nothing in it.
+
+        Old records may have any names; new ones have plain ones.
+        """
+        return name if plain(name) == name or await self.proxy.exists(name) else plain(name)
+
+    async def _found(self, name: str) -> str | MetaRecord:
+        return await self._touched(await self._spelled(name))
 
     async def _touched(self, name: str) -> str | MetaRecord:
         """Return `name`; with `read_through` its record, which it gets now if only the original has it."""
@@ -218,7 +240,7 @@ class AsyncTwins(ConfiguredStorage):
         saving: Saving | None = None,
     ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there, or of `over`."""
-        proxy, path, asks = self.proxy, self._full(name), saving or Saving()
+        proxy, path, asks = self.proxy, self._full(await self._spelled(name)), saving or Saving()
         if over is not None:
             replaced = await self._replace_bytes(over, content, asks.content_type)
             return await self._with_its_key(await self._with_extra(replaced, asks.extra))
@@ -365,18 +387,27 @@ class AsyncTwins(ConfiguredStorage):
         return AlreadyExists(f"the key that its URL says {who}; {way}", path=record.path, backend=repr(self))
 
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
-        return await self._with_its_key(await self.proxy.replace(name, content, **options))
+        return await self._with_its_key(await self.proxy.replace(await self._spelled(name), content, **options))
 
     async def _rename(self, name: str, new_name: str) -> MetaRecord:
         await self._check_recorded(new_name)
-        return await self._with_its_key(await self.proxy.rename(name, new_name))
+        return await self._with_its_key(await self.proxy.rename(await self._spelled(name), new_name))
 
     async def _copy(self, name: str, new_name: str, **options: Any) -> str:
         proxy, path = self.proxy, self.proxy.prefix + new_name
         while await self._ais_on_disk(path):
             longest = proxy.get_original().capabilities.max_segment_bytes
             path = alternative(path, max_bytes=proxy.max_path_bytes, max_segment_bytes=longest)
-        return await proxy.copy(name, path.removeprefix(proxy.prefix), **options)
+        return await proxy.copy(await self._spelled(name), path.removeprefix(proxy.prefix), **options)
+
+    async def _move(self, name: str, using: str) -> MetaRecord:
+        return await self.proxy.move(await self._spelled(name), using)
+
+    async def _update(self, name: str, extra: Mapping[str, Any]) -> MetaRecord:
+        return await self.proxy.update(await self._spelled(name), extra=extra)
+
+    async def _get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
+        return await self.proxy.get_many([await self._spelled(name) for name in names])
 
     async def _adopt(self, original_storage_path: str, *, name: str | None = None, **options: Any) -> str:
         path = original_storage_path if name is None else name

@@ -138,12 +138,63 @@ def test_what_means_nothing_in_a_name_is_left_out(storage: BridgeStorage, name: 
     assert [record and record.path for record in storage.get_many(["x\\y.txt", "../y"])] == ["x/y.txt", None]
 
 
+@pytest.mark.parametrize("name", ["x//y.txt", "./x/y.txt"])
+def test_what_means_nothing_in_a_name_finds_the_file_too(storage: BridgeStorage, name: str) -> None:
+    with storage.open(name, "xb") as file:
+        file.write(b"1")
+    with storage.open(name, "ab") as file:
+        file.write(b"2")
+    assert file.record.path == file.name == "x/y.txt"
+    assert storage.publish(name, b"123").path == "x/y.txt"
+    assert storage.exists(name)
+    assert storage.size(name) == 3
+    assert content_of(storage, name) == b"123"
+    assert storage.listdir("./x") == ([], ["y.txt"])
+    assert storage.get(name).path == storage.get_many([name])[0].path == "x/y.txt"
+    assert storage.update(name, extra={"tag": "x"})["tag"] == "x"
+    storage.replace(name, b"1")
+    assert storage.get_created_time(name)
+
+    async def main() -> None:
+        try:
+            async with storage.aopen(name, "wb") as file:
+                await file.write(b"12")
+            assert await storage.aexists(name)
+            assert await storage.asize(name) == 2
+            async with storage.aopen(name) as file:
+                assert await file.read() == b"12"
+            await storage.adelete(name)
+        finally:
+            await sync_to_async(connections.close_all)()
+            await storage.proxy.aclose()
+
+    asyncio.run(main())
+    assert not storage.exists("x/y.txt")
+    storage.save(name, ContentFile(b"1"))
+    storage.delete(name)
+    assert not storage.exists("x/y.txt")
+
+
+def test_a_record_with_such_a_name_goes_first(storage: BridgeStorage) -> None:
+    record = storage.get(storage.save("o.txt", ContentFile(b"old")))
+    bridge.call(storage.proxy.meta.update, record.path, {"path": "x//y.txt"}, expect=record.revision)
+    storage.save("x/y.txt", ContentFile(b"new"))
+    assert content_of(storage, "x//y.txt") == b"old"
+    assert content_of(storage, "./x/y.txt") == b"new"
+    storage.delete("x//y.txt")
+    assert content_of(storage, "x//y.txt") == b"new"
+
+
 def test_a_name_that_cannot_be_stored_is_suspicious_for_every_verb(storage: BridgeStorage) -> None:
     storage.save("a.txt", ContentFile(b"1"))
     for change in (storage.rename, storage.copy):
         for name in ("../a", "a\x00b"):
             with pytest.raises(SuspiciousFileOperation):
                 change("a.txt", name)
+    with pytest.raises(SuspiciousFileOperation), storage.open("a\x00b", "wb") as file:
+        file.write(b"1")
+    with pytest.raises(SuspiciousFileOperation):
+        asyncio.run(written(storage, "a\x00b", b"1"))
 
 
 def test_a_storage_is_copied_and_pickled_before_and_after_use(default: object, tmp_path: Path) -> None:
