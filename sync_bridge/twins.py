@@ -362,17 +362,24 @@ class AsyncTwins(ConfiguredStorage):
         if self._published is None:
             return found
         async for record in self.proxy.list() if paths is None else self._records(paths):
-            if self._has_its_key(record):
-                continue
-            try:
-                latest = record if dry_run else await self.proxy.restore_key(record.path)
-                if dry_run or self._has_its_key(latest):
-                    found[record.path] = None
-                elif not any(place.state in _UNDER_WAY for place in latest.places):
-                    found[record.path] = await self._obstacle(latest)
-            except StorageError as error:
-                found[record.path] = error
+            if not self._has_its_key(record):
+                await self._restore_into(found, record, dry_run)
+        tried = 0
+        while tried != len(blocked := [path for path, problem in found.items() if isinstance(problem, AlreadyExists)]):
+            tried = len(blocked)  # maybe by one another
+            async for record in self._records(blocked):
+                await self._restore_into(found, record, dry_run)
         return found
+
+    async def _restore_into(self, found: dict[str, StorageError | None], record: MetaRecord, dry_run: bool) -> None:
+        try:
+            latest = record if dry_run else await self.proxy.restore_key(record.path)
+            if dry_run or self._has_its_key(latest):
+                found[record.path] = None
+            elif not any(place.state in _UNDER_WAY for place in latest.places):
+                found[record.path] = await self._obstacle(latest)
+        except StorageError as error:
+            found[record.path] = error
 
     async def _records(self, paths: Sequence[str]) -> AsyncIterator[MetaRecord]:
         for record in await self.proxy.get_many(list(dict.fromkeys(paths))):
