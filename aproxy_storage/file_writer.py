@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -33,6 +33,8 @@ class AsyncWriter:
         self.mode = mode
         self.closed = False
         self.record: MetaRecord | None = None  # of the new file, once it is published
+        #: Awaited by `aclose` with that record; returns what it is then. For those who open files on behalf of others.
+        self._then: Callable[[MetaRecord], Awaitable[MetaRecord]] | None = None
         self._chunk_bytes = chunk_bytes
         self._pending = bytearray()  # less than a chunk
         self._chunks: deque[bytes] = deque()
@@ -102,6 +104,8 @@ class AsyncWriter:
             await self.abort()
             raise
         self.record = outcome_of(self._task)
+        if self._then is not None:
+            self.record = await self._then(self.record)
 
     async def abort(self) -> None:
         """Publish nothing; idempotent."""

@@ -38,6 +38,7 @@ __all__ = [
     "find_proxy",
     "live_storages",
     "named",
+    "plain",
     "root_of",
     "saving",
     "suspicious",
@@ -352,6 +353,13 @@ def asked(name: str | os.PathLike[str]) -> str:
     if ".." in text and ".." in pathlib.PurePosixPath(text).parts:
         raise SuspiciousFileOperation(f"Detected path traversal attempt in {text!r}")
     return text
+
+
+def plain(name: str) -> str:
+    """Return a name without what means nothing in it, as in ``a//./b``."""
+    if not name or name.endswith("/") or (".." in name and ".." in name.split("/")):
+        return name
+    return posixpath.normpath(name)
 
 
 def url_below(base: str, name: str | os.PathLike[str]) -> str:

@@ -19,7 +19,7 @@ from aproxy_storage.files import Opening
 from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
-from .base import Saving, SuspiciousPath, asked, named, saving, suspicious, url_below, wished
+from .base import Saving, SuspiciousPath, asked, named, plain, saving, suspicious, url_below, wished
 from .bridge import refuse_on_event_loop, who_patched_threads
 from .files import (
     FIRST_BYTES,
@@ -152,21 +152,27 @@ class BridgeStorage(AsyncTwins):
         """Store at exactly `name`: a new file or, unless `exclusive`, new bytes for the one there; return its record.
 
         What a file opened for writing does when it is closed. Where the storage has a prefix, the name gets it unless
-        it begins with it. `over`: only while the file has the bytes that this record of it says.
+        it begins with it. `over`: only while the file has the bytes that this record of it says. `extra` is added to
+        what a file that was there has.
 
         Raises:
-            AlreadyExists: with `exclusive`. NotFound, Conflict: with `over`. And as `save`.
+            AlreadyExists: with `exclusive`; where the URL is the path also if something without a record lies there.
+            NotFound, Conflict: with `over`. ContentError: also where storing had to
+            begin anew, as when the file was moved meanwhile, and the content can be read only once. And as `save`.
         """
         prepared = in_callers_thread(content)
-        return self._await(
-            self._works_here and is_small(prepared),
-            self._overwrite,
-            name,
-            prepared,
-            exclusive=exclusive,
-            over=over,
-            saving=Saving(content_type=content_type, extra=extra),
-        )
+        try:
+            return self._await(
+                self._works_here and is_small(prepared),
+                self._overwrite,
+                name,
+                prepared,
+                exclusive=exclusive,
+                over=over,
+                saving=Saving(content_type=content_type, extra=extra),
+            )
+        except InvalidPath as error:
+            raise suspicious(error) from error
 
     def open(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> BridgeFile:
         """Open a file, in any mode of the builtin ``open``.
@@ -197,6 +203,8 @@ class BridgeStorage(AsyncTwins):
         if kind == "r" and "+" not in mode:
             return ReadingFile(self, self._opened(self._known(name), self._by_name), name, mode)
         validate_file_name(name, allow_relative_path=True)
+        if plain(name) != name:
+            name = self.bridge.call(self._spelled, name)
         return WritingFile(self, self._full(name), mode)
 
     def _opened(self, found: str | MetaRecord, opening: Callable[[Any], Opening[AsyncFile]]) -> ReadFirst:
@@ -207,7 +215,7 @@ class BridgeStorage(AsyncTwins):
         return self.bridge.call(self._open_first, found, opening)
 
     async def _open_first(self, name: str | MetaRecord, opening: Callable[[Any], Opening[AsyncFile]]) -> ReadFirst:
-        found = await self._touched(name) if isinstance(name, str) else name
+        found = await self._found(name) if isinstance(name, str) else name
         return await open_for_reading(opening(found))
 
     def _by_name(self, found: str | MetaRecord) -> Opening[AsyncFile]:
@@ -246,6 +254,11 @@ class BridgeStorage(AsyncTwins):
             return None
         return proxy.meta.look_here if proxy.meta.looks_here else None
 
+    def _looked_up(self, look: Callable[[str], MetaRecord | None], name: str) -> MetaRecord | None:
+        """Return the record of the file of that name, as `_spelled`, if there is one of this storage."""
+        record = self._mine(look(name))
+        return record if record is not None or plain(name) == name else self._mine(look(plain(name)))
+
     def _mine(self, record: MetaRecord | None) -> MetaRecord | None:
         """Return `record` if it is a stored file of this storage."""
         if record is None or record.state != STORED or record.proxy_storage_name != self.proxy.name:
@@ -256,7 +269,7 @@ class BridgeStorage(AsyncTwins):
         """Return the record of `name` where it can be looked up here, else `name`."""
         if (look := self._look) is None or asyncio._get_running_loop() is not None:
             return name
-        if (record := self._mine(look(name))) is None:
+        if (record := self._looked_up(look, name)) is None:
             raise NotFound(f"{self!r} has no file {shown(name)}", operation="get", path=name, backend=repr(self))
         return record
 
@@ -275,7 +288,7 @@ class BridgeStorage(AsyncTwins):
             self.bridge.call(self.adelete, text)
             return
         refuse_on_event_loop(f"{self!r}.delete()", "adelete()")
-        if (record := self._mine(look(text))) is not None:
+        if (record := self._looked_up(look, text)) is not None:
             self._await(self._works_here, self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
@@ -284,7 +297,7 @@ class BridgeStorage(AsyncTwins):
         if (look := self._look) is None or not text:
             return self.bridge.call(self.aexists, text)
         refuse_on_event_loop(f"{self!r}.exists()", "aexists()")
-        return self._mine(look(text)) is not None
+        return self._looked_up(look, text) is not None
 
     def size(self, name: str | os.PathLike[str]) -> int:
         """Return the size in bytes.
@@ -398,11 +411,11 @@ class BridgeStorage(AsyncTwins):
 
     def get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
         """Return the records of `names` in their order, None where there is no such file."""
-        return self.bridge.call(self.proxy.get_many, [os.fspath(name).replace("\\", "/") for name in names])
+        return self.bridge.call(self._get_many, [os.fspath(name).replace("\\", "/") for name in names])
 
     def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
-        return self._await(self._works_here, self.proxy.update, asked(name), extra=extra)
+        return self._await(self._works_here, self._update, asked(name), extra)
 
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.
@@ -413,12 +426,16 @@ class BridgeStorage(AsyncTwins):
         return self.bridge.call(self._replace, asked(name), in_callers_thread(content), **options)
 
     def rename(self, name: str, new_name: str) -> MetaRecord:
-        """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path."""
+        """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path.
+
+        Raises:
+            AlreadyExists: the name is taken; where the URL is the path also by something without a record.
+        """
         return self._to(new_name, self._rename, asked(name))
 
     def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
-        return self._to(new_name, self.proxy.copy, asked(name), using=using)
+        return self._to(new_name, self._copy, asked(name), using=using)
 
     def _to(self, new_name: str, function: Callable[..., Coroutine[Any, Any, T]], name: str, **options: Any) -> T:
         try:
@@ -428,10 +445,14 @@ class BridgeStorage(AsyncTwins):
 
     def move(self, name: str, using: str) -> MetaRecord:
         """Move the bytes of a file into the original `using`; see `ProxyStorage.move`."""
-        return self.bridge.call(self.proxy.move, asked(name), using)
+        return self.bridge.call(self._move, asked(name), using)
 
     def adopt(self, original_storage_path: str, *, name: str | os.PathLike[str] | None = None, **options: Any) -> str:
-        """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`."""
+        """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`.
+
+        Raises:
+            AlreadyExists: also where the URL is the path, and something else without a record has that of `name`.
+        """
         if name is not None:
             name = wished(name)
-        return self.bridge.call(self.proxy.adopt, original_storage_path, name=name, **options)
+        return self.bridge.call(self._adopt, original_storage_path, name=name, **options)

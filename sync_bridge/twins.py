@@ -5,19 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.core.files.utils import validate_file_name
 
-from aproxy_storage import AlreadyExists, Conflict, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
+from aproxy_storage import (
+    AlreadyExists,
+    AsyncWriter,
+    Conflict,
+    InvalidPath,
+    MetaRecord,
+    NotFound,
+    NotSupported,
+    StorageError,
+)
+from aproxy_storage.content import Source
 from aproxy_storage.files import Opening
+from aproxy_storage.paths import alternative
 
-from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
+from .base import ConfiguredStorage, Saving, asked, plain, suspicious, url_below, wished
 
 __all__ = ["AsyncTwins", "as_set", "awaited"]
 
@@ -53,7 +65,7 @@ class AsyncTwins(ConfiguredStorage):
         """
         if original_storage_path:
             given = wished(name) if name is not None else None
-            return await self.proxy.adopt(
+            return await self._adopt(
                 original_storage_path, name=given, using=using, content_type=content_type, extra=extra
             )
         target = wished(content.name if name is None else name)
@@ -74,22 +86,37 @@ class AsyncTwins(ConfiguredStorage):
         return path
 
     def aopen(self, name: str | os.PathLike[str] | MetaRecord, mode: str = "rb") -> Opening[Any]:
-        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too."""
-        if isinstance(name, MetaRecord):
-            return self.proxy.open(name, mode)  # type: ignore[call-overload, no-any-return]
-        text = asked(name)
-        if mode != "rb":
-            text = self._full(text)
-        if not self.read_through:
+        """Open a file: ``async with storage.aopen(name) as file``; see `ProxyStorage.open`, of a record too.
+
+        Raises (when awaited or entered):
+            AlreadyExists: for writing, where the URL is the path and something without a record lies there;
+            with ``"xb"`` also a file. SuspiciousFileOperation. And as `ProxyStorage.open`.
+        """
+        if isinstance(name, MetaRecord) and mode == "rb":
+            return self.proxy.open(name)
+        text = name.path if isinstance(name, MetaRecord) else asked(name)
+        if mode in ("wb", "xb"):
+            return Opening(partial(self._open_writer, text, mode))
+        if mode != "rb" or (plain(text) == text and not self.read_through):
             return self.proxy.open(text, mode)  # type: ignore[call-overload, no-any-return]
 
         async def opened() -> Any:
-            found = await self._touched(text)
-            if mode == "rb" and isinstance(found, MetaRecord):
-                return await self.proxy.open_current(found)
-            return await self.proxy.open(found, mode)  # type: ignore[call-overload]
+            found = await self._found(text)
+            return await (self.proxy.open_current(found) if isinstance(found, MetaRecord) else self.proxy.open(found))
 
         return Opening(opened)
+
+    async def _open_writer(self, name: str, mode: str) -> AsyncWriter:
+        path = self._full(await self._spelled(name))
+        await self._touched(path)
+        await self._check_recorded(path)
+        try:
+            file: AsyncWriter = await self.proxy.open(path, mode)  # type: ignore[call-overload]
+        except InvalidPath as error:
+            raise suspicious(error) from error
+        if isinstance(file, AsyncWriter):  # not what an `open` of a subclass makes
+            file._then = self._with_its_key
+        return file
 
     async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
@@ -102,25 +129,24 @@ class AsyncTwins(ConfiguredStorage):
         """Delete a file, as `delete`."""
         if not name:
             raise ValueError("The name must be given to delete().")
-        await self.proxy.delete(await self._touched(asked(name)), missing_ok=True)
+        await self.proxy.delete(await self._found(asked(name)), missing_ok=True)
 
     async def aexists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is such a file."""
         text = asked(name)
         if not text:
             return False
-        if self.read_through:
-            return isinstance(await self._touched(text), MetaRecord)
-        return await self.proxy.exists(text)
+        found = await self._found(text)
+        return isinstance(found, MetaRecord) or (not self.read_through and await self.proxy.exists(found))
 
     async def asize(self, name: str | os.PathLike[str]) -> int:
         """Return the size in bytes. Raises FileNotFoundError."""
-        return await self.proxy.size(await self._touched(asked(name)))
+        return await self.proxy.size(await self._found(asked(name)))
 
     async def aurl(self, name: str | os.PathLike[str], **options: Any) -> str:
         """Return the URL as the record says: exact also where `url` can only say what it was by its name."""
         try:
-            return await self.proxy.url(await self._touched(asked(name)), **options)
+            return await self.proxy.url(await self._found(asked(name)), **options)
         except NotSupported:
             if (base := self._given.get("base_url")) is None or options:
                 raise
@@ -129,6 +155,10 @@ class AsyncTwins(ConfiguredStorage):
     async def alistdir(self, path: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         """Return the names of the directories and of the files in a directory."""
         text = asked(path).strip("/")
+        found = await self._listed(text)
+        return found if any(found) or plain(text) == text else await self._listed(plain(text))
+
+    async def _listed(self, text: str) -> tuple[list[str], list[str]]:
         prefix, own = "" if text in ("", ".") else f"{text}/", self.proxy.prefix
         if len(prefix) < len(own) and own.startswith(prefix):  # there the way to the files is all that there is
             found = [record async for record in self.proxy.list(own, limit=1)]
@@ -157,8 +187,18 @@ class AsyncTwins(ConfiguredStorage):
         return as_set(changed)
 
     async def _record(self, name: str | os.PathLike[str]) -> MetaRecord:
-        found = await self._touched(asked(name))
+        found = await self._found(asked(name))
         return found if isinstance(found, MetaRecord) else await self.proxy.get(found)
+
+    async def _spelled(self, name: str) -> str:
+        """Return `name`, or, unless there is a file of exactly that name, what it is without what means nothing in it.
+
+        Old records may have any names; new ones have plain ones.
+        """
+        return name if plain(name) == name or await self.proxy.exists(name) else plain(name)
+
+    async def _found(self, name: str) -> str | MetaRecord:
+        return await self._touched(await self._spelled(name))
 
     async def _touched(self, name: str) -> str | MetaRecord:
         """Return `name`; with `read_through` its record, which it gets now if only the original has it."""
@@ -200,24 +240,39 @@ class AsyncTwins(ConfiguredStorage):
         saving: Saving | None = None,
     ) -> MetaRecord:
         """Store at exactly `name`, a new file or, unless `exclusive`, in the place of the one there, or of `over`."""
+        proxy, path, asks = self.proxy, self._full(await self._spelled(name)), saving or Saving()
         if over is not None:
-            return await self._with_its_key(await self._replace_bytes(over, content))
-        proxy, path = self.proxy, self._full(name)
-        if await self._ais_on_disk(path) and not await self._is_known(path):
-            raise FileExistsError(f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first")
-        asks = saving or Saving()
+            replaced = await self._replace_bytes(over, content, asks.content_type)
+            return await self._with_its_key(await self._with_extra(replaced, asks.extra))
+        await self._check_recorded(path)
         record = await proxy.write_to(
             path, content, exclusive=exclusive, using=asks.using, content_type=asks.content_type, extra=asks.extra
         )
-        if asks.extra is not None and any(record.get(key) != value for key, value in asks.extra.items()):
-            record = await proxy.update(record, extra={**record.extra, **asks.extra})  # it was there before
+        record = await self._with_extra(record, asks.extra)  # it may have been there before
         return await self._with_its_key(record)
 
-    async def _replace_bytes(self, record: MetaRecord, content: Any) -> MetaRecord:
+    async def _with_extra(self, record: MetaRecord, extra: Mapping[str, Any] | None) -> MetaRecord:
+        """Add `extra` to a file's extra fields, where they differ; return its record."""
+        if extra is None or all(record.get(key) == value for key, value in extra.items()):
+            return record
+        return await self.proxy.update(record, extra={**record.extra, **extra})
+
+    async def _replace_bytes(self, record: MetaRecord, content: Any, content_type: str | None) -> MetaRecord:
         """Replace those bytes of a file that `record` says, wherever they have been brought meanwhile."""
+        # One for all tries: what can be read only once is refused then, not stored empty.
+        source = self.proxy._source(content, None)
+        try:
+            return await self._replace_from(source, record, content_type)
+        finally:
+            if source is not content:
+                await source.aclose(within=self.proxy.timeouts.cleanup)
+
+    async def _replace_from(self, source: Source, record: MetaRecord, content_type: str | None) -> MetaRecord:
         while True:
             try:
-                return await self.proxy.replace(record.path, content, expect_version=record.revision)
+                return await self.proxy.replace(
+                    record.path, source, content_type=content_type, expect_version=record.revision
+                )
             except Conflict as error:
                 current = await self.proxy.get(record.path)
                 # Not by the key, which comes back in a directory that is published.
@@ -228,6 +283,27 @@ class AsyncTwins(ConfiguredStorage):
                 ):
                     raise
                 record = current
+
+    async def _check_recorded(self, path: str) -> None:
+        """Refuse a name under which something without a record lies in a directory that is published: its URL would
+        lead to that.
+
+        Raises:
+            AlreadyExists.
+        """
+        if not await self._ais_on_disk(path) or await self._is_known(path) or await self._owners_of(path):
+            return
+        raise AlreadyExists(
+            f"{path!r} is in {self.proxy.get_original()} without a record; adopt it first, or take another name",
+            path=path, backend=repr(self),
+        )  # fmt: skip
+
+    async def _owners_of(self, path: str) -> list[str]:
+        """Return the paths of those files of ours that have the key of `path`: renamed, say, in a transaction."""
+        proxy, key = self.proxy, path.removeprefix(self.proxy.prefix)
+        owners = (await proxy.meta.owners(next(iter(proxy.originals)), [key])).get(key, ())
+        records = await proxy.meta.get_many(owners) if owners else ()
+        return [record.path for record in records if record is not None and record.proxy_storage_name == proxy.name]
 
     async def _is_known(self, path: str) -> bool:
         """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,
@@ -283,27 +359,75 @@ class AsyncTwins(ConfiguredStorage):
     def _has_its_key(self, record: MetaRecord) -> bool:
         return record.original_storage_path == record.path.removeprefix(self.proxy.prefix)
 
-    async def restore_keys(self, *, dry_run: bool = False) -> Mapping[str, StorageError | None]:
+    async def restore_keys(
+        self, paths: Sequence[str] | None = None, *, dry_run: bool = False
+    ) -> Mapping[str, StorageError | None]:
         """In a directory that is published, give those files their own keys that simultaneous overwritings left
-        without, so that their URLs lead to them again. Return their paths, with what is in the way."""
+        without, so that their URLs lead to them again: of `paths`, or of all. Return their paths, with what is in the
+        way."""
         found: dict[str, StorageError | None] = {}
         if self._published is None:
             return found
-        async for record in self.proxy.list():
-            if self._has_its_key(record):
-                continue
-            try:
-                if dry_run or self._has_its_key(await self.proxy.restore_key(record.path)):
-                    found[record.path] = None
-            except StorageError as error:
-                found[record.path] = error
+        async for record in self.proxy.list() if paths is None else self._records(paths):
+            if not self._has_its_key(record):
+                await self._restore_into(found, record, dry_run)
+        tried = 0
+        while tried != len(blocked := [path for path, problem in found.items() if isinstance(problem, AlreadyExists)]):
+            tried = len(blocked)  # maybe by one another
+            async for record in self._records(blocked):
+                await self._restore_into(found, record, dry_run)
         return found
 
+    async def _restore_into(self, found: dict[str, StorageError | None], record: MetaRecord, dry_run: bool) -> None:
+        try:
+            latest = record if dry_run else await self.proxy.restore_key(record.path)
+            if dry_run or self._has_its_key(latest):
+                found[record.path] = None
+            elif not any(place.state in _UNDER_WAY for place in latest.places):
+                found[record.path] = await self._obstacle(latest)
+        except StorageError as error:
+            found[record.path] = error
+
+    async def _records(self, paths: Sequence[str]) -> AsyncIterator[MetaRecord]:
+        for record in await self.proxy.get_many(list(dict.fromkeys(paths))):
+            if record is not None:
+                yield record
+
+    async def _obstacle(self, record: MetaRecord) -> AlreadyExists:
+        """Return why a file cannot be given its own key."""
+        owners = await self._owners_of(record.path)
+        who = f"belongs to {owners[0]!r}" if owners else "has something without a record"
+        way = "that has to get its own first" if owners else "adopt that under another name, or move it away"
+        return AlreadyExists(f"the key that its URL says {who}; {way}", path=record.path, backend=repr(self))
+
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
-        return await self._with_its_key(await self.proxy.replace(name, content, **options))
+        return await self._with_its_key(await self.proxy.replace(await self._spelled(name), content, **options))
 
     async def _rename(self, name: str, new_name: str) -> MetaRecord:
-        return await self._with_its_key(await self.proxy.rename(name, new_name))
+        await self._check_recorded(new_name)
+        return await self._with_its_key(await self.proxy.rename(await self._spelled(name), new_name))
+
+    async def _copy(self, name: str, new_name: str, **options: Any) -> str:
+        proxy, path = self.proxy, self.proxy.prefix + new_name
+        while await self._ais_on_disk(path):
+            longest = proxy.get_original().capabilities.max_segment_bytes
+            path = alternative(path, max_bytes=proxy.max_path_bytes, max_segment_bytes=longest)
+        return await proxy.copy(await self._spelled(name), path.removeprefix(proxy.prefix), **options)
+
+    async def _move(self, name: str, using: str) -> MetaRecord:
+        return await self.proxy.move(await self._spelled(name), using)
+
+    async def _update(self, name: str, extra: Mapping[str, Any]) -> MetaRecord:
+        return await self.proxy.update(await self._spelled(name), extra=extra)
+
+    async def _get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
+        return await self.proxy.get_many([await self._spelled(name) for name in names])
+
+    async def _adopt(self, original_storage_path: str, *, name: str | None = None, **options: Any) -> str:
+        path = original_storage_path if name is None else name
+        if path.removeprefix(self.proxy.prefix) != original_storage_path:
+            await self._check_recorded(path)
+        return await self.proxy.adopt(original_storage_path, name=name, **options)
 
 
 def as_set(moment: datetime | None) -> datetime:

@@ -859,6 +859,7 @@ def test_a_rollback_loses_no_former_file_from_memory(default: BridgeStorage) -> 
         scan.file.save("r2.txt", file(b"2"))
         raise Rollback
     assert default.exists("shared/r1.txt")
+    Path(default.path(scan.file.name)).unlink()  # as a scan does
     taken = default.save("taken.txt", file(b"of somebody without a word in the record"))
     default.rename(taken, scan.file.name)
     scan.file.save("r3.txt", file(b"3"))

@@ -15,13 +15,13 @@ from django.core.files.base import ContentFile
 from django.core.management import call_command
 from django.db import connections, transaction
 
-from aproxy_storage import DeadlineExceeded, StorageError, Timeouts
+from aproxy_storage import AlreadyExists, DeadlineExceeded, StorageError, Timeouts
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from sync_bridge import BridgeStorage, twins
 from sync_bridge.bridge import bridge
-from tests.bridge.test_storage import content_of
+from tests.bridge.test_storage import content_of, written
 
 # -- names and keys that differ
 
@@ -85,14 +85,6 @@ def test_a_name_that_is_written_to_gets_the_prefix_once(tenant: BridgeStorage, t
     assert content_of(tenant, "tenant/of/us/log.txt") == b"anew"
     with pytest.raises(FileNotFoundError):
         tenant.open("log.txt")
-
-
-async def written(storage: BridgeStorage, name: str, data: bytes) -> None:
-    try:
-        async with storage.aopen(name, "wb") as file:
-            await file.write(data)
-    finally:
-        await sync_to_async(connections.close_all)()
 
 
 def test_a_prefix_does_not_change_what_is_taken(tenant: BridgeStorage, tmp_path: Path) -> None:
@@ -187,6 +179,58 @@ def test_a_choice_of_names_on_a_disk_that_hangs_ends(tmp_path: Path, hung: threa
 
     asyncio.run(main())
     bridge.call(storage.proxy.aclose)
+
+
+# -- names of files without a record, or of files with another name by now
+
+
+def test_no_verb_gives_away_the_name_of_a_file_without_a_record(default: BridgeStorage, media: Path) -> None:
+    default.save("mine.txt", ContentFile(b"public"))
+    for name in ("cv.txt", "other.txt"):
+        (media / name).write_bytes(b"old and unknown")
+    copy = default.copy("mine.txt", "cv.txt")
+    assert copy != "cv.txt"
+    assert (media / copy).read_bytes() == b"public"
+
+    def write(mode: str) -> None:
+        asyncio.run(written(default, "cv.txt", b"x", mode))
+
+    for give_away in (
+        lambda: default.rename("mine.txt", "cv.txt"),
+        lambda: default.adopt("other.txt", name="cv.txt"),
+        lambda: default.save("cv.txt", None, original_storage_path="other.txt"),
+        lambda: write("wb"),
+        lambda: write("xb"),
+        lambda: default.publish("cv.txt", b"x", exclusive=True),
+    ):
+        with pytest.raises(AlreadyExists, match="adopt"):
+            give_away()
+    assert not default.exists("cv.txt")
+    assert default.adopt("cv.txt") == "cv.txt"
+    assert default.adopt("other.txt", name="another.txt") == "another.txt"
+    assert (media / "cv.txt").read_bytes() == b"old and unknown"
+
+
+def test_a_name_is_free_whose_file_has_got_another_name(default: BridgeStorage, media: Path) -> None:
+    default.save("a.txt", ContentFile(b"first"))
+    default.save("b.txt", ContentFile(b"second"))
+    with transaction.atomic():
+        default.rename("a.txt", "c.txt")
+        assert (media / "a.txt").exists(), "until the commit"
+        default.rename("b.txt", "a.txt")
+    assert [(media / name).read_bytes() for name in ("a.txt", "c.txt")] == [b"second", b"first"]
+
+
+def test_what_cannot_get_its_own_key_is_listed_with_the_reason(default: BridgeStorage, media: Path) -> None:
+    default.save("mine.txt", ContentFile(b"public"))
+    (media / "cv.txt").write_bytes(b"old and unknown")
+    bridge.call(default.proxy.rename, "mine.txt", "cv.txt")
+    problem = bridge.call(default.restore_keys)["cv.txt"]
+    assert isinstance(problem, AlreadyExists)
+    assert "without a record" in str(problem)
+    assert default.adopt("cv.txt", name="found.txt") == "found.txt", "the way out"
+    assert bridge.call(default.restore_keys) == {"cv.txt": None, "found.txt": None}
+    assert [(media / name).read_bytes() for name in ("found.txt", "cv.txt")] == [b"old and unknown", b"public"]
 
 
 # -- a name whose file is being deleted

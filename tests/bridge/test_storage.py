@@ -8,13 +8,14 @@ import io
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, Storage, storages
@@ -27,7 +28,7 @@ from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
 
-from aproxy_storage import Conflict, MetaRecord, NotFound, Place, ProxyStorage
+from aproxy_storage import Conflict, ContentError, MetaRecord, NotFound, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
@@ -59,6 +60,14 @@ def content_of(storage: Storage, name: str) -> bytes:
     with storage.open(name) as file:
         data: bytes = file.read()
     return data
+
+
+async def written(storage: BridgeStorage, name: str, data: bytes, mode: str = "wb") -> None:
+    try:
+        async with storage.aopen(name, mode) as file:
+            await file.write(data)
+    finally:
+        await sync_to_async(connections.close_all)()
 
 
 # -- saving and names
@@ -129,12 +138,63 @@ def test_what_means_nothing_in_a_name_is_left_out(storage: BridgeStorage, name: 
     assert [record and record.path for record in storage.get_many(["x\\y.txt", "../y"])] == ["x/y.txt", None]
 
 
+@pytest.mark.parametrize("name", ["x//y.txt", "./x/y.txt"])
+def test_what_means_nothing_in_a_name_finds_the_file_too(storage: BridgeStorage, name: str) -> None:
+    with storage.open(name, "xb") as file:
+        file.write(b"1")
+    with storage.open(name, "ab") as file:
+        file.write(b"2")
+    assert file.record.path == file.name == "x/y.txt"
+    assert storage.publish(name, b"123").path == "x/y.txt"
+    assert storage.exists(name)
+    assert storage.size(name) == 3
+    assert content_of(storage, name) == b"123"
+    assert storage.listdir("./x") == ([], ["y.txt"])
+    assert storage.get(name).path == storage.get_many([name])[0].path == "x/y.txt"
+    assert storage.update(name, extra={"tag": "x"})["tag"] == "x"
+    storage.replace(name, b"1")
+    assert storage.get_created_time(name)
+
+    async def main() -> None:
+        try:
+            async with storage.aopen(name, "wb") as file:
+                await file.write(b"12")
+            assert await storage.aexists(name)
+            assert await storage.asize(name) == 2
+            async with storage.aopen(name) as file:
+                assert await file.read() == b"12"
+            await storage.adelete(name)
+        finally:
+            await sync_to_async(connections.close_all)()
+            await storage.proxy.aclose()
+
+    asyncio.run(main())
+    assert not storage.exists("x/y.txt")
+    storage.save(name, ContentFile(b"1"))
+    storage.delete(name)
+    assert not storage.exists("x/y.txt")
+
+
+def test_a_record_with_such_a_name_goes_first(storage: BridgeStorage) -> None:
+    record = storage.get(storage.save("o.txt", ContentFile(b"old")))
+    bridge.call(storage.proxy.meta.update, record.path, {"path": "x//y.txt"}, expect=record.revision)
+    storage.save("x/y.txt", ContentFile(b"new"))
+    assert content_of(storage, "x//y.txt") == b"old"
+    assert content_of(storage, "./x/y.txt") == b"new"
+    storage.delete("x//y.txt")
+    assert content_of(storage, "x//y.txt") == b"new"
+
+
 def test_a_name_that_cannot_be_stored_is_suspicious_for_every_verb(storage: BridgeStorage) -> None:
     storage.save("a.txt", ContentFile(b"1"))
     for change in (storage.rename, storage.copy):
         for name in ("../a", "a\x00b"):
             with pytest.raises(SuspiciousFileOperation):
                 change("a.txt", name)
+    with pytest.raises(SuspiciousFileOperation), storage.open("a\x00b", "wb") as file:
+        file.write(b"1")
+    with pytest.raises(SuspiciousFileOperation):
+        asyncio.run(written(storage, "a\x00b", b"1"))
 
 
 def test_a_storage_is_copied_and_pickled_before_and_after_use(default: object, tmp_path: Path) -> None:
@@ -196,6 +256,20 @@ class Failing(ContentFile):
     def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
         yield b"half"
         raise OSError("the disk of the upload")
+
+
+class Once(ContentFile):
+    """Can be read once; `pieces` makes what it has."""
+
+    def __init__(self, pieces: Callable[[], Iterator[bytes]]) -> None:
+        super().__init__(b"")
+        self.left = pieces()
+
+    def seekable(self) -> bool:
+        return False
+
+    def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        yield from self.left
 
 
 class OneShot(io.RawIOBase):
@@ -498,6 +572,45 @@ def test_a_file_that_was_only_moved_is_written_into(storage: BridgeStorage) -> N
     assert content_of(storage, "a.txt") == b"4123"
 
 
+@pytest.fixture
+def moving(tmp_path: Path, default: object) -> Iterator[BridgeStorage]:
+    """A storage with two originals."""
+    proxy = ProxyStorage(
+        f"moving-{tmp_path.name}", originals={"a": MemoryBackend(), "b": MemoryBackend()}, meta=MemoryMetaBackend()
+    )
+    yield BridgeStorage(storage=proxy)
+    bridge.call(proxy.aclose)
+
+
+def test_content_that_can_be_read_once_is_not_stored_as_nothing(moving: BridgeStorage) -> None:
+    """The bytes of the file are brought elsewhere while the content is read, so that storing begins anew."""
+    moving.save("a.txt", ContentFile(b"old"))
+    record = moving.get("a.txt")
+
+    def pieces() -> Iterator[bytes]:
+        yield b"new "
+        moving.move("a.txt", "b")
+        yield b"content"
+
+    content = Once(pieces)
+    with pytest.raises(ContentError):
+        moving.publish("a.txt", content, over=record)
+    assert content_of(moving, "a.txt") == b"old"
+    with moving.open("a.txt", "r+b") as file:
+        file.write(b"new")
+        moving.move("a.txt", "a")
+    assert content_of(moving, "a.txt") == b"new", "this can be read again"
+
+
+def test_publishing_over_a_record_keeps_to_what_it_is_asked(storage: BridgeStorage) -> None:
+    storage.save("a.txt", ContentFile(b"old"), extra={"mine": 1})
+    asked = {"content_type": "text/x-own", "extra": {"tag": "x"}}
+    record = storage.publish("a.txt", b"new", over=storage.get("a.txt"), **asked)
+    assert (record.content_type, dict(record.extra)) == ("text/x-own", {"mine": 1, "tag": "x"})
+    assert storage.get("a.txt").content_type == "text/x-own"
+    assert content_of(storage, "a.txt") == b"new"
+
+
 @pytest.mark.parametrize("mode", ["w", "wb", "xb", "ab"])
 def test_a_file_for_writing_is_not_read(storage: BridgeStorage, mode: str) -> None:
     with storage.open("a.txt", mode) as file:
@@ -634,13 +747,9 @@ def test_a_file_that_is_in_the_original_is_taken_in(default: BridgeStorage, medi
 
 
 async def asave_adopting(storage: BridgeStorage) -> str:
-    from django.db import connections
-
     try:
         return await storage.asave("renamed.txt", None, original_storage_path="second.txt")
     finally:
-        from asgiref.sync import sync_to_async
-
         await sync_to_async(connections.close_all)()
 
 
@@ -711,11 +820,14 @@ def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"third"
     assert asyncio.run(overwritten(storage)) == "a.txt"
     assert (tmp_path / "public" / "a.txt").read_bytes() == b"fourth"
+    asyncio.run(written(storage, "a.txt", b"fifth"))
+    assert (tmp_path / "public" / "a.txt").read_bytes() == b"fifth"
+    assert storage.get("a.txt").original_storage_path == "a.txt"
 
 
-@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize(("lasting", "scan"), [(False, True), (True, True), (True, False)])
 def test_overwriting_beside_others_keeps_the_key(
-    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+    default: BridgeStorage, media: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool, scan: bool
 ) -> None:
     monkeypatch.setattr(storages["default"], "allow_overwrite", True)
     default.save("a.txt", ContentFile(b"first"))
@@ -737,17 +849,14 @@ def test_overwriting_beside_others_keeps_the_key(
         default.save("a.txt", ContentFile(b"second"))
     assert calls == 3
     assert (media / "a.txt").read_bytes() == (b"first" if lasting else b"second")
-    said = io.StringIO()
-    call_command("proxystorage_reconcile", "default", "--scan", stdout=said)
-    call_command("proxystorage_reconcile", "default", "--scan", "--apply", stdout=said)
+    said, options = io.StringIO(), {"scan": scan, "force": True}
+    call_command("proxystorage_reconcile", "default", **options, stdout=said)
+    call_command("proxystorage_reconcile", "default", **options, apply=True, stdout=said)
     assert said.getvalue().count("1 with the key that their URL says") == (2 if lasting else 0)
     assert (media / "a.txt").read_bytes() == b"second"
 
 
 async def overwritten(storage: BridgeStorage) -> str:
-    from asgiref.sync import sync_to_async
-    from django.db import connections
-
     path = await storage.asave("a.txt", b"fourth")
     await sync_to_async(connections.close_all)()
     return path

@@ -55,13 +55,14 @@ class Command(StorageCommand):
                     self.tell(f"{one.proxy.name}: {finding.action} {finding.path}")
             counts = ", ".join(f"{count} {action}" for action, count in sorted(report.counts.items()))
             self.tell(f"{one.proxy.name}: {counts or 'nothing is left over'}")
-            if options["scan"]:
-                self._restore_keys(one, apply, options["verbosity"])
+            # Without a scan only where old bytes were in the way, which may have been what the URL led to until now.
+            paths = None if options["scan"] else [finding.path for finding in report.findings]
+            self._restore_keys(one, paths, apply, options["verbosity"])
         self.conclude("Done." if apply else "Nothing was changed; --apply does it.")
 
-    def _restore_keys(self, storage: BridgeStorage, apply: bool, verbosity: int) -> None:
+    def _restore_keys(self, storage: BridgeStorage, paths: list[str] | None, apply: bool, verbosity: int) -> None:
         try:
-            found = storage.bridge.call(storage.restore_keys, dry_run=not apply)
+            found = storage.bridge.call(storage.restore_keys, paths, dry_run=not apply)
         except StorageError as error:
             self.failed(storage.proxy.name, error)
             return
