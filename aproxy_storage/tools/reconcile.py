@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,7 +86,8 @@ async def reconcile(
         metas: further meta-backends whose records may name objects in these originals; without them a scan would
             take their files for orphans.
         storages: further storages, whose records are asked too. Those that are registered are known anyway, but only
-            by records in a meta-backend that is asked.
+            by records in a meta-backend that is asked. A record's storage is one that has its name and, as `meta`, the
+            very object that gave the record.
 
     One original may lie inside another: in a directory or under a prefix of it. A scan takes an object for an orphan
     only where each record of a key that might be its own, counted from any directory above it, has its bytes, and
@@ -193,7 +195,7 @@ class _Scan:
             for key, names in called.items():
                 for name in names:
                     named = [records[path] for path in owners.get(name, ())]
-                    if key in unknown and not await self._are_others(key, name, named):
+                    if key in unknown and not await self._are_others(key, name, named, meta):
                         del unknown[key]
         return list(unknown)
 
@@ -213,10 +215,10 @@ class _Scan:
             names.update(dict.fromkeys("/".join(parts[at:]) for at in range(len(parts))))
         return list(names)
 
-    async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None]) -> bool:
-        """Return whether what `records` name `name` are certainly other objects than `key` here."""
+    async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None], meta: MetaBackend) -> bool:
+        """Return whether what `records`, of `meta`, name `name` are certainly other objects than `key` here."""
         for record in records:
-            storage = self._storage_of(record)
+            storage = self._storage_of(record, meta)
             if record is None or storage is None:
                 return False
             for place in record.all_places():
@@ -227,15 +229,16 @@ class _Scan:
                     return False
         return True
 
-    def _storage_of(self, record: MetaRecord | None) -> ProxyStorage | None:
+    def _storage_of(self, record: MetaRecord | None, meta: MetaBackend) -> ProxyStorage | None:
+        """Return the storage that `record`, of `meta`, belongs to; None where that is not known here. A name alone does
+        not say it: a storage of another project may have the same."""
         if record is None:
             return None
-        if record.proxy_storage_name in self.storages:
-            return self.storages[record.proxy_storage_name]
-        try:
-            return record.get_proxy_storage()
-        except Exception:  # not known here, or a finder cannot make it
-            return None
+        found = self.storages.get(record.proxy_storage_name)
+        if record.proxy_storage_name not in self.storages:
+            with contextlib.suppress(Exception):  # not known here, or a finder cannot make it
+                found = record.get_proxy_storage()
+        return found if found is not None and found.meta is meta else None
 
     async def _remove(self, unknown: list[str]) -> None:
         backend, report = self.backend, self.report

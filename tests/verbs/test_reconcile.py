@@ -258,6 +258,26 @@ async def test_a_scan_spares_nested_originals_of_one_storage(tmp_path: Path) -> 
     assert await content_of(storage, path) == b"%PDF"
 
 
+@pytest.mark.parametrize("how", ["metas", "registered"])
+async def test_a_scan_takes_no_storage_of_the_same_name_for_that_of_a_record(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of another project, whose storage has the name of one that is known here."""
+    around, within = in_directories(tmp_path)
+    ours = ProxyStorage("media" if how == "metas" else "ours", originals=around, meta=MemoryMetaBackend())
+    theirs = ProxyStorage("media", originals=within, meta=MemoryMetaBackend())
+    if how == "registered":
+        elsewhere = ProxyStorage("media", originals=around, meta=MemoryMetaBackend())
+        monkeypatch.setattr("aproxy_storage.registry._storages", {"media": elsewhere})
+    await ours.save("logo.png", b"ours")
+    await theirs.save("logo.png", b"and theirs")
+    await around.write("orphan", b"of nobody", token="tokenOfADead")
+    await around.write("a/logo.png", b"of nobody", token="tokenOfADead")
+    report = await reconcile(ours, scan=True, min_age=-1.0, dry_run=False, metas=[theirs.meta])
+    assert [each.path for each in report.findings] == ["orphan"]
+    assert await content_of(theirs, "logo.png") == b"and theirs"
+
+
 async def test_a_scan_spares_what_a_record_has_lost(tmp_path: Path) -> None:
     """A storage was given another place, and its bytes have not been moved there yet."""
     around, within = in_directories(tmp_path)
