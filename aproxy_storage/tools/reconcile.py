@@ -14,6 +14,7 @@ from ..backends.base import Backend
 from ..errors import NotFound, StorageError
 from ..mending import mend
 from ..meta_backends.base import MetaBackend
+from ..paths import local_path
 from ..proxy import ProxyStorage
 from ..records import MetaRecord
 
@@ -202,13 +203,14 @@ class _Scan:
     def _names(self, key: str) -> list[str]:
         """Return what `key` is called in originals that have their root at any directory above it."""
         whole = self.backend.full_path(key)
-        addresses = {whole}
-        if os.path.isabs(whole) and whole.endswith(key):
+        path = local_path(whole)
+        addresses = {path or whole}
+        if path is not None and path.endswith(key):
             if self._roots is None:
-                root = whole.removesuffix(key)
+                root = path.removesuffix(key)
                 self._roots = root, os.path.join(os.path.realpath(root), "")  # which has just been listed
             given, real = self._roots
-            addresses.add(real + whole.removeprefix(given))
+            addresses.add(real + path.removeprefix(given))
         names = dict.fromkeys([key, *addresses])
         for address in addresses:
             parts = [part for part in address.split("/") if part]

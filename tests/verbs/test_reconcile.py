@@ -212,7 +212,15 @@ def of_two_kinds(root: Path) -> tuple[Backend, Backend]:
     return ObstoreBackend(LocalStore(root)), FileSystemBackend(root / "private")
 
 
-@pytest.mark.parametrize("nested", [in_directories, behind_a_link, with_prefixes, of_two_kinds])
+def behind_a_link_of_two_kinds(root: Path) -> tuple[Backend, Backend]:
+    (root / "around" / "private").mkdir(parents=True)
+    (root / "link").symlink_to(root / "around" / "private")
+    return FileSystemBackend(root / "around"), ObstoreBackend(LocalStore(root / "link"))
+
+
+@pytest.mark.parametrize(
+    "nested", [in_directories, behind_a_link, with_prefixes, of_two_kinds, behind_a_link_of_two_kinds]
+)
 @pytest.mark.parametrize("one_table", [True, False])
 async def test_a_scan_spares_files_of_an_original_inside_or_around_it(
     nested: Callable[[Path], tuple[Backend, Backend]], one_table: bool, tmp_path: Path
