@@ -9,14 +9,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
+from unicodedata import normalize
 
 from ..backends.base import Backend
-from ..errors import NotFound, StorageError
+from ..errors import InvalidPath, NotFound, StorageError
 from ..mending import mend
 from ..meta_backends.base import MetaBackend
 from ..paths import local_path
 from ..proxy import ProxyStorage
-from ..records import MetaRecord
+from ..records import MetaRecord, ObjectInfo
 
 __all__ = ["Finding", "Report", "reconcile"]
 
@@ -29,7 +30,8 @@ class Finding:
 
     `action`: ``undone`` (a save), ``deleted``, ``cleared`` (old bytes of a stored file), ``settling`` (again later),
     ``moved on`` (somebody else was first), ``failed``; of a scan ``removed`` (bytes without a record), ``young``
-    (left, it may be a save in flight) and ``foreign`` (left, nothing says that this library wrote it). Where files
+    (left, it may be a save in flight), ``foreign`` (left, nothing says that this library wrote it) and ``ambiguous``
+    (left: the original gives it by other spellings of its key too, and a record may have one of these). Where files
     have several copies: ``copied`` (one that was missing), ``dropped`` (a surplus one), ``missing`` (its bytes are
     gone), ``damaged`` (they are not the file).
     """
@@ -215,7 +217,8 @@ class _Scan:
         for address in addresses:
             parts = [part for part in address.split("/") if part]
             names.update(dict.fromkeys("/".join(parts[at:]) for at in range(len(parts))))
-        return list(names)
+        forms = [normalize(form, name) for name in names if not name.isascii() for form in ("NFC", "NFD")]
+        return list(dict.fromkeys([*names, *forms]))
 
     async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None], meta: MetaBackend) -> bool:
         """Return whether what `records`, of `meta`, name `name` are certainly other objects than `key` here."""
@@ -253,6 +256,8 @@ class _Scan:
                     action = "young"
                 elif backend.capabilities.tokens and info.token is None:
                     action = "foreign"
+                elif await self._has_other_names(info):
+                    action = "ambiguous"
                 else:
                     action = "removed"
                     if not self.dry_run:
@@ -265,6 +270,41 @@ class _Scan:
             except StorageError as error:
                 report.add(Finding("failed", key, self.name, error))
 
+    async def _has_other_names(self, info: ObjectInfo) -> bool:
+        """Return whether the original gives the object by another spelling of its key too, because it tells case or
+        normal forms not apart: then a record may name it by any, and no look-up finds that."""
+        for name in _spellings(info.key):
+            try:
+                found = await self.backend.stat(name)
+            except (NotFound, InvalidPath):
+                continue
+            if _are_alike(info, found):
+                return True
+        return False
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """Yield other spellings of `key`, each of one part of it only: every directory may be of another kind."""
+    parts = key.split("/")
+    for at, part in enumerate(parts):
+        others = [_swapped(part)]
+        if not part.isascii():
+            # Some know no case but that of ASCII.
+            others += (_swapped(part, ascii_only=True), normalize("NFC", part), normalize("NFD", part))
+        for other in dict.fromkeys(others):
+            if other != part:
+                yield "/".join((*parts[:at], other, *parts[at + 1 :]))
+
+
+def _swapped(part: str, *, ascii_only: bool = False) -> str:
+    """Return `part` in the other case, but for letters that have no single one."""
+
+    def other(sign: str) -> str:
+        swapped = sign.swapcase()
+        return swapped if (sign.isascii() or not ascii_only) and swapped.swapcase() == sign else sign
+
+    return "".join(map(other, part))
+
 
 async def _may_be_one(here: Backend, key: str, there: Backend, other: str) -> bool:
     """Return whether `key` and `other` may be one object; also where it cannot be told, or `there` has none: a storage
@@ -275,8 +315,12 @@ async def _may_be_one(here: Backend, key: str, there: Backend, other: str) -> bo
         one, two = await here.stat(key), await there.stat(other)
     except StorageError:
         return True
+    return _are_alike(one, two, etags=type(here) is type(there))
+
+
+def _are_alike(one: ObjectInfo, two: ObjectInfo, *, etags: bool = True) -> bool:
     told = [(one.size, two.size), (one.token, two.token)]
-    if type(here) is type(there):
+    if etags:
         told.append((one.etag, two.etag))
     return all(a == b for a, b in told if a is not None and b is not None)
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -295,6 +296,79 @@ async def test_a_scan_spares_what_a_record_has_lost(tmp_path: Path) -> None:
     outer = ProxyStorage("outer", originals=around, meta=meta)
     assert (await reconcile(outer, scan=True, min_age=-1.0, dry_run=False, storages=[moved])).counts == {}
     assert await keys_of(within) == ["secret.txt"]
+
+
+class Folding(MemoryBackend):
+    """Gives a file by all spellings of its key that are `fold`ed to the same, and keeps the first of each directory."""
+
+    def __init__(self, fold: Callable[[str], str]) -> None:
+        super().__init__()
+        self.fold = fold
+        self.kept: dict[str, str] = {}
+
+    def _real(self, key: str) -> str:
+        real = ""
+        for part in key.split("/"):
+            real = self.kept.get(self.fold(real + part), real + part) + "/"
+        return real[:-1]
+
+    def _get(self, key: str) -> _Object:
+        return super()._get(self._real(key))
+
+    def _insert(self, found: _Object) -> ObjectInfo:
+        key = self._real(found.info.key)
+        for at in (*(at for at, sign in enumerate(key) if sign == "/"), len(key)):
+            self.kept.setdefault(self.fold(key[:at]), key[:at])
+        return super()._insert(replace(found, info=replace(found.info, key=key)))
+
+
+def below_media(key: str) -> str:
+    return key[:6] + key[6:].lower() if key.startswith("media/") else key
+
+
+def nfc(key: str) -> str:
+    return unicodedata.normalize("NFC", key)
+
+
+def ascii_only(key: str) -> str:
+    return "".join(sign.lower() if sign.isascii() else sign for sign in key)
+
+
+@pytest.mark.parametrize(
+    ("fold", "there", "path", "told"),
+    [
+        (str.casefold, "Photos/a.jpg", "photos/b.jpg", 1),
+        (str.lower, "Stra\xdfe/a.jpg", "stra\xdfe/b.jpg", 1),
+        (str.lower, "\xc4/1", "\xe4/2", 1),  # the only letter
+        (ascii_only, "A\xe4/1", "a\xe4/2", 1),
+        (below_media, "media/2024/P/a.jpg", "media/2024/p/b.jpg", 1),
+        (nfc, "e\u0301/a", "\xe9/b", 0),  # what has but one other form is looked for under that
+        (nfc, "e\u0301/a", "\xe9/e\u0301", 1),
+    ],
+)
+async def test_a_scan_spares_what_the_original_gives_by_another_spelling(
+    fold: Callable[[str], str], there: str, path: str, told: int
+) -> None:
+    original = Folding(fold)
+    storage = ProxyStorage("media", originals=original, meta=MemoryMetaBackend())
+    await storage.save(there, b"first")
+    await storage.save(path, b"second")
+    report = await reconcile(storage, scan=True, min_age=-1.0, dry_run=False)
+    assert report.counts == ({"ambiguous": told} if told else {})
+    assert report.clean
+    assert await content_of(storage, path) == b"second"
+
+
+async def test_a_scan_removes_orphans_beside_other_spellings_of_their_keys() -> None:
+    """Where both are objects, neither is the other."""
+    original = MemoryBackend()
+    storage = ProxyStorage("media", originals=original, meta=MemoryMetaBackend())
+    names = ["Photos/b.jpg", "\xe9"]
+    for name in names:
+        await storage.save(name, b"1")
+        await original.write(unicodedata.normalize("NFD", name).lower(), b"1", token="tokenOfADead")
+    assert (await reconcile(storage, scan=True, min_age=-1.0, dry_run=False)).counts == {"removed": 2}
+    assert sorted(await keys_of(original)) == names
 
 
 async def test_a_scan_removes_only_what_it_has_looked_at(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
