@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .attempts import verdict_of
 from .errors import BackendUnavailable, Conflict, IntegrityError, NotFound, StorageError
 from .fallback import is_outage
-from .records import MetaRecord, Place
+from .gates import Outcome
+from .records import MetaRecord, ObjectInfo, Place
 from .replicate import Replicate, Todo, what_is_to_do
 from .writes import Transfer
 
@@ -92,7 +94,7 @@ class _Mender:
         """Ask each place for its size."""
         for place in self.record.good_places():
             try:
-                info = await self.storage.get_original(place.original).stat(place.key)
+                info = await self._stat(place)
             except NotFound as error:
                 self._lose(place, "missing", error)
             except StorageError as error:
@@ -103,6 +105,22 @@ class _Mender:
                     self._lose(place, "damaged", None)
                 else:
                     self.seen.append(place)
+
+    async def _stat(self, place: Place) -> ObjectInfo:
+        """Ask the original of `place` for what is there, past its circuit: of one that hangs not every file waits."""
+        storage = self.storage
+        backend, gate = storage.get_original(place.original), storage.gate_of(place.original)
+        admission = gate.start("read")
+        outcome: Outcome = "cancelled"
+        try:
+            info = await backend.stat(place.key)
+            outcome = "ok"
+        except StorageError as error:
+            outcome = verdict_of(error, None, gate.fallback_on)
+            raise
+        finally:
+            gate.finish(admission, outcome)
+        return info
 
     async def confirm(self) -> bool:
         """Return whether the record is still the one that was looked at: of a file that was replaced or deleted since,
@@ -176,7 +194,7 @@ class _Mender:
         if left is None:
             return
         try:
-            await self.storage.get_original(original).stat(left.key)
+            await self._stat(left)
         except StorageError as error:
             if is_outage(error):
                 raise

@@ -11,8 +11,10 @@ import pytest
 from aproxy_storage import (
     BackendUnavailable,
     Breaker,
+    DeadlineExceeded,
     IntegrityError,
     OutOfSpace,
+    Place,
     ProxyStorage,
     Replicate,
 )
@@ -239,6 +241,41 @@ def test_reconcile_goes_past_an_original_that_is_away(circuit: Breaker | None) -
             await asyncio.sleep(60)
             await world.assert_clean()
             assert await copies(world, "x") == ["a", "c"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["look", "ask"])
+def test_reconcile_waits_for_a_hanging_original_no_longer_than_its_circuit_is_closed(left: bool) -> None:
+    """Asked is one that has a good copy, and one that has something left to remove."""
+
+    async def main() -> None:
+        async with World(Replicate(2, 1, breaker=Breaker(failures=2, reset_after=60))) as world:
+            if left:
+                world.plan["b"].set(write=DOWN)
+            for name in "uvwxyz":
+                await world.storage.save(name, b"1")
+                if left:
+                    await world.meta.update(name, {"places": (Place("b", f"{name}_token", "settling"),)})
+            await asyncio.sleep(60)
+            asked = 0
+
+            async def hang() -> None:
+                nonlocal asked
+                asked += 1
+                await asyncio.sleep(30)
+                raise DeadlineExceeded("no answer")
+
+            world.plan["b"].set(stat=Meanwhile(hang), write=None)
+            started = asyncio.get_running_loop().time()
+            for wanted in (2, 3):
+                report = await world.reconcile(force=False)
+                assert report.counts == {"failed": 6}
+                assert asked == wanted
+                await asyncio.sleep(60)
+            assert asyncio.get_running_loop().time() - started < 3 * 30 + 2 * 60 + 1
+            world.heal()
+            assert (await world.reconcile(force=False)).counts == ({"copied": 6} if left else {})
 
     run(main())
 
