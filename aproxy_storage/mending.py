@@ -58,12 +58,12 @@ async def mend(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool) -> l
         return work.done
     good = [place for place in record.good_places() if place in work.seen or place in work.unseen]
     targets = placement.targets(list(storage.originals))
-    todo = what_is_to_do(record, good, targets, placement.limits.copies)
+    todo = what_is_to_do(record, good, targets, placement.limits.copies, work.first)
     if work.unseen:
         todo = replace(todo, drop=())  # what cannot be seen may be gone: no other copy is given up for it
     if dry_run:
         work.done += [Mended("copied", name) for name in todo.make]
-        work.done += [Mended("dropped", place.original) for place in todo.drop]
+        work.done += [Mended("dropped", work.name_of(place)) for place in todo.drop]
         return work.done
     try:
         await work.give_up(good, todo.drop)
@@ -85,10 +85,14 @@ class _Mender:
     def __init__(self, storage: ProxyStorage, record: MetaRecord) -> None:
         self.storage = storage
         self.record = record
+        self.first = next(iter(storage.originals))
         self.done: list[Mended] = []
         self.seen: list[Place] = []
         self.unseen: list[Place] = []
         self.lost: list[Place] = []
+
+    def name_of(self, place: Place) -> str:
+        return place.original or self.first
 
     async def look(self) -> None:
         """Ask each place for its size."""
@@ -99,7 +103,7 @@ class _Mender:
                 self._lose(place, "missing", error)
             except StorageError as error:
                 self.unseen.append(place)
-                self.done.append(Mended("failed", place.original, error))
+                self.done.append(Mended("failed", self.name_of(place), error))
             else:
                 if None not in (info.size, self.record.size) and info.size != self.record.size:
                     self._lose(place, "damaged", None)
@@ -142,7 +146,7 @@ class _Mender:
 
     def _lose(self, place: Place, what: str, error: StorageError | None) -> None:
         self.lost.append(place)
-        self.done.append(Mended(what, place.original, error))
+        self.done.append(Mended(what, self.name_of(place), error))
 
     async def give_up(self, good: Sequence[Place], drop: Sequence[Place]) -> None:
         """Let the record name what is surplus as surplus, what is gone as gone, and a good place first."""
@@ -157,7 +161,7 @@ class _Mender:
         others = [place for place in record.places if place.state != "good"]
         places = (*(place for place in kept if place != first), *surplus, *gone, *others)
         await self._change(first, places)
-        self.done += [Mended("dropped", place.original) for place in drop]
+        self.done += [Mended("dropped", self.name_of(place)) for place in drop]
 
     async def _change(self, first: Place, places: tuple[Place, ...]) -> None:
         journal = self.storage.journal
@@ -190,7 +194,7 @@ class _Mender:
         """
         if not self.storage.gate_of(original).allows("write"):
             raise BackendUnavailable(f"the original {original!r} is left alone: its circuit is open", backend=original)
-        left = next((place for place in self.record.places if place.original == original), None)
+        left = next((place for place in self.record.places if self.name_of(place) == original), None)
         if left is None:
             return
         try:
@@ -219,7 +223,7 @@ class _Mender:
                 sources.remove(source)
                 # A damaged one stays named: who reads with verify=True is told; nothing is thrown away for a bad disk.
                 what = "damaged" if isinstance(error, IntegrityError) else "failed"
-                self.done.append(Mended(what, source.original, error))
+                self.done.append(Mended(what, self.name_of(source), error))
                 last = error
             else:
                 self.done.append(Mended("copied", original))

@@ -13,6 +13,7 @@ from aproxy_storage import (
     Breaker,
     DeadlineExceeded,
     IntegrityError,
+    MetaRecord,
     OutOfSpace,
     Place,
     ProxyStorage,
@@ -160,6 +161,29 @@ def test_reconcile_removes_surplus_copies_after_they_were_kept() -> None:
             world.storage.placement = Replicate(2, order=["b", "c"])
             await world.assert_clean()
             assert sorted(await copies(world, "x")) == ["b", "c"], "copies leave an original that is not in the order"
+
+    run(main())
+
+
+def test_a_record_without_the_name_of_an_original_has_its_bytes_in_the_first() -> None:
+    """As in the tables of django-proxy-storage."""
+
+    async def main() -> None:
+        async with World(Replicate(2, order=["a", "b", "c"]), "abc", keep_replaced=0.0) as world:
+            await world.inner["a"].write("x", b"1")
+            await world.meta.create(MetaRecord("x", "media", "", "x"))
+            assert (await world.storage.move("x", "a")).primary == Place("", "x"), "it is there"
+            assert (await world.reconcile(force=False)).counts == {"copied": 1}
+            assert await copies(world, "x") == ["", "b"]
+            assert (await world.storage.get("x")).original_storage_path == "x"
+            assert (await world.reconcile()).counts == {}
+            record = MetaRecord("y", "media", "b", "y", places=(Place("", "y"),))
+            assert world.storage._preferred(record) == Place("", "y"), "the nearest"
+            world.storage.placement = Replicate(2, order=["b", "c"])
+            await world.inner["a"].discard("x")
+            report = await world.reconcile(force=False)
+            assert [(each.action, each.original) for each in report.findings] == [("missing", "a"), ("copied", "c")]
+            assert await copies(world, "x") == ["b", "c"]
 
     run(main())
 
