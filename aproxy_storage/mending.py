@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["Mended", "mend"]
 
 
+_MAX_LEFT = (
+    3  # places in one original at which something may be left; no further copy is tried there before they are gone
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Mended:
     """What was done, or would be, about one copy: ``copied``, ``dropped`` (surplus), ``missing`` (its bytes are gone),
@@ -190,18 +195,26 @@ class _Mender:
         """Raise the error of an original that a copy is not worth trying in now.
 
         One that the record names already as a place where something is left to remove is asked whether it answers: else
-        every run would add a name to the record for as long as it is away.
+        every run would add a name to the record for as long as it is away. So it would in one that answers, but lets
+        nothing be removed: there a few names are the limit.
         """
         if not self.storage.gate_of(original).allows("write"):
             raise BackendUnavailable(f"the original {original!r} is left alone: its circuit is open", backend=original)
-        left = next((place for place in self.record.places if self.name_of(place) == original), None)
-        if left is None:
+        left = [place for place in self.record.places if self.name_of(place) == original]
+        if not left:
             return
         try:
-            await self._stat(left)
+            await self._stat(left[0])
         except StorageError as error:
             if is_outage(error):
                 raise
+        if sum(place.state in ("doubtful", "settling") for place in left) >= _MAX_LEFT:
+            raise BackendUnavailable(
+                f"what copies of {self.record.path!r} may have left in the original {original!r} could not be removed "
+                "yet, and no further one is tried before; the log says why. Where the original refuses, let this "
+                "storage remove objects there; reconcile does the rest after `settle`",
+                backend=original,
+            )
 
     async def _copy_to(self, original: str, sources: list[Place]) -> bool:
         """Make a copy in `original`, from the first of `sources` that turns out to be whole; return whether it is made.

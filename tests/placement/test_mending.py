@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aproxy_storage import (
+    AccessDenied,
     BackendUnavailable,
     Breaker,
     DeadlineExceeded,
@@ -265,6 +266,31 @@ def test_reconcile_goes_past_an_original_that_is_away(circuit: Breaker | None) -
             await asyncio.sleep(60)
             await world.assert_clean()
             assert await copies(world, "x") == ["a", "c"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_reconcile_adds_no_names_without_end_for_an_original_that_refuses(force: bool) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, 1), "abc") as world:
+            await world.storage.save("x", b"1")
+            await world.inner["b"].discard("x")
+            denied = Fail(AccessDenied("403"))
+            world.plan["b"].set(write=denied, discard=denied)
+            world.plan["c"].set(write=denied, discard=denied)
+            counts = []
+            for _ in range(8):
+                report = await world.reconcile(force=force)
+                assert report.counts["failed"] >= 2
+                counts.append(len((await world.storage.get("x")).places))
+            assert counts[-1] == counts[2] <= 6
+            denied_in_c = [each for each in report.findings if each.original == "c"]
+            assert "let this storage remove" in str(denied_in_c[0].error)
+            world.plan["c"].set(write=None, discard=None)
+            await world.reconcile()  # removes what is left
+            assert await copies(world, "x") == ["a", "c"]
+            await world.assert_clean()
 
     run(main())
 
