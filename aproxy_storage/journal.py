@@ -327,7 +327,10 @@ class Journal:
         due = tuple(replace(place, due=None) for place in wanted_gone if place not in later)
         seconds, since = self.longest, elapsed()
         record = await self.change(record, {"places": (*kept, *due, *later)}, lease=seconds)
-        if not await self.discard(due, record, until=since + seconds):
+        failed = tuple([place for place in due if not await self.discard([place], record, until=since + seconds)])
+        if failed:
+            if failed != due:  # an original that refuses keeps no name in another one
+                await self.change(record, {"places": (*kept, *failed, *later)})
             return "failed"
         now = 0.0 if record.lease is None else record.lease.timestamp() - seconds
         left = (*kept, *later)

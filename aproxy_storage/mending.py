@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from .attempts import verdict_of
 from .errors import BackendUnavailable, Conflict, IntegrityError, NotFound, StorageError
 from .fallback import is_outage
-from .records import MetaRecord, Place
+from .gates import Outcome
+from .records import MetaRecord, ObjectInfo, Place
 from .replicate import Replicate, Todo, what_is_to_do
 from .writes import Transfer
 
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from .proxy import ProxyStorage
 
 __all__ = ["Mended", "mend"]
+
+
+_MAX_LEFT = (
+    3  # places in one original at which something may be left; no further copy is tried there before they are gone
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,12 @@ async def mend(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool) -> l
         return work.done
     good = [place for place in record.good_places() if place in work.seen or place in work.unseen]
     targets = placement.targets(list(storage.originals))
-    todo = what_is_to_do(record, good, targets, placement.limits.copies)
+    todo = what_is_to_do(record, good, targets, placement.limits.copies, work.first)
     if work.unseen:
         todo = replace(todo, drop=())  # what cannot be seen may be gone: no other copy is given up for it
     if dry_run:
         work.done += [Mended("copied", name) for name in todo.make]
-        work.done += [Mended("dropped", place.original) for place in todo.drop]
+        work.done += [Mended("dropped", work.name_of(place)) for place in todo.drop]
         return work.done
     try:
         await work.give_up(good, todo.drop)
@@ -83,26 +90,46 @@ class _Mender:
     def __init__(self, storage: ProxyStorage, record: MetaRecord) -> None:
         self.storage = storage
         self.record = record
+        self.first = next(iter(storage.originals))
         self.done: list[Mended] = []
         self.seen: list[Place] = []
         self.unseen: list[Place] = []
         self.lost: list[Place] = []
 
+    def name_of(self, place: Place) -> str:
+        return place.original or self.first
+
     async def look(self) -> None:
         """Ask each place for its size."""
         for place in self.record.good_places():
             try:
-                info = await self.storage.get_original(place.original).stat(place.key)
+                info = await self._stat(place)
             except NotFound as error:
                 self._lose(place, "missing", error)
             except StorageError as error:
                 self.unseen.append(place)
-                self.done.append(Mended("failed", place.original, error))
+                self.done.append(Mended("failed", self.name_of(place), error))
             else:
                 if None not in (info.size, self.record.size) and info.size != self.record.size:
                     self._lose(place, "damaged", None)
                 else:
                     self.seen.append(place)
+
+    async def _stat(self, place: Place) -> ObjectInfo:
+        """Ask the original of `place` for what is there, past its circuit: of one that hangs not every file waits."""
+        storage = self.storage
+        backend, gate = storage.get_original(place.original), storage.gate_of(place.original)
+        admission = gate.start("read")
+        outcome: Outcome = "cancelled"
+        try:
+            info = await backend.stat(place.key)
+            outcome = "ok"
+        except StorageError as error:
+            outcome = verdict_of(error, None, gate.fallback_on)
+            raise
+        finally:
+            gate.finish(admission, outcome)
+        return info
 
     async def confirm(self) -> bool:
         """Return whether the record is still the one that was looked at: of a file that was replaced or deleted since,
@@ -124,7 +151,7 @@ class _Mender:
 
     def _lose(self, place: Place, what: str, error: StorageError | None) -> None:
         self.lost.append(place)
-        self.done.append(Mended(what, place.original, error))
+        self.done.append(Mended(what, self.name_of(place), error))
 
     async def give_up(self, good: Sequence[Place], drop: Sequence[Place]) -> None:
         """Let the record name what is surplus as surplus, what is gone as gone, and a good place first."""
@@ -139,7 +166,7 @@ class _Mender:
         others = [place for place in record.places if place.state != "good"]
         places = (*(place for place in kept if place != first), *surplus, *gone, *others)
         await self._change(first, places)
-        self.done += [Mended("dropped", place.original) for place in drop]
+        self.done += [Mended("dropped", self.name_of(place)) for place in drop]
 
     async def _change(self, first: Place, places: tuple[Place, ...]) -> None:
         journal = self.storage.journal
@@ -168,18 +195,26 @@ class _Mender:
         """Raise the error of an original that a copy is not worth trying in now.
 
         One that the record names already as a place where something is left to remove is asked whether it answers: else
-        every run would add a name to the record for as long as it is away.
+        every run would add a name to the record for as long as it is away. So it would in one that answers, but lets
+        nothing be removed: there a few names are the limit.
         """
         if not self.storage.gate_of(original).allows("write"):
             raise BackendUnavailable(f"the original {original!r} is left alone: its circuit is open", backend=original)
-        left = next((place for place in self.record.places if place.original == original), None)
-        if left is None:
+        left = [place for place in self.record.places if self.name_of(place) == original]
+        if not left:
             return
         try:
-            await self.storage.get_original(original).stat(left.key)
+            await self._stat(left[0])
         except StorageError as error:
             if is_outage(error):
                 raise
+        if sum(place.state in ("doubtful", "settling") for place in left) >= _MAX_LEFT:
+            raise BackendUnavailable(
+                f"what copies of {self.record.path!r} may have left in the original {original!r} could not be removed "
+                "yet, and no further one is tried before; the log says why. Where the original refuses, let this "
+                "storage remove objects there; reconcile does the rest after `settle`",
+                backend=original,
+            )
 
     async def _copy_to(self, original: str, sources: list[Place]) -> bool:
         """Make a copy in `original`, from the first of `sources` that turns out to be whole; return whether it is made.
@@ -201,7 +236,7 @@ class _Mender:
                 sources.remove(source)
                 # A damaged one stays named: who reads with verify=True is told; nothing is thrown away for a bad disk.
                 what = "damaged" if isinstance(error, IntegrityError) else "failed"
-                self.done.append(Mended(what, source.original, error))
+                self.done.append(Mended(what, self.name_of(source), error))
                 last = error
             else:
                 self.done.append(Mended("copied", original))

@@ -55,12 +55,13 @@ def in_read_order(storage: ReadingVerbs, places: Sequence[Place]) -> Sequence[Pl
     those in originals that the storage does not have any more."""
     if len(places) < 2:
         return places
-    order = list(storage.placement.read_order([place.original for place in places]))
+    names = {place: place.original or next(iter(storage.originals)) for place in places}
+    order = list(storage.placement.read_order(list(names.values())))
 
     def rank(place: Place) -> tuple[int, int]:
         if not _is_configured(storage, place):
             return 2, 0
-        return int(not storage.gate_of(place.original).allows("read")), order.index(place.original)
+        return int(not storage.gate_of(place.original).allows("read")), order.index(names[place])
 
     return sorted(places, key=rank)
 

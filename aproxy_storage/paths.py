@@ -9,7 +9,7 @@ from collections import deque
 
 from .errors import InvalidPath
 
-__all__ = ["MAX_PATH_BYTES", "alternative", "check_path", "new_token", "shown", "successor", "token_key"]
+__all__ = ["MAX_PATH_BYTES", "alternative", "check_path", "local_path", "new_token", "shown", "successor", "token_key"]
 
 MAX_PATH_BYTES = 1024
 
@@ -179,3 +179,9 @@ def shown(text: str) -> str:
 
 def _invalid(text: str, reason: str) -> InvalidPath:
     return InvalidPath(f"{shown(text)} is not a legal path: {reason}", path=text if len(text) <= 2048 else text[:2048])
+
+
+def local_path(address: str) -> str | None:
+    """Return the path in the file system that `address`, of `Backend.full_path`, stands for; None where it is none."""
+    path = address.removeprefix("file://")
+    return path if os.path.isabs(path) else None

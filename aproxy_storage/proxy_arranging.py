@@ -70,9 +70,11 @@ class ArrangingVerbs(WritingVerbs):
         """
         self.get_original(using)
         record = await self._record(path)
-        if record.original_storage_name == using:
+        first = next(iter(self.originals))
+        if (record.original_storage_name or first) == using:
             return record
-        if (place := next((place for place in record.good_places() if place.original == using), None)) is not None:
+        there = (place for place in record.good_places() if (place.original or first) == using)
+        if (place := next(there, None)) is not None:
             return await self._writing.make_primary(record, place)
         write = self._writing.transfer_of(record)
         try:

@@ -95,20 +95,22 @@ class Todo:
         return bool(self.make or self.drop)
 
 
-def what_is_to_do(record: MetaRecord, good: Sequence[Place], targets: Sequence[str], copies: int) -> Todo:
+def what_is_to_do(
+    record: MetaRecord, good: Sequence[Place], targets: Sequence[str], copies: int, first: str = ""
+) -> Todo:
     """Return what `record` wants, whose bytes are whole at `good`, to have `copies` of them in `targets`.
 
-    One copy an original counts. Copies elsewhere are surplus, but only once there are enough in `targets`; among
-    those, the nearest are kept, and the primary one before all.
+    One copy an original counts; a place without the name of one is in `first`. Copies elsewhere are surplus, but only
+    once there are enough in `targets`; among those, the nearest are kept, and the primary one before all.
     """
     ranked = sorted(
-        (place for place in good if place.original in targets),
-        key=lambda place: (place != record.primary, targets.index(place.original)),
+        (place for place in good if (place.original or first) in targets),
+        key=lambda place: (place != record.primary, targets.index(place.original or first)),
     )
     kept: dict[str, Place] = {}
     for place in ranked:
         if len(kept) < copies:
-            kept.setdefault(place.original, place)
+            kept.setdefault(place.original or first, place)
     if len(kept) < copies:
         free = [name for name in targets if name not in kept]
         wanted = copies - len(kept)

@@ -33,6 +33,7 @@ _WORDS = {
     "removed": "bytes that no record names",
     "young": "bytes without a record, left because they may belong to a save in flight",
     "foreign": "bytes without a record, left because nothing says that this library wrote them",
+    "ambiguous": "bytes that a record may name by another spelling of their key, left for that",
 }
 
 

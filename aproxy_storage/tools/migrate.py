@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ..backends.base import Backend
 from ..content import Source
 from ..errors import AlreadyExists, ConfigurationError, ContentError, NotFound, StorageError
+from ..paths import local_path
 from ..proxy import ProxyStorage
 from ..records import PENDING, STORED, MetaRecord, ObjectInfo
 from .bulk import Result, run_many
@@ -299,9 +300,9 @@ def _own_keys(source: Backend, target: ProxyStorage, using: str | None) -> _Left
 
 def _place(backend: Backend) -> tuple[str, str] | None:
     """Return the service, and what the names of all objects begin with there; None where it cannot be told. Blocks."""
-    begin = backend.full_path("").removeprefix("file://")
-    if os.path.isabs(begin):
-        return "", os.path.join(os.path.realpath(begin), "")
+    begin = backend.full_path("")
+    if (path := local_path(begin)) is not None:
+        return "", os.path.join(os.path.realpath(path), "")
     if begin.startswith(("s3://", "gs://", "az://", "postgresql://", "django://")):
         return (backend.endpoint or "").rstrip("/"), begin
     return None

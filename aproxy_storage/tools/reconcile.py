@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import chain, islice
+from unicodedata import normalize
 
 from ..backends.base import Backend
-from ..errors import NotFound, StorageError
+from ..errors import InvalidPath, NotFound, StorageError
 from ..mending import mend
 from ..meta_backends.base import MetaBackend
+from ..paths import local_path
 from ..proxy import ProxyStorage
-from ..records import MetaRecord
+from ..records import MetaRecord, ObjectInfo
 
 __all__ = ["Finding", "Report", "reconcile"]
 
@@ -27,7 +30,8 @@ class Finding:
 
     `action`: ``undone`` (a save), ``deleted``, ``cleared`` (old bytes of a stored file), ``settling`` (again later),
     ``moved on`` (somebody else was first), ``failed``; of a scan ``removed`` (bytes without a record), ``young``
-    (left, it may be a save in flight) and ``foreign`` (left, nothing says that this library wrote it). Where files
+    (left, it may be a save in flight), ``foreign`` (left, nothing says that this library wrote it) and ``ambiguous``
+    (left: the original gives it by other spellings of its key too, and a record may have one of these). Where files
     have several copies: ``copied`` (one that was missing), ``dropped`` (a surplus one), ``missing`` (its bytes are
     gone), ``damaged`` (they are not the file).
     """
@@ -85,7 +89,8 @@ async def reconcile(
         metas: further meta-backends whose records may name objects in these originals; without them a scan would
             take their files for orphans.
         storages: further storages, whose records are asked too. Those that are registered are known anyway, but only
-            by records in a meta-backend that is asked.
+            by records in a meta-backend that is asked. A record's storage is one that has its name and, as `meta`, the
+            very object that gave the record.
 
     One original may lie inside another: in a directory or under a prefix of it. A scan takes an object for an orphan
     only where each record of a key that might be its own, counted from any directory above it, has its bytes, and
@@ -193,30 +198,32 @@ class _Scan:
             for key, names in called.items():
                 for name in names:
                     named = [records[path] for path in owners.get(name, ())]
-                    if key in unknown and not await self._are_others(key, name, named):
+                    if key in unknown and not await self._are_others(key, name, named, meta):
                         del unknown[key]
         return list(unknown)
 
     def _names(self, key: str) -> list[str]:
         """Return what `key` is called in originals that have their root at any directory above it."""
         whole = self.backend.full_path(key)
-        addresses = {whole}
-        if os.path.isabs(whole) and whole.endswith(key):
+        path = local_path(whole)
+        addresses = {path or whole}
+        if path is not None and path.endswith(key):
             if self._roots is None:
-                root = whole.removesuffix(key)
+                root = path.removesuffix(key)
                 self._roots = root, os.path.join(os.path.realpath(root), "")  # which has just been listed
             given, real = self._roots
-            addresses.add(real + whole.removeprefix(given))
+            addresses.add(real + path.removeprefix(given))
         names = dict.fromkeys([key, *addresses])
         for address in addresses:
             parts = [part for part in address.split("/") if part]
             names.update(dict.fromkeys("/".join(parts[at:]) for at in range(len(parts))))
-        return list(names)
+        forms = [normalize(form, name) for name in names if not name.isascii() for form in ("NFC", "NFD")]
+        return list(dict.fromkeys([*names, *forms]))
 
-    async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None]) -> bool:
-        """Return whether what `records` name `name` are certainly other objects than `key` here."""
+    async def _are_others(self, key: str, name: str, records: Iterable[MetaRecord | None], meta: MetaBackend) -> bool:
+        """Return whether what `records`, of `meta`, name `name` are certainly other objects than `key` here."""
         for record in records:
-            storage = self._storage_of(record)
+            storage = self._storage_of(record, meta)
             if record is None or storage is None:
                 return False
             for place in record.all_places():
@@ -227,15 +234,16 @@ class _Scan:
                     return False
         return True
 
-    def _storage_of(self, record: MetaRecord | None) -> ProxyStorage | None:
+    def _storage_of(self, record: MetaRecord | None, meta: MetaBackend) -> ProxyStorage | None:
+        """Return the storage that `record`, of `meta`, belongs to; None where that is not known here. A name alone does
+        not say it: a storage of another project may have the same."""
         if record is None:
             return None
-        if record.proxy_storage_name in self.storages:
-            return self.storages[record.proxy_storage_name]
-        try:
-            return record.get_proxy_storage()
-        except Exception:  # not known here, or a finder cannot make it
-            return None
+        found = self.storages.get(record.proxy_storage_name)
+        if record.proxy_storage_name not in self.storages:
+            with contextlib.suppress(Exception):  # not known here, or a finder cannot make it
+                found = record.get_proxy_storage()
+        return found if found is not None and found.meta is meta else None
 
     async def _remove(self, unknown: list[str]) -> None:
         backend, report = self.backend, self.report
@@ -248,6 +256,8 @@ class _Scan:
                     action = "young"
                 elif backend.capabilities.tokens and info.token is None:
                     action = "foreign"
+                elif await self._has_other_names(info):
+                    action = "ambiguous"
                 else:
                     action = "removed"
                     if not self.dry_run:
@@ -260,6 +270,41 @@ class _Scan:
             except StorageError as error:
                 report.add(Finding("failed", key, self.name, error))
 
+    async def _has_other_names(self, info: ObjectInfo) -> bool:
+        """Return whether the original gives the object by another spelling of its key too, because it tells case or
+        normal forms not apart: then a record may name it by any, and no look-up finds that."""
+        for name in _spellings(info.key):
+            try:
+                found = await self.backend.stat(name)
+            except (NotFound, InvalidPath):
+                continue
+            if _are_alike(info, found):
+                return True
+        return False
+
+
+def _spellings(key: str) -> Iterator[str]:
+    """Yield other spellings of `key`, each of one part of it only: every directory may be of another kind."""
+    parts = key.split("/")
+    for at, part in enumerate(parts):
+        others = [_swapped(part)]
+        if not part.isascii():
+            # Some know no case but that of ASCII.
+            others += (_swapped(part, ascii_only=True), normalize("NFC", part), normalize("NFD", part))
+        for other in dict.fromkeys(others):
+            if other != part:
+                yield "/".join((*parts[:at], other, *parts[at + 1 :]))
+
+
+def _swapped(part: str, *, ascii_only: bool = False) -> str:
+    """Return `part` in the other case, but for letters that have no single one."""
+
+    def other(sign: str) -> str:
+        swapped = sign.swapcase()
+        return swapped if (sign.isascii() or not ascii_only) and swapped.swapcase() == sign else sign
+
+    return "".join(map(other, part))
+
 
 async def _may_be_one(here: Backend, key: str, there: Backend, other: str) -> bool:
     """Return whether `key` and `other` may be one object; also where it cannot be told, or `there` has none: a storage
@@ -270,8 +315,12 @@ async def _may_be_one(here: Backend, key: str, there: Backend, other: str) -> bo
         one, two = await here.stat(key), await there.stat(other)
     except StorageError:
         return True
+    return _are_alike(one, two, etags=type(here) is type(there))
+
+
+def _are_alike(one: ObjectInfo, two: ObjectInfo, *, etags: bool = True) -> bool:
     told = [(one.size, two.size), (one.token, two.token)]
-    if type(here) is type(there):
+    if etags:
         told.append((one.etag, two.etag))
     return all(a == b for a, b in told if a is not None and b is not None)
 

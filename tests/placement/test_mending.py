@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from aproxy_storage import (
+    AccessDenied,
     BackendUnavailable,
     Breaker,
+    DeadlineExceeded,
     IntegrityError,
+    MetaRecord,
     OutOfSpace,
+    Place,
     ProxyStorage,
     Replicate,
 )
@@ -162,6 +166,29 @@ def test_reconcile_removes_surplus_copies_after_they_were_kept() -> None:
     run(main())
 
 
+def test_a_record_without_the_name_of_an_original_has_its_bytes_in_the_first() -> None:
+    """As in the tables of django-proxy-storage."""
+
+    async def main() -> None:
+        async with World(Replicate(2, order=["a", "b", "c"]), "abc", keep_replaced=0.0) as world:
+            await world.inner["a"].write("x", b"1")
+            await world.meta.create(MetaRecord("x", "media", "", "x"))
+            assert (await world.storage.move("x", "a")).primary == Place("", "x"), "it is there"
+            assert (await world.reconcile(force=False)).counts == {"copied": 1}
+            assert await copies(world, "x") == ["", "b"]
+            assert (await world.storage.get("x")).original_storage_path == "x"
+            assert (await world.reconcile()).counts == {}
+            record = MetaRecord("y", "media", "b", "y", places=(Place("", "y"),))
+            assert world.storage._preferred(record) == Place("", "y"), "the nearest"
+            world.storage.placement = Replicate(2, order=["b", "c"])
+            await world.inner["a"].discard("x")
+            report = await world.reconcile(force=False)
+            assert [(each.action, each.original) for each in report.findings] == [("missing", "a"), ("copied", "c")]
+            assert await copies(world, "x") == ["b", "c"]
+
+    run(main())
+
+
 def test_reconcile_makes_nothing_in_the_stead_of_a_copy_that_is_out_of_reach() -> None:
     async def main() -> None:
         async with World(Replicate(2), "abc") as world:
@@ -239,6 +266,66 @@ def test_reconcile_goes_past_an_original_that_is_away(circuit: Breaker | None) -
             await asyncio.sleep(60)
             await world.assert_clean()
             assert await copies(world, "x") == ["a", "c"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_reconcile_adds_no_names_without_end_for_an_original_that_refuses(force: bool) -> None:
+    async def main() -> None:
+        async with World(Replicate(2, 1), "abc") as world:
+            await world.storage.save("x", b"1")
+            await world.inner["b"].discard("x")
+            denied = Fail(AccessDenied("403"))
+            world.plan["b"].set(write=denied, discard=denied)
+            world.plan["c"].set(write=denied, discard=denied)
+            counts = []
+            for _ in range(8):
+                report = await world.reconcile(force=force)
+                assert report.counts["failed"] >= 2
+                counts.append(len((await world.storage.get("x")).places))
+            assert counts[-1] == counts[2] <= 6
+            denied_in_c = [each for each in report.findings if each.original == "c"]
+            assert "let this storage remove" in str(denied_in_c[0].error)
+            world.plan["c"].set(write=None, discard=None)
+            await world.reconcile()  # removes what is left
+            assert await copies(world, "x") == ["a", "c"]
+            await world.assert_clean()
+
+    run(main())
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["look", "ask"])
+def test_reconcile_waits_for_a_hanging_original_no_longer_than_its_circuit_is_closed(left: bool) -> None:
+    """Asked is one that has a good copy, and one that has something left to remove."""
+
+    async def main() -> None:
+        async with World(Replicate(2, 1, breaker=Breaker(failures=2, reset_after=60))) as world:
+            if left:
+                world.plan["b"].set(write=DOWN)
+            for name in "uvwxyz":
+                await world.storage.save(name, b"1")
+                if left:
+                    await world.meta.update(name, {"places": (Place("b", f"{name}_token", "settling"),)})
+            await asyncio.sleep(60)
+            asked = 0
+
+            async def hang() -> None:
+                nonlocal asked
+                asked += 1
+                await asyncio.sleep(30)
+                raise DeadlineExceeded("no answer")
+
+            world.plan["b"].set(stat=Meanwhile(hang), write=None)
+            started = asyncio.get_running_loop().time()
+            for wanted in (2, 3):
+                report = await world.reconcile(force=False)
+                assert report.counts == {"failed": 6}
+                assert asked == wanted
+                await asyncio.sleep(60)
+            assert asyncio.get_running_loop().time() - started < 3 * 30 + 2 * 60 + 1
+            world.heal()
+            assert (await world.reconcile(force=False)).counts == ({"copied": 6} if left else {})
 
     run(main())
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -212,7 +213,15 @@ def of_two_kinds(root: Path) -> tuple[Backend, Backend]:
     return ObstoreBackend(LocalStore(root)), FileSystemBackend(root / "private")
 
 
-@pytest.mark.parametrize("nested", [in_directories, behind_a_link, with_prefixes, of_two_kinds])
+def behind_a_link_of_two_kinds(root: Path) -> tuple[Backend, Backend]:
+    (root / "around" / "private").mkdir(parents=True)
+    (root / "link").symlink_to(root / "around" / "private")
+    return FileSystemBackend(root / "around"), ObstoreBackend(LocalStore(root / "link"))
+
+
+@pytest.mark.parametrize(
+    "nested", [in_directories, behind_a_link, with_prefixes, of_two_kinds, behind_a_link_of_two_kinds]
+)
 @pytest.mark.parametrize("one_table", [True, False])
 async def test_a_scan_spares_files_of_an_original_inside_or_around_it(
     nested: Callable[[Path], tuple[Backend, Backend]], one_table: bool, tmp_path: Path
@@ -258,6 +267,26 @@ async def test_a_scan_spares_nested_originals_of_one_storage(tmp_path: Path) -> 
     assert await content_of(storage, path) == b"%PDF"
 
 
+@pytest.mark.parametrize("how", ["metas", "registered"])
+async def test_a_scan_takes_no_storage_of_the_same_name_for_that_of_a_record(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of another project, whose storage has the name of one that is known here."""
+    around, within = in_directories(tmp_path)
+    ours = ProxyStorage("media" if how == "metas" else "ours", originals=around, meta=MemoryMetaBackend())
+    theirs = ProxyStorage("media", originals=within, meta=MemoryMetaBackend())
+    if how == "registered":
+        elsewhere = ProxyStorage("media", originals=around, meta=MemoryMetaBackend())
+        monkeypatch.setattr("aproxy_storage.registry._storages", {"media": elsewhere})
+    await ours.save("logo.png", b"ours")
+    await theirs.save("logo.png", b"and theirs")
+    await around.write("orphan", b"of nobody", token="tokenOfADead")
+    await around.write("a/logo.png", b"of nobody", token="tokenOfADead")
+    report = await reconcile(ours, scan=True, min_age=-1.0, dry_run=False, metas=[theirs.meta])
+    assert [each.path for each in report.findings] == ["orphan"]
+    assert await content_of(theirs, "logo.png") == b"and theirs"
+
+
 async def test_a_scan_spares_what_a_record_has_lost(tmp_path: Path) -> None:
     """A storage was given another place, and its bytes have not been moved there yet."""
     around, within = in_directories(tmp_path)
@@ -267,6 +296,79 @@ async def test_a_scan_spares_what_a_record_has_lost(tmp_path: Path) -> None:
     outer = ProxyStorage("outer", originals=around, meta=meta)
     assert (await reconcile(outer, scan=True, min_age=-1.0, dry_run=False, storages=[moved])).counts == {}
     assert await keys_of(within) == ["secret.txt"]
+
+
+class Folding(MemoryBackend):
+    """Gives a file by all spellings of its key that are `fold`ed to the same, and keeps the first of each directory."""
+
+    def __init__(self, fold: Callable[[str], str]) -> None:
+        super().__init__()
+        self.fold = fold
+        self.kept: dict[str, str] = {}
+
+    def _real(self, key: str) -> str:
+        real = ""
+        for part in key.split("/"):
+            real = self.kept.get(self.fold(real + part), real + part) + "/"
+        return real[:-1]
+
+    def _get(self, key: str) -> _Object:
+        return super()._get(self._real(key))
+
+    def _insert(self, found: _Object) -> ObjectInfo:
+        key = self._real(found.info.key)
+        for at in (*(at for at, sign in enumerate(key) if sign == "/"), len(key)):
+            self.kept.setdefault(self.fold(key[:at]), key[:at])
+        return super()._insert(replace(found, info=replace(found.info, key=key)))
+
+
+def below_media(key: str) -> str:
+    return key[:6] + key[6:].lower() if key.startswith("media/") else key
+
+
+def nfc(key: str) -> str:
+    return unicodedata.normalize("NFC", key)
+
+
+def ascii_only(key: str) -> str:
+    return "".join(sign.lower() if sign.isascii() else sign for sign in key)
+
+
+@pytest.mark.parametrize(
+    ("fold", "there", "path", "told"),
+    [
+        (str.casefold, "Photos/a.jpg", "photos/b.jpg", 1),
+        (str.lower, "Stra\xdfe/a.jpg", "stra\xdfe/b.jpg", 1),
+        (str.lower, "\xc4/1", "\xe4/2", 1),  # the only letter
+        (ascii_only, "A\xe4/1", "a\xe4/2", 1),
+        (below_media, "media/2024/P/a.jpg", "media/2024/p/b.jpg", 1),
+        (nfc, "e\u0301/a", "\xe9/b", 0),  # what has but one other form is looked for under that
+        (nfc, "e\u0301/a", "\xe9/e\u0301", 1),
+    ],
+)
+async def test_a_scan_spares_what_the_original_gives_by_another_spelling(
+    fold: Callable[[str], str], there: str, path: str, told: int
+) -> None:
+    original = Folding(fold)
+    storage = ProxyStorage("media", originals=original, meta=MemoryMetaBackend())
+    await storage.save(there, b"first")
+    await storage.save(path, b"second")
+    report = await reconcile(storage, scan=True, min_age=-1.0, dry_run=False)
+    assert report.counts == ({"ambiguous": told} if told else {})
+    assert report.clean
+    assert await content_of(storage, path) == b"second"
+
+
+async def test_a_scan_removes_orphans_beside_other_spellings_of_their_keys() -> None:
+    """Where both are objects, neither is the other."""
+    original = MemoryBackend()
+    storage = ProxyStorage("media", originals=original, meta=MemoryMetaBackend())
+    names = ["Photos/b.jpg", "\xe9"]
+    for name in names:
+        await storage.save(name, b"1")
+        await original.write(unicodedata.normalize("NFD", name).lower(), b"1", token="tokenOfADead")
+    assert (await reconcile(storage, scan=True, min_age=-1.0, dry_run=False)).counts == {"removed": 2}
+    assert sorted(await keys_of(original)) == names
 
 
 async def test_a_scan_removes_only_what_it_has_looked_at(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
