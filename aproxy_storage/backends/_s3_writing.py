@@ -126,7 +126,6 @@ class Upload:
 
     async def _put(self, body: Body) -> tuple[int, str | None]:
         size = body.size
-        await refuse_taken(self._target)
         answer = await decide(self._target, "put_object", body=body, on_progress=self._on_progress)
         return size, answer.get("ETag")
 
@@ -271,7 +270,6 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
     target.uploads[upload_id] = target.token
     try:
         parts = sorted(await send_parts(upload_id), key=lambda part: part["PartNumber"])
-        await refuse_taken(target)
         answer = await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:
         _nothing_was_decided(error)
@@ -329,6 +327,7 @@ async def decide(
         AlreadyExists: the key is taken, and not by this write, whose answer may have been lost at the first try.
         Conflict: the upload is gone. StorageError.
     """
+    await refuse_taken(target)
     if operation != "complete_multipart_upload":  # else they were given when it began
         params = {**target.params, **params}
     if target.conditional:

@@ -177,6 +177,11 @@ class S3Backend(Backend):
             raise ConfigurationError("multipart_bytes must be positive, and part_bytes at most")
         if cloudfront is not None and custom_domain is None:
             raise ConfigurationError("CloudFront signs URLs on custom_domain=, which is missing")
+        if conditional_copies and not conditional_writes:
+            raise ConfigurationError(
+                "conditional_copies=True says that the service refuses to overwrite, conditional_writes=False that it "
+                "does not: give one of them"
+            )
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"
