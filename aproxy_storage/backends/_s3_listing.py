@@ -40,8 +40,25 @@ class Bucket:
             "list_objects_v2", self.what, Bucket=self.name, Prefix=self.base + prefix, **params
         )
 
+    def token_after(self, page: Any, token: str | None) -> str | None:
+        """Return where the page after `page` begins, which was asked for with `token`; None after the last one.
+
+        Raises:
+            BackendUnavailable: the service does not tell, and a listing without the rest would be taken for whole.
+        """
+        following: str | None = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        if page.get("IsTruncated") and following in (None, "", token):
+            raise _without_end(self.what)
+        return following
+
     def key(self, full_key: str) -> str:
         return full_key.removeprefix(self.base)
+
+
+def _without_end(what: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"could not {what}: the service says that there is more, but not where it begins", retryable=False
+    )
 
 
 class _Order(Protocol):
@@ -59,6 +76,7 @@ class _Flat:
         self._bucket = bucket
         self._prefix = prefix
         self._start = after
+        self._token: str | None = None  # of a page that was empty, and not the last
         self._last: str | None = None
         self._entries: deque[Any] = deque()
         self._ended = False
@@ -67,11 +85,16 @@ class _Flat:
         while not self._entries:
             if self._ended:
                 return None
-            page = await self._bucket.page(self._prefix, after=self._start)
+            if self._token is None:
+                page = await self._bucket.page(self._prefix, after=self._start)
+            else:
+                page = await self._bucket.page(self._prefix, ContinuationToken=self._token)
             self._entries.extend(page.get("Contents") or ())
-            self._ended = not page.get("IsTruncated") or not self._entries
+            self._ended = not page.get("IsTruncated")
             if self._entries:
-                self._start = self._bucket.key(self._entries[-1]["Key"])
+                self._start, self._token = self._bucket.key(self._entries[-1]["Key"]), None
+            else:  # such pages are of services that pass over much: markers of deletions, keys of others
+                self._token = self._bucket.token_after(page, self._token)
         entry = self._entries.popleft()
         key = self._bucket.key(entry["Key"])
         if self._last is not None and key <= self._last:
@@ -153,7 +176,7 @@ class _Directory:
         found.sort(key=lambda entry: entry[0].rstrip("/"))
         self._entries.extend(found)
         self._ended = not page.get("IsTruncated")
-        self._params = {"ContinuationToken": page.get("NextContinuationToken")}
+        self._params = {"ContinuationToken": self._bucket.token_after(page, self._params.get("ContinuationToken"))}
 
 
 def _start_in(prefix: str, after: str | None) -> str | None:
@@ -220,7 +243,11 @@ def _is_marker(key: str, entry: Any) -> bool:
 
 async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[tuple[str, float]]:
     """Return the ids of the multipart uploads of exactly this key, each with its age in seconds, by the service's clock
-    where that is told; 0 where the beginning is not."""
+    where that is told; 0 where the beginning is not.
+
+    Raises:
+        BackendUnavailable: the service does not tell all of them. StorageError.
+    """
     found: list[tuple[str, float]] = []
     marker: dict[str, Any] = {}
     while True:
@@ -231,9 +258,12 @@ async def unfinished_uploads(connection: Connection, what: str, bucket: str, key
                 begun = upload.get("Initiated")
                 found.append((upload["UploadId"], (now - begun).total_seconds() if begun is not None else 0.0))
         # They come in the order of keys, and `key` is the first that begins with itself.
-        if not page.get("IsTruncated") or page.get("NextKeyMarker", "") > key:
+        following = page.get("NextKeyMarker", "")
+        if not page.get("IsTruncated") or following > key:
             return found
-        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        before, marker = marker, {"KeyMarker": following, "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        if not following or marker == before:
+            raise _without_end(what)
 
 
 def _time_of(answer: Any) -> datetime:
