@@ -10,7 +10,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import BackendUnavailable, ConfigurationError, DeadlineExceeded, MissingDependency, StorageError
+from ..errors import (
+    AccessDenied,
+    BackendUnavailable,
+    ConfigurationError,
+    DeadlineExceeded,
+    MissingDependency,
+    NotFound,
+    StorageError,
+)
 from ..timeouts import Alarm, IdleWatch
 
 try:
@@ -21,7 +29,7 @@ except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
 
 from ._s3_endpoints import remember_endpoints
-from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
+from ._s3_errors import has_request_id, is_throttled, is_transient, map_error, was_never_sent
 from ._s3_times import read_times_quickly
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
@@ -271,6 +279,37 @@ class Connection:
                 params["Body"].seek(0)
             watch.go_on()
         raise AssertionError("unreachable")
+
+    async def head(self, what: str, **at: Any) -> Any:
+        """Send HeadObject and return its parsed answer.
+
+        Raises:
+            NotFound: there is no such object, or no such bucket. BackendUnavailable: something else than the service
+                has said so. StorageError.
+        """
+        try:
+            return await self.call("head_object", what, **at)
+        except NotFound as error:
+            # There is no body that would show who has answered. A balancer without a server answers 404 to all.
+            if not has_request_id(error):
+                await self.check_bucket(what, at["Bucket"])
+            raise
+
+    async def check_bucket(self, what: str, bucket: str) -> None:
+        """Raise ConfigurationError if the bucket does not exist; BackendUnavailable if it did before."""
+        try:
+            await self.call("head_bucket", what, Bucket=bucket)
+        except NotFound as error:
+            if self.bucket_seen:
+                raise BackendUnavailable(
+                    f"could not {what}: neither the object nor the bucket is found now. Look at the balancer or proxy "
+                    "in front of the service, or whether somebody has removed the bucket"
+                ) from error.__cause__
+            raise ConfigurationError(
+                f"could not {what}: there is no such bucket at this endpoint. Create it, or look at bucket="
+            ) from error.__cause__
+        except AccessDenied:
+            self.bucket_seen = True  # it is there, if not for us to see
 
     async def stream(self, operation: str, what: str, **params: Any) -> tuple[Any, Slot]:
         """Send a request whose answer has a body; return the answer, and the connection that the body occupies.

@@ -387,7 +387,7 @@ async def is_taken(target: Target) -> bool:
 async def _token_at(target: Target) -> str | None:
     """Return the token of the object there: empty for one without, None where none is."""
     try:
-        answer = await target.connection.call("head_object", target.what, **target.at)
+        answer = await target.connection.head(target.what, **target.at)
     except NotFound:
         return None
     return str((answer.get("Metadata") or {}).get(TOKEN, ""))
@@ -396,7 +396,7 @@ async def _token_at(target: Target) -> str | None:
 async def remove(target: Target, token: str) -> None:
     """Remove the object if it carries `token`."""
     try:
-        answer = await target.connection.call("head_object", target.what, **target.at)
+        answer = await target.connection.head(target.what, **target.at)
     except NotFound:
         return
     if (answer.get("Metadata") or {}).get(TOKEN) != token:

@@ -326,7 +326,7 @@ class S3Backend(Backend):
         what = f"copy {key!r} to {new_key!r} in {self}"
         source = self._at(key, what)
         connection = self._connections.get()
-        found = await connection.call("head_object", what, **source)
+        found = await connection.head(what, **source)
         token = token or new_token()
         params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
         target = self._target(what, new_key, token, params)
@@ -396,22 +396,12 @@ class S3Backend(Backend):
         what = f"stat {key!r} in {self}"
         connection = self._connections.get()
         try:
-            return info_of(key, await connection.call("head_object", what, **self._at(key, what)))
+            return info_of(key, await connection.head(what, **self._at(key, what)))
         except NotFound:
             if not connection.bucket_seen:
                 # Asked in this way S3 does not say whether it is the object or the bucket that is not there.
-                await self._check_bucket(connection, what)
+                await connection.check_bucket(what, self.bucket)
             raise
-
-    async def _check_bucket(self, connection: Connection, what: str) -> None:
-        try:
-            await connection.call("head_bucket", what, Bucket=self.bucket)
-        except NotFound as error:
-            raise ConfigurationError(
-                f"could not {what}: there is no such bucket at this endpoint. Create it, or look at bucket="
-            ) from error.__cause__
-        except AccessDenied:
-            connection.bucket_seen = True  # it is there, if not for us to see
 
     def _at(self, key: str, what: str) -> dict[str, Any]:
         """Return the parameters that name an object, whatever its key; NotFound for one that no request can name."""
