@@ -428,7 +428,8 @@ class S3Backend(Backend):
         except NotFound:
             return
         if token is None:
-            await target.connection.call("delete_object", what, **at)
+            with contextlib.suppress(NotFound):  # as Google Cloud Storage answers
+                await target.connection.call("delete_object", what, **at)
             return
         # A write that was broken. Its uploads first: one that is completed meanwhile is seen as an object.
         await self._abort_uploads(target)

@@ -51,6 +51,16 @@ class Objects:
         self.asked.append(("copy_object", params))
         return {"CopyObjectResult": self._put(self.content(params["CopySource"]["Key"]), **params)}
 
+    async def delete_object(self, **params: Any) -> dict[str, Any]:
+        """Answer as Google Cloud Storage does."""
+        self.asked.append(("delete_object", params))
+        if params["Key"] not in self.objects:
+            raise refusal("DeleteObject", "NoSuchKey", 404)
+        if params["Key"].endswith("locked"):
+            raise refusal("DeleteObject", "AccessDenied", 403)
+        del self.objects[params["Key"]]
+        return {}
+
 
 # -- services without conditional requests
 
@@ -69,3 +79,11 @@ async def test_nothing_is_copied_onto_what_is_there() -> None:
 async def test_copies_are_not_conditional_where_writes_are_not() -> None:
     with pytest.raises(ConfigurationError, match="conditional_copies"):
         S3Backend("bucket", conditional_writes=False, conditional_copies=True)
+
+
+# -- removing
+
+
+async def test_what_is_gone_already_is_discarded() -> None:
+    backend = S3Backend("bucket", client=Objects())
+    await backend.discard("gone")
