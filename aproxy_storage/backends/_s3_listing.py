@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -9,15 +10,27 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
-from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, StorageError
+from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, NotFound, StorageError
 from ..records import ObjectInfo
 from ._s3_client import Connection
+from ._s3_errors import code_of
 from ._s3_objects import listed
 
 __all__ = ["Bucket", "delete_objects", "list_objects", "unfinished_uploads"]
 
 _LAST = "\U0010ffff"  # nothing that begins with the same text comes after it
 _PER_REQUEST = 1000  # objects: a rule of S3
+_AT_A_TIME = 8  # removals, where each takes a request
+# What services answer to DeleteObjects that do not know it, or want the MD5 that botocore does not send any more.
+_NO_BATCHES = {
+    "InvalidArgument",
+    "InvalidRequest",
+    "MethodNotAllowed",
+    "MissingContentMD5",
+    "NotImplemented",
+    "405",
+    "501",
+}
 
 Entry = tuple[str, Any]  # a key and what the service says of it, or a group's name and None
 
@@ -283,12 +296,41 @@ async def delete_objects(
     results: dict[str, StorageError | None] = dict.fromkeys(keys)
     for start in range(0, len(keys), _PER_REQUEST):
         batch = [{"Key": base + key} for key in keys[start : start + _PER_REQUEST]]
-        answer = await connection.call("delete_objects", what, Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
-        for error in answer.get("Errors") or ():
-            code = error.get("Code", "")
+        try:
+            answer = await connection.call(
+                "delete_objects", what, Bucket=bucket, Delete={"Objects": batch, "Quiet": True}
+            )
+        except StorageError as error:
+            if code_of(error) not in _NO_BATCHES:
+                raise
+            return results | await _delete_singly(connection, bucket, base, keys[start:])
+        for refused in answer.get("Errors") or ():
+            code = refused.get("Code", "")
             if code == "NoSuchKey":
                 continue
             cls: type[StorageError] = AccessDenied if code == "AccessDenied" else BackendUnavailable
-            key = error["Key"].removeprefix(base)
-            results[key] = cls(f"could not delete {key!r}: the service says {code}", operation="delete_many", path=key)
+            key = refused["Key"].removeprefix(base)
+            results[key] = cls(f"could not delete {key!r}: the service says {code}")
+    return results
+
+
+async def _delete_singly(
+    connection: Connection, bucket: str, base: str, keys: Sequence[str]
+) -> dict[str, StorageError | None]:
+    results: dict[str, StorageError | None] = {}
+    remaining = iter(keys)
+
+    async def work() -> None:
+        for key in remaining:
+            results[key] = None
+            try:
+                await connection.call("delete_object", f"delete {key!r}", Bucket=bucket, Key=base + key)
+            except NotFound:
+                continue
+            except StorageError as error:
+                results[key] = error
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(_AT_A_TIME, len(keys))):
+            group.create_task(work())
     return results

@@ -405,11 +405,13 @@ class S3Backend(Backend):
 
     def _at(self, key: str, what: str) -> dict[str, Any]:
         """Return the parameters that name an object, whatever its key; NotFound for one that no request can name."""
-        full_key = self.prefix + key
-        too_long = len(full_key.encode(errors="surrogatepass")) > MAX_PATH_BYTES
-        if not key or too_long or not self._can_be(key, key.split("/")):
+        if not self._can_be_object(key):
             raise NotFound(f"could not {what}: there can be no such object")
-        return {"Bucket": self.bucket, "Key": full_key}
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
+
+    def _can_be_object(self, key: str) -> bool:
+        too_long = len((self.prefix + key).encode(errors="surrogatepass")) > MAX_PATH_BYTES
+        return bool(key) and not too_long and self._can_be(key, key.split("/"))
 
     def _can_be(self, text: str, parts: Iterable[str]) -> bool:
         """Return whether a request can name a key of these parts and mean it."""
@@ -465,16 +467,23 @@ class S3Backend(Backend):
 
         One that is not there is fine. Unfinished uploads of these keys stay; see `discard`.
 
+        Where the service removes objects only one by one, so does this, eight at a time.
+
         Raises:
             AccessDenied, BackendUnavailable, DeadlineExceeded; objects may have been removed.
         """
+        results: dict[str, StorageError | None] = dict.fromkeys(keys)
+        possible = [key for key in results if self._can_be_object(key)]
+        what = f"delete objects in {self}"
         try:
-            return await delete_objects(
-                self._connections.get(), f"delete objects in {self}", self.bucket, self.prefix, list(keys)
-            )
+            results |= await delete_objects(self._connections.get(), what, self.bucket, self.prefix, possible)
         except StorageError as error:
             error.located(operation="delete_many", path=None, backend=str(self))
             raise
+        for key, failure in results.items():
+            if failure is not None:
+                failure.located(operation="delete_many", path=key, backend=str(self))
+        return results
 
     # -- listing
 

@@ -7,7 +7,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from aproxy_storage.backends.s3 import S3Backend
-from aproxy_storage.errors import AlreadyExists, ConfigurationError
+from aproxy_storage.errors import AccessDenied, AlreadyExists, BackendUnavailable, ConfigurationError
 
 pytestmark = pytest.mark.asyncio
 
@@ -61,6 +61,12 @@ class Objects:
         del self.objects[params["Key"]]
         return {}
 
+    async def delete_objects(self, **params: Any) -> dict[str, Any]:
+        self.asked.append(("delete_objects", params))
+        for each in params["Delete"]["Objects"]:
+            del self.objects[each["Key"]]
+        return {}
+
 
 # -- services without conditional requests
 
@@ -87,3 +93,45 @@ async def test_copies_are_not_conditional_where_writes_are_not() -> None:
 async def test_what_is_gone_already_is_discarded() -> None:
     backend = S3Backend("bucket", client=Objects())
     await backend.discard("gone")
+
+
+class Singly(Objects):
+    def __init__(self, code: str, status: int, **contents: bytes) -> None:
+        super().__init__(**contents)
+        self.refusal = refusal("DeleteObjects", code, status)
+
+    async def delete_objects(self, **params: Any) -> dict[str, Any]:
+        self.asked.append(("delete_objects", params))
+        raise self.refusal
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("MissingContentMD5", 400), ("InvalidRequest", 400), ("NotImplemented", 501), ("405", 405)]
+)
+async def test_services_that_do_not_remove_many_objects_at_once(code: str, status: int) -> None:
+    keys = [f"key{number}" for number in range(1500)]
+    client = Singly(code, status, **{f"p/{key}": b"x" for key in [*keys, "kept", "locked"]})
+    backend = S3Backend("bucket", prefix="p", client=client)
+    results = await backend.delete_many([*keys, "gone", "locked"])
+    locked = results.pop("locked")
+    assert results == dict.fromkeys([*keys, "gone"])
+    assert isinstance(locked, AccessDenied)
+    assert (locked.operation, locked.path, locked.backend) == ("delete_many", "locked", str(backend))
+    assert set(client.objects) == {"p/kept", "p/locked"}
+    assert sum(operation == "delete_objects" for operation, _ in client.asked) == 1, "it was asked again"
+
+
+async def test_a_refusal_of_all_is_not_taken_for_one_of_the_batch() -> None:
+    client = Singly("InternalSomething", 400, key=b"x")
+    with pytest.raises(BackendUnavailable):
+        await S3Backend("bucket", client=client).delete_many(["key"])
+    assert set(client.objects) == {"key"}
+
+
+async def test_keys_that_no_object_can_have_do_not_keep_the_others() -> None:
+    client = Objects(key=b"x")
+    impossible = ["", "a/../b", "nul\0", "k" * 2000, "\udc80"]
+    backend = S3Backend("bucket", client=client)
+    assert await backend.delete_many([*impossible, "key"]) == dict.fromkeys([*impossible, "key"])
+    assert not client.objects
+    assert await backend.delete_many([""]) == {"": None}
