@@ -68,6 +68,22 @@ class ConnectionOptions:
     checksums: str | None = None
     sign_payload: bool = False
     config: Any = None
+    every_request: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self, operation: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of a request: those `given`, and those of every request that it has."""
+        common = dict(self.every_request)
+        if operation == "head_bucket":
+            common.pop("RequestPayer", None)
+        return {**common, **given}
+
+    @property
+    def connections(self) -> int:
+        """How many requests may be under way. A further one would wait in the driver, without saying for what."""
+        if self.client is not None:
+            config = getattr(getattr(self.client, "meta", None), "config", None)
+            return min(self.pool_size, getattr(config, "max_pool_connections", self.pool_size))
+        return self.pool_size if self.config is None else int(self.client_config().max_pool_connections)
 
     def client_config(self) -> Any:
         """Return botocore's Config: what we need, what the caller was given, what he says beyond that."""
@@ -147,7 +163,8 @@ class Connection:
         self._client: Any = None
         self._signer: Any = None
         self._session: Any = options.session
-        self._slots = asyncio.Semaphore(options.pool_size)
+        self._limit = options.connections
+        self._slots = asyncio.Semaphore(self._limit)
         self._closed = False
         self.bucket_seen = False  # an answer has shown that the bucket exists
 
@@ -253,6 +270,7 @@ class Connection:
 
     async def _tried(self, operation: str, what: str, params: dict[str, Any], watch: IdleWatch, again: bool) -> Any:
         client = await self._client_for(what)
+        params = self._options.parameters(operation, params)
         unsure = False
         for retries_left in reversed(range(_RETRIES + 1)):
             try:
@@ -320,6 +338,7 @@ class Connection:
             StorageError.
         """
         client = await self._client_for(what)
+        params = self._options.parameters(operation, params)
         for retries_left in reversed(range(_RETRIES + 1)):
             slot = await self.slot(what)
             try:
@@ -350,9 +369,9 @@ class Connection:
                     await self._slots.acquire()
             except TimeoutError as error:
                 raise BackendUnavailable(
-                    f"could not {what}: all {self._options.pool_size} connections were busy for "
+                    f"could not {what}: all {self._limit} connections were busy for "
                     f"{self._options.pool_timeout:g} seconds. Are there readers that are neither read nor closed? "
-                    "Else enlarge pool_size"
+                    "Else enlarge pool_size, or max_pool_connections of config= or client="
                 ) from error
         else:
             await self._slots.acquire()

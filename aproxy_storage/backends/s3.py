@@ -7,7 +7,7 @@ import contextlib
 import logging
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -30,7 +30,7 @@ from ..timeouts import Timeouts
 from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
-from ._s3_objects import TOKEN, described, info_of, metadata_of
+from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
 from ._s3_settings import from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
@@ -54,11 +54,6 @@ _TOO_LONG = (
     "everybody may read be public (querystring_auth=False), or let CloudFront sign (cloudfront=)"
 )
 
-#: Further parameters of PutObject for all objects, or for each by its key.
-ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
-
-_OURS = {"Bucket", "Key", "Body", "ContentLength", "IfMatch", "IfNoneMatch", "UploadId"}
-
 
 class S3Backend(Backend):
     """Keeps objects in one bucket, or below a prefix of it.
@@ -78,7 +73,8 @@ class S3Backend(Backend):
         proxies: HTTP proxies by scheme, as botocore takes them.
         config: a botocore Config; what it sets wins.
         object_parameters: further parameters of PutObject: ``CacheControl``, ``ACL``, ``ServerSideEncryption``,
-            ``StorageClass``, ``Tagging`` …; or a function that gives them for a key.
+            ``StorageClass``, ``Tagging`` …; or a function that gives them for a key. ``RequestPayer`` and
+            ``ExpectedBucketOwner``, where no function gives them, go with every request.
         custom_domain: the host, a CDN's mostly, of URLs.
         url_protocol: of URLs on `custom_domain`, ``"https:"`` by default.
         cloudfront: signs URLs on `custom_domain`.
@@ -94,7 +90,8 @@ class S3Backend(Backend):
             declared or that of a file of the disk.
         multipart_bytes: from which size on content goes in parts; `part_bytes` by default, and never more.
         parallel_reads: ranges of `part_bytes` that a read of a large object fetches at a time; 1 is one stream.
-        pool_size: connections at a time, per event loop; `pool_timeout`: seconds to wait for a free one.
+        pool_size: connections at a time, per event loop, unless `config` says ``max_pool_connections``; a borrowed
+            `client` may have fewer. `pool_timeout`: seconds to wait for a free one.
         connect_timeout: seconds.
         checksums: ``"when_supported"``: each upload carries a CRC, each download of a whole object in one stream is
             checked where the service tells one; ``"when_required"`` only where S3 insists. By default the first on
@@ -217,6 +214,7 @@ class S3Backend(Backend):
             checksums=checksums,
             sign_payload=sign_payload,
             config=config,
+            every_request=every_request_of(object_parameters),
         )
         self._object_parameters = object_parameters or {}
         self._custom_domain = custom_domain
@@ -281,7 +279,7 @@ class S3Backend(Backend):
     ) -> ObjectInfo:
         # Always a token, so that an object without one cannot be taken for one whose writer is unknown.
         token = token or new_token()
-        params = self._parameters(key, content_type, metadata, token)
+        params = parameters_of(self._object_parameters, key, content_type, metadata, token)
         upload = Upload(
             self._target(f"write {key!r} in {self}", key, token, params),
             source,
@@ -294,19 +292,6 @@ class S3Backend(Backend):
         return ObjectInfo(
             key, size=size, etag=etag, content_type=params.get("ContentType"), metadata=dict(metadata), token=token
         )
-
-    def _parameters(
-        self, key: str, content_type: str | None, metadata: Mapping[str, str], token: str
-    ) -> dict[str, Any]:
-        """Return the parameters of the request that begins an object."""
-        given = self._object_parameters
-        params = dict(given(key) if callable(given) else given)
-        if not _OURS.isdisjoint(params):
-            raise ConfigurationError(f"object_parameters: {sorted(_OURS & set(params))} are not for the caller")
-        if content_type is not None:
-            params["ContentType"] = content_type
-        params["Metadata"] = metadata_of({**params.get("Metadata", {}), **metadata}, token)
-        return params
 
     def _target(self, what: str, key: str, token: str, params: Mapping[str, Any]) -> Target:
         return Target(
@@ -328,7 +313,7 @@ class S3Backend(Backend):
         connection = self._connections.get()
         found = await connection.head(what, **source)
         token = token or new_token()
-        params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
+        params = described(found, parameters_of(self._object_parameters, new_key, None, {}, token))
         target = self._target(what, new_key, token, params)
         try:
             with self._noting_failure(token):
@@ -344,9 +329,10 @@ class S3Backend(Backend):
         if not size:  # of nothing no part can be made
             return await decide(target, "put_object", body=Body())
         if size <= self._copy_part_bytes and self._conditional_copies:
-            answer = await decide(
-                target, "copy_object", CopySource=source, CopySourceIfMatch=etag, MetadataDirective="REPLACE"
-            )
+            directives: dict[str, Any] = {"MetadataDirective": "REPLACE"}
+            if "Tagging" in target.params:
+                directives["TaggingDirective"] = "REPLACE"  # else the original's are taken
+            answer = await decide(target, "copy_object", CopySource=source, CopySourceIfMatch=etag, **directives)
             return answer.get("CopyObjectResult", answer)
         return await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
 
@@ -546,6 +532,8 @@ class S3Backend(Backend):
         if "${filename}" in self.prefix + key:
             # The service puts in what the browser says, and the policy would allow every key that begins so.
             raise InvalidPath(f"no form can be made for {key!r}: S3 has a meaning of its own for ${{filename}}")
+        if expires_in > MAX_EXPIRY:
+            raise NotSupported(f"no form can be made for {expires_in:g} seconds: S3 takes none of more than 604800")
         fields: dict[str, str] = {f"x-amz-meta-{TOKEN}": token}
         if content_type is not None:
             fields["Content-Type"] = content_type

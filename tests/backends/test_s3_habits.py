@@ -4,10 +4,13 @@ import hashlib
 from typing import Any
 
 import pytest
+from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from aproxy_storage.backends.s3 import S3Backend
 from aproxy_storage.errors import AccessDenied, AlreadyExists, BackendUnavailable, ConfigurationError
+from tests.backends.fake_s3 import FakeS3, error
+from tests.backends.test_s3_errors import every_verb
 
 pytestmark = pytest.mark.asyncio
 
@@ -50,6 +53,17 @@ class Objects:
     async def copy_object(self, **params: Any) -> dict[str, Any]:
         self.asked.append(("copy_object", params))
         return {"CopyObjectResult": self._put(self.content(params["CopySource"]["Key"]), **params)}
+
+    async def create_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        self.begun = params
+        return {"UploadId": "1"}
+
+    async def upload_part_copy(self, **params: Any) -> dict[str, Any]:
+        self.copied = self.content(params["CopySource"]["Key"])
+        return {"CopyPartResult": {"ETag": "1"}}
+
+    async def complete_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        return self._put(self.copied, **{**self.begun, **params})
 
     async def delete_object(self, **params: Any) -> dict[str, Any]:
         """Answer as Google Cloud Storage does."""
@@ -135,3 +149,74 @@ async def test_keys_that_no_object_can_have_do_not_keep_the_others() -> None:
     assert await backend.delete_many([*impossible, "key"]) == dict.fromkeys([*impossible, "key"])
     assert not client.objects
     assert await backend.delete_many([""]) == {"": None}
+
+
+# -- parameters of all objects
+
+
+@pytest.mark.parametrize("one_request", [True, False])
+async def test_copies_have_what_all_objects_have(one_request: bool) -> None:
+    """What the original has itself counts first. Its tags S3 does not tell."""
+    client = Objects(old=b"x")
+    client.objects["old"] |= {"CacheControl": "no-store", "Metadata": {"note": "old", "aproxy-token": "ofTheOld0000"}}
+    given = {"Tagging": "a=b", "CacheControl": "private", "Metadata": {"note": "all", "team": "all"}}
+    backend = S3Backend("bucket", client=client, object_parameters=given, conditional_copies=one_request)
+    await backend.copy("old", "new", token="ofTheNew0000")
+    new = client.objects["new"]
+    assert new["Metadata"] == {"note": "old", "team": "all", "aproxy-token": "ofTheNew0000"}
+    assert (new["Tagging"], new["CacheControl"]) == ("a=b", "no-store")
+    assert new.get("TaggingDirective") == ("REPLACE" if one_request else None)
+    plain = S3Backend("bucket", client=client, conditional_copies=one_request)
+    await plain.copy("new", "untagged")
+    assert "TaggingDirective" not in client.objects["untagged"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"), [("Key", "'Key'"), ("SSECustomerKey", "SSE-C"), ("SSECustomerAlgorithm", "SSE-C")]
+)
+async def test_parameters_that_do_harm_are_refused(wrong: str, hint: str) -> None:
+    with pytest.raises(ConfigurationError, match=hint):
+        S3Backend("bucket", object_parameters={wrong: "x"})
+    client = Objects()
+    backend = S3Backend("bucket", client=client, object_parameters=lambda key: {wrong: "x"})
+    with pytest.raises(ConfigurationError, match=hint):
+        await backend.write("key", b"x")
+    assert not client.asked
+
+
+async def test_who_pays_is_said_with_every_request() -> None:
+    fake = FakeS3(lambda asked: error(403, "AccessDenied"))
+    parameters = {"RequestPayer": "requester", "ExpectedBucketOwner": "111122223333", "CacheControl": "private"}
+    async with fake.backend(object_parameters=parameters) as backend:
+        await every_verb(backend)
+        await backend._connections.get().check_bucket("look", "bucket")
+    for asked in fake.asked:
+        assert asked.headers["x-amz-expected-bucket-owner"] == "111122223333", asked
+        payer = None if str(asked) == "HEAD /bucket" else "requester"  # that request costs nothing
+        assert asked.headers.get("x-amz-request-payer") == payer, asked
+
+
+# -- the number of connections
+
+
+async def test_the_drivers_own_number_of_connections_counts() -> None:
+    """What it has no connection for would wait inside of it, until it is given up for idle."""
+
+    class Client:
+        class meta:  # noqa: N801
+            config = Config(max_pool_connections=2)
+
+    for options, expected in (
+        ({"config": Config(max_pool_connections=2)}, 2),
+        ({"config": Config(max_pool_connections=200)}, 200),
+        ({"config": Config(connect_timeout=1), "pool_size": 5}, 5),
+        ({"client": Client(), "pool_size": 5}, 2),
+        ({"client": Client(), "pool_size": 1}, 1),
+        ({"client": Objects(), "pool_size": 5}, 5),
+    ):
+        connection = S3Backend("bucket", pool_timeout=0.001, **options)._connections.get()
+        slots = [await connection.slot("look") for _ in range(expected)]
+        with pytest.raises(BackendUnavailable, match=f"all {expected} connections"):
+            await connection.slot("look")
+        for slot in slots:
+            slot.release()
