@@ -32,7 +32,7 @@ from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
 from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
-from ._s3_settings import from_django_storages, from_url
+from ._s3_settings import configured_endpoint, from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
@@ -59,11 +59,12 @@ class S3Backend(Backend):
     """Keeps objects in one bucket, or below a prefix of it.
 
     Args:
-        bucket: its name. It has to exist.
+        bucket: its name, or the ARN of an access point. It has to exist.
         prefix: begins every key in the bucket, followed by a slash; keys of this backend are without it.
         session: of aioboto3 or aiobotocore, to make clients from. By default one of aiobotocore with `profile`.
         client: a ready S3 client, borrowed: used in the loop that it belongs to, as it is configured, never closed.
-        endpoint_url: of another service than AWS.
+        endpoint_url: of another service than AWS; by default that of the `client`, or of AWS_ENDPOINT_URL_S3 or
+            AWS_ENDPOINT_URL.
         public_endpoint_url: the same service under the name that browsers know; URLs are signed for it.
         region: by default that of the environment.
         access_key, secret_key, session_token, profile: by default what the environment, the configuration file, or
@@ -159,7 +160,7 @@ class S3Backend(Backend):
         max_segment_bytes: int | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
-        if not bucket or "/" in bucket:
+        if not bucket or ("/" in bucket and not bucket.startswith("arn:")):
             raise ConfigurationError(f"bucket={bucket!r}: the name of a bucket; what follows it is prefix=")
         if (access_key is None) != (secret_key is None):
             raise ConfigurationError("access_key and secret_key belong together: give both, or none")
@@ -179,6 +180,7 @@ class S3Backend(Backend):
                 "conditional_copies=True says that the service refuses to overwrite, conditional_writes=False that it "
                 "does not: give one of them"
             )
+        endpoint_url = configured_endpoint(endpoint_url, client)
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"

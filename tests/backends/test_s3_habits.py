@@ -123,7 +123,7 @@ class Singly(Objects):
     ("code", "status"), [("MissingContentMD5", 400), ("InvalidRequest", 400), ("NotImplemented", 501), ("405", 405)]
 )
 async def test_services_that_do_not_remove_many_objects_at_once(code: str, status: int) -> None:
-    keys = [f"key{number}" for number in range(1500)]
+    keys = [f"key{number}" for number in range(1001)]
     client = Singly(code, status, **{f"p/{key}": b"x" for key in [*keys, "kept", "locked"]})
     backend = S3Backend("bucket", prefix="p", client=client)
     results = await backend.delete_many([*keys, "gone", "locked"])
@@ -220,3 +220,50 @@ async def test_the_drivers_own_number_of_connections_counts() -> None:
             await connection.slot("look")
         for slot in slots:
             slot.release()
+
+
+# -- which service it is
+
+
+class Meta:
+    def __init__(self, endpoint_url: str) -> None:
+        self.endpoint_url = endpoint_url
+
+
+class Elsewhere(Objects):
+    def __init__(self, endpoint_url: str) -> None:
+        super().__init__(old=b"x")
+        self.meta = Meta(endpoint_url)
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "expected"),
+    [
+        ({}, {}, None),
+        ({"AWS_ENDPOINT_URL": "http://minio:9000"}, {}, "http://minio:9000"),
+        ({"AWS_ENDPOINT_URL_S3": "http://minio:9000", "AWS_ENDPOINT_URL": "http://sqs"}, {}, "http://minio:9000"),
+        ({"AWS_ENDPOINT_URL": "http://minio", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, {}, None),
+        ({"AWS_ENDPOINT_URL": "https://s3.eu-west-1.amazonaws.com"}, {}, None),
+        ({"AWS_ENDPOINT_URL": "http://minio"}, {"endpoint_url": "http://ceph"}, "http://ceph"),
+        ({"AWS_ENDPOINT_URL": "http://minio"}, {"client": Elsewhere("http://ceph")}, "http://ceph"),
+        ({"AWS_ENDPOINT_URL": "http://minio"}, {"client": Elsewhere("https://s3.eu-west-1.amazonaws.com")}, None),
+    ],
+)
+async def test_the_service_is_known_however_it_is_named(
+    environment: dict[str, str], options: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only of Amazon it is known that no copy with one request overwrites."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    backend = S3Backend("bucket", **options)
+    assert backend.endpoint == expected
+    assert backend._conditional_copies == (expected is None)
+
+
+async def test_access_points_are_named_like_buckets() -> None:
+    arn = "arn:aws:s3:eu-west-1:111122223333:accesspoint/media"
+    async with S3Backend(arn, region="eu-west-1", access_key="a", secret_key="b") as backend:
+        url = await backend.url("a.txt")
+    assert url.startswith("https://media-111122223333.s3-accesspoint.eu-west-1.amazonaws.com/a.txt?")
