@@ -14,7 +14,19 @@ from ..timeouts import Timeouts
 from ..urls import URL
 from ._obstore_errors import NativeError
 
-__all__ = ["CLOUD", "LOCAL", "MEMORY", "S3", "Kind", "Made", "kind_of", "parts_of", "place_of", "refuse_forked"]
+__all__ = [
+    "CLOUD",
+    "LOCAL",
+    "MEMORY",
+    "S3",
+    "Kind",
+    "Made",
+    "kind_of",
+    "parts_of",
+    "place_of",
+    "refuse_forked",
+    "service_of",
+]
 
 #: What the services can do. Nothing is copied on the server: obstore cannot give the copy a token of its own.
 CLOUD = Capabilities(
@@ -52,6 +64,19 @@ LOCAL = Kind("LocalStore", "file", _LOCAL, sorts=False)
 MEMORY = Kind("MemoryStore", "memory", replace(CLOUD, url=False))
 _KINDS = (S3, GCS, AZURE, LOCAL, MEMORY)
 _BY_SCHEME = {kind.scheme: kind for kind in _KINDS}
+
+# Where a store finds its address or account: settings, then variables of the environment.
+_ADDRESSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "s3": (
+        ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url", "aws_endpoint_url_s3"),
+        ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_ENDPOINT_URL"),
+    ),
+    "gs": (("base_url", "google_base_url"), ()),
+    "az": (
+        ("endpoint", "azure_endpoint", "azure_storage_endpoint", "account_name", "azure_storage_account_name"),
+        ("AZURE_STORAGE_ACCOUNT_NAME",),
+    ),
+}
 
 
 def parts_of(url: str) -> tuple[Kind, str, str]:
@@ -95,6 +120,14 @@ def place_of(kind: Kind, store: Any) -> str:
         return "memory:///"
     name = store.config.get("container_name" if kind is AZURE else "bucket", "")
     return f"{kind.scheme}://{name}/{store.prefix + '/' if store.prefix else ''}"
+
+
+def service_of(kind: Kind, config: Mapping[str, Any]) -> str | None:
+    """Return the address that a store with these settings asks, or the account; None: that of the service's owner."""
+    known = {name.lower(): value for name, value in config.items()}
+    settings, variables = _ADDRESSES.get(kind.scheme, ((), ()))
+    found = [*map(known.get, settings), *map(os.environ.get, variables)]
+    return next((address for address in found if address), None)
 
 
 class Made:

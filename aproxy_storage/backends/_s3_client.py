@@ -10,7 +10,15 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import BackendUnavailable, ConfigurationError, DeadlineExceeded, MissingDependency, StorageError
+from ..errors import (
+    AccessDenied,
+    BackendUnavailable,
+    ConfigurationError,
+    DeadlineExceeded,
+    MissingDependency,
+    NotFound,
+    StorageError,
+)
 from ..timeouts import Alarm, IdleWatch
 
 try:
@@ -21,7 +29,7 @@ except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
 
 from ._s3_endpoints import remember_endpoints
-from ._s3_errors import is_throttled, is_transient, map_error, was_never_sent
+from ._s3_errors import has_request_id, is_throttled, is_transient, map_error, was_never_sent
 from ._s3_times import read_times_quickly
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
@@ -60,6 +68,22 @@ class ConnectionOptions:
     checksums: str | None = None
     sign_payload: bool = False
     config: Any = None
+    every_request: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self, operation: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of a request: those `given`, and those of every request that it has."""
+        common = dict(self.every_request)
+        if operation == "head_bucket":
+            common.pop("RequestPayer", None)
+        return {**common, **given}
+
+    @property
+    def connections(self) -> int:
+        """How many requests may be under way. A further one would wait in the driver, without saying for what."""
+        if self.client is not None:
+            config = getattr(getattr(self.client, "meta", None), "config", None)
+            return min(self.pool_size, getattr(config, "max_pool_connections", self.pool_size))
+        return self.pool_size if self.config is None else int(self.client_config().max_pool_connections)
 
     def client_config(self) -> Any:
         """Return botocore's Config: what we need, what the caller was given, what he says beyond that."""
@@ -139,7 +163,8 @@ class Connection:
         self._client: Any = None
         self._signer: Any = None
         self._session: Any = options.session
-        self._slots = asyncio.Semaphore(options.pool_size)
+        self._limit = options.connections
+        self._slots = asyncio.Semaphore(self._limit)
         self._closed = False
         self.bucket_seen = False  # an answer has shown that the bucket exists
 
@@ -245,6 +270,7 @@ class Connection:
 
     async def _tried(self, operation: str, what: str, params: dict[str, Any], watch: IdleWatch, again: bool) -> Any:
         client = await self._client_for(what)
+        params = self._options.parameters(operation, params)
         unsure = False
         for retries_left in reversed(range(_RETRIES + 1)):
             try:
@@ -272,6 +298,37 @@ class Connection:
             watch.go_on()
         raise AssertionError("unreachable")
 
+    async def head(self, what: str, **at: Any) -> Any:
+        """Send HeadObject and return its parsed answer.
+
+        Raises:
+            NotFound: there is no such object, or no such bucket. BackendUnavailable: something else than the service
+                has said so. StorageError.
+        """
+        try:
+            return await self.call("head_object", what, **at)
+        except NotFound as error:
+            # There is no body that would show who has answered. A balancer without a server answers 404 to all.
+            if not has_request_id(error):
+                await self.check_bucket(what, at["Bucket"])
+            raise
+
+    async def check_bucket(self, what: str, bucket: str) -> None:
+        """Raise ConfigurationError if the bucket does not exist; BackendUnavailable if it did before."""
+        try:
+            await self.call("head_bucket", what, Bucket=bucket)
+        except NotFound as error:
+            if self.bucket_seen:
+                raise BackendUnavailable(
+                    f"could not {what}: neither the object nor the bucket is found now. Look at the balancer or proxy "
+                    "in front of the service, or whether somebody has removed the bucket"
+                ) from error.__cause__
+            raise ConfigurationError(
+                f"could not {what}: there is no such bucket at this endpoint. Create it, or look at bucket="
+            ) from error.__cause__
+        except AccessDenied:
+            self.bucket_seen = True  # it is there, if not for us to see
+
     async def stream(self, operation: str, what: str, **params: Any) -> tuple[Any, Slot]:
         """Send a request whose answer has a body; return the answer, and the connection that the body occupies.
 
@@ -281,6 +338,7 @@ class Connection:
             StorageError.
         """
         client = await self._client_for(what)
+        params = self._options.parameters(operation, params)
         for retries_left in reversed(range(_RETRIES + 1)):
             slot = await self.slot(what)
             try:
@@ -311,9 +369,9 @@ class Connection:
                     await self._slots.acquire()
             except TimeoutError as error:
                 raise BackendUnavailable(
-                    f"could not {what}: all {self._options.pool_size} connections were busy for "
+                    f"could not {what}: all {self._limit} connections were busy for "
                     f"{self._options.pool_timeout:g} seconds. Are there readers that are neither read nor closed? "
-                    "Else enlarge pool_size"
+                    "Else enlarge pool_size, or max_pool_connections of config= or client="
                 ) from error
         else:
             await self._slots.acquire()

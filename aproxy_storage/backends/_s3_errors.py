@@ -25,7 +25,7 @@ from ..errors import (
     StorageError,
 )
 
-__all__ = ["BROKEN", "code_of", "is_transient", "map_error", "was_never_sent"]
+__all__ = ["BROKEN", "code_of", "has_request_id", "is_transient", "map_error", "was_never_sent"]
 
 #: What a request, or the body of an answer, raises when its connection breaks, or ends too early. aiobotocore calls a
 #: reset one EndpointConnectionError, as it does one that never was: `was_never_sent` tells them apart, so ask it first.
@@ -37,7 +37,8 @@ BROKEN = (
     ConnectionError,
 )
 
-_NOT_FOUND = {"NoSuchKey", "NoSuchVersion", "NotFound", "404"}
+_NOT_FOUND = {"NoSuchKey", "NoSuchVersion", "NotFound"}
+_WITHOUT_BODY = {"HeadBucket", "HeadObject"}  # operations that are answered by the status alone
 _TAKEN = {"PreconditionFailed", "412"}
 _IN_THE_WAY = {"ConditionalRequestConflict", "OperationAborted", "409"}
 _GONE_UPLOAD = {"NoSuchUpload"}
@@ -118,6 +119,14 @@ def code_of(error: BaseException | None) -> str:
 _ClientError = botocore_errors.ClientError
 
 
+def has_request_id(error: StorageError) -> bool:
+    """Return whether the answer has the number that S3 gives a request. Without it the answer may be that of something
+    in front of the service."""
+    native = error.__cause__
+    metadata = native.response.get("ResponseMetadata", {}) if isinstance(native, _ClientError) else {}
+    return "x-amz-request-id" in metadata.get("HTTPHeaders", {})
+
+
 def is_transient(error: Exception) -> bool:
     """Return whether the same request may well succeed a moment later."""
     if isinstance(error, _ClientError):
@@ -156,7 +165,7 @@ def _is_final(error: Any, code: str) -> bool:
 def _of_answer(error: Any, what: str) -> StorageError:
     code, status = code_of(error), _status(error)
     failed = f"could not {what}"
-    if code in _NOT_FOUND:
+    if code in _NOT_FOUND or (code == "404" and error.operation_name in _WITHOUT_BODY):
         return NotFound(f"{failed}: there is no such object")
     if code == "NoSuchBucket":
         return ConfigurationError(f"{failed}: there is no such bucket at this endpoint. Create it, or look at bucket=")
@@ -189,6 +198,11 @@ def _of_answer(error: Any, what: str) -> StorageError:
         return BackendUnavailable(f"{failed}: the service has waited too long for the content ({code})")
     if status == 403:
         return AccessDenied(f"{failed}: access denied ({code or status})")
+    if status == 404 and code in ("404", ""):
+        return BackendUnavailable(
+            f"{failed}: something answered 404 (not found) that does not speak S3. Look at endpoint_url, and at the "
+            "balancer or proxy in front of the service"
+        )
     if status >= 500:
         return BackendUnavailable(f"{failed}: the service is out of order ({code or status})", outcome_unknown=True)
     return BackendUnavailable(f"{failed}: the service refused the request ({code or status})", retryable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -9,15 +10,27 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
-from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, StorageError
+from ..errors import AccessDenied, BackendUnavailable, ConfigurationError, NotFound, StorageError
 from ..records import ObjectInfo
 from ._s3_client import Connection
+from ._s3_errors import code_of
 from ._s3_objects import listed
 
 __all__ = ["Bucket", "delete_objects", "list_objects", "unfinished_uploads"]
 
 _LAST = "\U0010ffff"  # nothing that begins with the same text comes after it
 _PER_REQUEST = 1000  # objects: a rule of S3
+_AT_A_TIME = 8  # removals, where each takes a request
+# What services answer to DeleteObjects that do not know it, or want the MD5 that botocore does not send any more.
+_NO_BATCHES = {
+    "InvalidArgument",
+    "InvalidRequest",
+    "MethodNotAllowed",
+    "MissingContentMD5",
+    "NotImplemented",
+    "405",
+    "501",
+}
 
 Entry = tuple[str, Any]  # a key and what the service says of it, or a group's name and None
 
@@ -40,8 +53,25 @@ class Bucket:
             "list_objects_v2", self.what, Bucket=self.name, Prefix=self.base + prefix, **params
         )
 
+    def token_after(self, page: Any, token: str | None) -> str | None:
+        """Return where the page after `page` begins, which was asked for with `token`; None after the last one.
+
+        Raises:
+            BackendUnavailable: the service does not tell, and a listing without the rest would be taken for whole.
+        """
+        following: str | None = page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        if page.get("IsTruncated") and following in (None, "", token):
+            raise _without_end(self.what)
+        return following
+
     def key(self, full_key: str) -> str:
         return full_key.removeprefix(self.base)
+
+
+def _without_end(what: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"could not {what}: the service says that there is more, but not where it begins", retryable=False
+    )
 
 
 class _Order(Protocol):
@@ -59,6 +89,7 @@ class _Flat:
         self._bucket = bucket
         self._prefix = prefix
         self._start = after
+        self._token: str | None = None  # of a page that was empty, and not the last
         self._last: str | None = None
         self._entries: deque[Any] = deque()
         self._ended = False
@@ -67,11 +98,16 @@ class _Flat:
         while not self._entries:
             if self._ended:
                 return None
-            page = await self._bucket.page(self._prefix, after=self._start)
+            if self._token is None:
+                page = await self._bucket.page(self._prefix, after=self._start)
+            else:
+                page = await self._bucket.page(self._prefix, ContinuationToken=self._token)
             self._entries.extend(page.get("Contents") or ())
-            self._ended = not page.get("IsTruncated") or not self._entries
+            self._ended = not page.get("IsTruncated")
             if self._entries:
-                self._start = self._bucket.key(self._entries[-1]["Key"])
+                self._start, self._token = self._bucket.key(self._entries[-1]["Key"]), None
+            else:  # such pages are of services that pass over much: markers of deletions, keys of others
+                self._token = self._bucket.token_after(page, self._token)
         entry = self._entries.popleft()
         key = self._bucket.key(entry["Key"])
         if self._last is not None and key <= self._last:
@@ -153,7 +189,7 @@ class _Directory:
         found.sort(key=lambda entry: entry[0].rstrip("/"))
         self._entries.extend(found)
         self._ended = not page.get("IsTruncated")
-        self._params = {"ContinuationToken": page.get("NextContinuationToken")}
+        self._params = {"ContinuationToken": self._bucket.token_after(page, self._params.get("ContinuationToken"))}
 
 
 def _start_in(prefix: str, after: str | None) -> str | None:
@@ -220,7 +256,11 @@ def _is_marker(key: str, entry: Any) -> bool:
 
 async def unfinished_uploads(connection: Connection, what: str, bucket: str, key: str) -> list[tuple[str, float]]:
     """Return the ids of the multipart uploads of exactly this key, each with its age in seconds, by the service's clock
-    where that is told; 0 where the beginning is not."""
+    where that is told; 0 where the beginning is not.
+
+    Raises:
+        BackendUnavailable: the service does not tell all of them. StorageError.
+    """
     found: list[tuple[str, float]] = []
     marker: dict[str, Any] = {}
     while True:
@@ -231,9 +271,12 @@ async def unfinished_uploads(connection: Connection, what: str, bucket: str, key
                 begun = upload.get("Initiated")
                 found.append((upload["UploadId"], (now - begun).total_seconds() if begun is not None else 0.0))
         # They come in the order of keys, and `key` is the first that begins with itself.
-        if not page.get("IsTruncated") or page.get("NextKeyMarker", "") > key:
+        following = page.get("NextKeyMarker", "")
+        if not page.get("IsTruncated") or following > key:
             return found
-        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        before, marker = marker, {"KeyMarker": following, "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+        if not following or marker == before:
+            raise _without_end(what)
 
 
 def _time_of(answer: Any) -> datetime:
@@ -253,12 +296,41 @@ async def delete_objects(
     results: dict[str, StorageError | None] = dict.fromkeys(keys)
     for start in range(0, len(keys), _PER_REQUEST):
         batch = [{"Key": base + key} for key in keys[start : start + _PER_REQUEST]]
-        answer = await connection.call("delete_objects", what, Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
-        for error in answer.get("Errors") or ():
-            code = error.get("Code", "")
+        try:
+            answer = await connection.call(
+                "delete_objects", what, Bucket=bucket, Delete={"Objects": batch, "Quiet": True}
+            )
+        except StorageError as error:
+            if code_of(error) not in _NO_BATCHES:
+                raise
+            return results | await _delete_singly(connection, bucket, base, keys[start:])
+        for refused in answer.get("Errors") or ():
+            code = refused.get("Code", "")
             if code == "NoSuchKey":
                 continue
             cls: type[StorageError] = AccessDenied if code == "AccessDenied" else BackendUnavailable
-            key = error["Key"].removeprefix(base)
-            results[key] = cls(f"could not delete {key!r}: the service says {code}", operation="delete_many", path=key)
+            key = refused["Key"].removeprefix(base)
+            results[key] = cls(f"could not delete {key!r}: the service says {code}")
+    return results
+
+
+async def _delete_singly(
+    connection: Connection, bucket: str, base: str, keys: Sequence[str]
+) -> dict[str, StorageError | None]:
+    results: dict[str, StorageError | None] = {}
+    remaining = iter(keys)
+
+    async def work() -> None:
+        for key in remaining:
+            results[key] = None
+            try:
+                await connection.call("delete_object", f"delete {key!r}", Bucket=bucket, Key=base + key)
+            except NotFound:
+                continue
+            except StorageError as error:
+                results[key] = error
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(_AT_A_TIME, len(keys))):
+            group.create_task(work())
     return results

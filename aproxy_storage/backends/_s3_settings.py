@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import ConfigurationError
 from ..urls import URL, boolean, choice, optional
 from ._s3_urls import CloudFrontKey
 
-__all__ = ["from_django_storages", "from_url"]
+__all__ = ["configured_endpoint", "from_django_storages", "from_url"]
 
 # Argument -> names of the setting without its prefix, the first that is set counts.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -34,6 +36,21 @@ _NAMES: dict[str, tuple[str, ...]] = {
 
 # Shared by the buckets of one account, so that a second prefix takes them from AWS_, as django-private-storage does.
 _SHARED = {"access_key", "secret_key", "session_token", "region", "url_protocol"}
+
+
+def configured_endpoint(endpoint_url: str | None, client: Any) -> str | None:
+    """Return the endpoint that requests will go to, of the argument, the client or the environment; None: Amazon's own.
+    One that only the AWS configuration file names is not seen."""
+    if client is not None:
+        found = getattr(getattr(client, "meta", None), "endpoint_url", None) or endpoint_url
+    elif endpoint_url is not None:
+        return endpoint_url
+    elif os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return None
+    else:
+        found = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    host = urlsplit(found or "").hostname or ""
+    return None if host.endswith((".amazonaws.com", ".amazonaws.com.cn")) else found or None
 
 
 def from_django_storages(settings: Any, prefix: str) -> dict[str, Any]:

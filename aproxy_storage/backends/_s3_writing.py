@@ -126,7 +126,6 @@ class Upload:
 
     async def _put(self, body: Body) -> tuple[int, str | None]:
         size = body.size
-        await refuse_taken(self._target)
         answer = await decide(self._target, "put_object", body=body, on_progress=self._on_progress)
         return size, answer.get("ETag")
 
@@ -271,7 +270,6 @@ async def in_parts(target: Target, send_parts: Callable[[str], Awaitable[list[di
     target.uploads[upload_id] = target.token
     try:
         parts = sorted(await send_parts(upload_id), key=lambda part: part["PartNumber"])
-        await refuse_taken(target)
         answer = await decide(target, "complete_multipart_upload", UploadId=upload_id, MultipartUpload={"Parts": parts})
     except BaseException as error:
         _nothing_was_decided(error)
@@ -329,6 +327,7 @@ async def decide(
         AlreadyExists: the key is taken, and not by this write, whose answer may have been lost at the first try.
         Conflict: the upload is gone. StorageError.
     """
+    await refuse_taken(target)
     if operation != "complete_multipart_upload":  # else they were given when it began
         params = {**target.params, **params}
     if target.conditional:
@@ -388,7 +387,7 @@ async def is_taken(target: Target) -> bool:
 async def _token_at(target: Target) -> str | None:
     """Return the token of the object there: empty for one without, None where none is."""
     try:
-        answer = await target.connection.call("head_object", target.what, **target.at)
+        answer = await target.connection.head(target.what, **target.at)
     except NotFound:
         return None
     return str((answer.get("Metadata") or {}).get(TOKEN, ""))
@@ -397,7 +396,7 @@ async def _token_at(target: Target) -> str | None:
 async def remove(target: Target, token: str) -> None:
     """Remove the object if it carries `token`."""
     try:
-        answer = await target.connection.call("head_object", target.what, **target.at)
+        answer = await target.connection.head(target.what, **target.at)
     except NotFound:
         return
     if (answer.get("Metadata") or {}).get(TOKEN) != token:

@@ -24,7 +24,7 @@ from ._obstore_body import Body, collect
 from ._obstore_errors import NativeError, map_error
 from ._obstore_listing import CONTROLS, list_flat, list_one_level, listed, walk
 from ._obstore_reading import Download, is_beyond_the_end, range_option
-from ._obstore_stores import CLOUD, LOCAL, MEMORY, Made, kind_of, parts_of, place_of
+from ._obstore_stores import CLOUD, LOCAL, MEMORY, Made, kind_of, parts_of, place_of, service_of
 from ._syncing import sync_file
 from .base import Backend, Reader
 
@@ -129,7 +129,7 @@ class ObstoreBackend(Backend):
         self._memory_bytes = memory_bytes
         self._min_rate = min_rate
         known = config if ready is None else getattr(ready, "config", None) or {}
-        self.endpoint = known.get("endpoint") or known.get("account_name")
+        self.endpoint = service_of(kind, known)
         self._made = Made(kind, ready, name, config, self.timeouts)
         self._workers = Workers(f"temporary files of {self}", 4, share=1)
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
@@ -30,9 +30,9 @@ from ..timeouts import Timeouts
 from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
-from ._s3_objects import TOKEN, described, info_of, metadata_of
+from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
-from ._s3_settings import from_django_storages, from_url
+from ._s3_settings import configured_endpoint, from_django_storages, from_url
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
@@ -54,21 +54,17 @@ _TOO_LONG = (
     "everybody may read be public (querystring_auth=False), or let CloudFront sign (cloudfront=)"
 )
 
-#: Further parameters of PutObject for all objects, or for each by its key.
-ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
-
-_OURS = {"Bucket", "Key", "Body", "ContentLength", "IfMatch", "IfNoneMatch", "UploadId"}
-
 
 class S3Backend(Backend):
     """Keeps objects in one bucket, or below a prefix of it.
 
     Args:
-        bucket: its name. It has to exist.
+        bucket: its name, or the ARN of an access point. It has to exist.
         prefix: begins every key in the bucket, followed by a slash; keys of this backend are without it.
         session: of aioboto3 or aiobotocore, to make clients from. By default one of aiobotocore with `profile`.
         client: a ready S3 client, borrowed: used in the loop that it belongs to, as it is configured, never closed.
-        endpoint_url: of another service than AWS.
+        endpoint_url: of another service than AWS; by default that of the `client`, or of AWS_ENDPOINT_URL_S3 or
+            AWS_ENDPOINT_URL.
         public_endpoint_url: the same service under the name that browsers know; URLs are signed for it.
         region: by default that of the environment.
         access_key, secret_key, session_token, profile: by default what the environment, the configuration file, or
@@ -78,7 +74,8 @@ class S3Backend(Backend):
         proxies: HTTP proxies by scheme, as botocore takes them.
         config: a botocore Config; what it sets wins.
         object_parameters: further parameters of PutObject: ``CacheControl``, ``ACL``, ``ServerSideEncryption``,
-            ``StorageClass``, ``Tagging`` …; or a function that gives them for a key.
+            ``StorageClass``, ``Tagging`` …; or a function that gives them for a key. ``RequestPayer`` and
+            ``ExpectedBucketOwner``, where no function gives them, go with every request.
         custom_domain: the host, a CDN's mostly, of URLs.
         url_protocol: of URLs on `custom_domain`, ``"https:"`` by default.
         cloudfront: signs URLs on `custom_domain`.
@@ -94,7 +91,8 @@ class S3Backend(Backend):
             declared or that of a file of the disk.
         multipart_bytes: from which size on content goes in parts; `part_bytes` by default, and never more.
         parallel_reads: ranges of `part_bytes` that a read of a large object fetches at a time; 1 is one stream.
-        pool_size: connections at a time, per event loop; `pool_timeout`: seconds to wait for a free one.
+        pool_size: connections at a time, per event loop, unless `config` says ``max_pool_connections``; a borrowed
+            `client` may have fewer. `pool_timeout`: seconds to wait for a free one.
         connect_timeout: seconds.
         checksums: ``"when_supported"``: each upload carries a CRC, each download of a whole object in one stream is
             checked where the service tells one; ``"when_required"`` only where S3 insists. By default the first on
@@ -162,7 +160,7 @@ class S3Backend(Backend):
         max_segment_bytes: int | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
-        if not bucket or "/" in bucket:
+        if not bucket or ("/" in bucket and not bucket.startswith("arn:")):
             raise ConfigurationError(f"bucket={bucket!r}: the name of a bucket; what follows it is prefix=")
         if (access_key is None) != (secret_key is None):
             raise ConfigurationError("access_key and secret_key belong together: give both, or none")
@@ -177,6 +175,12 @@ class S3Backend(Backend):
             raise ConfigurationError("multipart_bytes must be positive, and part_bytes at most")
         if cloudfront is not None and custom_domain is None:
             raise ConfigurationError("CloudFront signs URLs on custom_domain=, which is missing")
+        if conditional_copies and not conditional_writes:
+            raise ConfigurationError(
+                "conditional_copies=True says that the service refuses to overwrite, conditional_writes=False that it "
+                "does not: give one of them"
+            )
+        endpoint_url = configured_endpoint(endpoint_url, client)
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"
@@ -212,6 +216,7 @@ class S3Backend(Backend):
             checksums=checksums,
             sign_payload=sign_payload,
             config=config,
+            every_request=every_request_of(object_parameters),
         )
         self._object_parameters = object_parameters or {}
         self._custom_domain = custom_domain
@@ -276,7 +281,7 @@ class S3Backend(Backend):
     ) -> ObjectInfo:
         # Always a token, so that an object without one cannot be taken for one whose writer is unknown.
         token = token or new_token()
-        params = self._parameters(key, content_type, metadata, token)
+        params = parameters_of(self._object_parameters, key, content_type, metadata, token)
         upload = Upload(
             self._target(f"write {key!r} in {self}", key, token, params),
             source,
@@ -289,19 +294,6 @@ class S3Backend(Backend):
         return ObjectInfo(
             key, size=size, etag=etag, content_type=params.get("ContentType"), metadata=dict(metadata), token=token
         )
-
-    def _parameters(
-        self, key: str, content_type: str | None, metadata: Mapping[str, str], token: str
-    ) -> dict[str, Any]:
-        """Return the parameters of the request that begins an object."""
-        given = self._object_parameters
-        params = dict(given(key) if callable(given) else given)
-        if not _OURS.isdisjoint(params):
-            raise ConfigurationError(f"object_parameters: {sorted(_OURS & set(params))} are not for the caller")
-        if content_type is not None:
-            params["ContentType"] = content_type
-        params["Metadata"] = metadata_of({**params.get("Metadata", {}), **metadata}, token)
-        return params
 
     def _target(self, what: str, key: str, token: str, params: Mapping[str, Any]) -> Target:
         return Target(
@@ -321,9 +313,9 @@ class S3Backend(Backend):
         what = f"copy {key!r} to {new_key!r} in {self}"
         source = self._at(key, what)
         connection = self._connections.get()
-        found = await connection.call("head_object", what, **source)
+        found = await connection.head(what, **source)
         token = token or new_token()
-        params = {**self._parameters(new_key, None, {}, token), **described(found, token)}
+        params = described(found, parameters_of(self._object_parameters, new_key, None, {}, token))
         target = self._target(what, new_key, token, params)
         try:
             with self._noting_failure(token):
@@ -339,9 +331,10 @@ class S3Backend(Backend):
         if not size:  # of nothing no part can be made
             return await decide(target, "put_object", body=Body())
         if size <= self._copy_part_bytes and self._conditional_copies:
-            answer = await decide(
-                target, "copy_object", CopySource=source, CopySourceIfMatch=etag, MetadataDirective="REPLACE"
-            )
+            directives: dict[str, Any] = {"MetadataDirective": "REPLACE"}
+            if "Tagging" in target.params:
+                directives["TaggingDirective"] = "REPLACE"  # else the original's are taken
+            answer = await decide(target, "copy_object", CopySource=source, CopySourceIfMatch=etag, **directives)
             return answer.get("CopyObjectResult", answer)
         return await copy_parts(target, size, source, etag, part_bytes=self._copy_part_bytes, parts=self._parts)
 
@@ -391,30 +384,22 @@ class S3Backend(Backend):
         what = f"stat {key!r} in {self}"
         connection = self._connections.get()
         try:
-            return info_of(key, await connection.call("head_object", what, **self._at(key, what)))
+            return info_of(key, await connection.head(what, **self._at(key, what)))
         except NotFound:
             if not connection.bucket_seen:
                 # Asked in this way S3 does not say whether it is the object or the bucket that is not there.
-                await self._check_bucket(connection, what)
+                await connection.check_bucket(what, self.bucket)
             raise
-
-    async def _check_bucket(self, connection: Connection, what: str) -> None:
-        try:
-            await connection.call("head_bucket", what, Bucket=self.bucket)
-        except NotFound as error:
-            raise ConfigurationError(
-                f"could not {what}: there is no such bucket at this endpoint. Create it, or look at bucket="
-            ) from error.__cause__
-        except AccessDenied:
-            connection.bucket_seen = True  # it is there, if not for us to see
 
     def _at(self, key: str, what: str) -> dict[str, Any]:
         """Return the parameters that name an object, whatever its key; NotFound for one that no request can name."""
-        full_key = self.prefix + key
-        too_long = len(full_key.encode(errors="surrogatepass")) > MAX_PATH_BYTES
-        if not key or too_long or not self._can_be(key, key.split("/")):
+        if not self._can_be_object(key):
             raise NotFound(f"could not {what}: there can be no such object")
-        return {"Bucket": self.bucket, "Key": full_key}
+        return {"Bucket": self.bucket, "Key": self.prefix + key}
+
+    def _can_be_object(self, key: str) -> bool:
+        too_long = len((self.prefix + key).encode(errors="surrogatepass")) > MAX_PATH_BYTES
+        return bool(key) and not too_long and self._can_be(key, key.split("/"))
 
     def _can_be(self, text: str, parts: Iterable[str]) -> bool:
         """Return whether a request can name a key of these parts and mean it."""
@@ -433,7 +418,8 @@ class S3Backend(Backend):
         except NotFound:
             return
         if token is None:
-            await target.connection.call("delete_object", what, **at)
+            with contextlib.suppress(NotFound):  # as Google Cloud Storage answers
+                await target.connection.call("delete_object", what, **at)
             return
         # A write that was broken. Its uploads first: one that is completed meanwhile is seen as an object.
         await self._abort_uploads(target)
@@ -469,16 +455,23 @@ class S3Backend(Backend):
 
         One that is not there is fine. Unfinished uploads of these keys stay; see `discard`.
 
+        Where the service removes objects only one by one, so does this, eight at a time.
+
         Raises:
             AccessDenied, BackendUnavailable, DeadlineExceeded; objects may have been removed.
         """
+        results: dict[str, StorageError | None] = dict.fromkeys(keys)
+        possible = [key for key in results if self._can_be_object(key)]
+        what = f"delete objects in {self}"
         try:
-            return await delete_objects(
-                self._connections.get(), f"delete objects in {self}", self.bucket, self.prefix, list(keys)
-            )
+            results |= await delete_objects(self._connections.get(), what, self.bucket, self.prefix, possible)
         except StorageError as error:
             error.located(operation="delete_many", path=None, backend=str(self))
             raise
+        for key, failure in results.items():
+            if failure is not None:
+                failure.located(operation="delete_many", path=key, backend=str(self))
+        return results
 
     # -- listing
 
@@ -541,6 +534,8 @@ class S3Backend(Backend):
         if "${filename}" in self.prefix + key:
             # The service puts in what the browser says, and the policy would allow every key that begins so.
             raise InvalidPath(f"no form can be made for {key!r}: S3 has a meaning of its own for ${{filename}}")
+        if expires_in > MAX_EXPIRY:
+            raise NotSupported(f"no form can be made for {expires_in:g} seconds: S3 takes none of more than 604800")
         fields: dict[str, str] = {f"x-amz-meta-{TOKEN}": token}
         if content_type is not None:
             fields["Content-Type"] = content_type

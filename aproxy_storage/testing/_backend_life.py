@@ -51,16 +51,18 @@ class LifeTests(BackendHooks):
     async def test_copy_keeps_the_promises_of_write(self, backend: Any) -> None:
         self.need(backend, "server_copy")
         await backend.write("original", b"data")
+        await backend.write("empty", b"")
         await backend.write("taken", b"kept")
-        with pytest.raises(AlreadyExists):
-            await backend.copy("original", "taken")
-        assert await self.get_behind(backend, "taken") == b"kept"
+        for key in ("original", "empty"):
+            with pytest.raises(AlreadyExists):
+                await backend.copy(key, "taken")
+            assert await self.get_behind(backend, "taken") == b"kept"
         with pytest.raises(NotFound):
             await backend.copy("missing", "dir/copy")
         for key in ILLEGAL_KEYS:
             with pytest.raises(InvalidPath):
                 await backend.copy("original", key)
-        for key in ("original", "taken"):
+        for key in ("original", "empty", "taken"):
             await backend.discard(key)
         await self.nothing_left(backend, "by copies")
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from ..backends.base import Backend
 from ..content import Source
@@ -304,8 +305,15 @@ def _place(backend: Backend) -> tuple[str, str] | None:
     if (path := local_path(begin)) is not None:
         return "", os.path.join(os.path.realpath(path), "")
     if begin.startswith(("s3://", "gs://", "az://", "postgresql://", "django://")):
-        return (backend.endpoint or "").rstrip("/"), begin
+        return _service(backend.endpoint or ""), begin
     return None
+
+
+def _service(endpoint: str) -> str:
+    """Return one name for all spellings of an endpoint; empty for Amazon, where no two buckets have one name."""
+    url = urlsplit(endpoint.rstrip("/"))
+    host = url.netloc.rpartition("@")[2].lower().removesuffix(":443").removesuffix(":80")
+    return "" if host.endswith(".amazonaws.com") else f"{host}{url.path}"
 
 
 # What services say of objects of which nobody has told them more.

@@ -34,7 +34,8 @@ class Asked:
 class Answer:
     """What to answer. `cut`: send only so many bytes of the body, then end the connection; -1: end it at once; -2: end
     it with a reset, as a balancer does whose server has died. `blanks`: so many are sent before the body, ten a second,
-    as S3 does while it works. `hold`: the second half of the body is sent when that is set."""
+    as S3 does while it works. `hold`: the second half of the body is sent when that is set. `foreign`: it comes from
+    something in front of the service."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Answer:
     cut: int | None = None
     blanks: int = 0
     hold: asyncio.Event | None = None
+    foreign: bool = False
 
 
 def error(status: int, code: str, **more: str) -> Answer:
@@ -111,6 +113,8 @@ class FakeS3:
         if answer.cut in (-1, -2):
             return False
         lengths = {"Content-Length": str(answer.blanks + len(answer.body))} | answer.headers
+        if not answer.foreign:
+            lengths["x-amz-request-id"] = "1"
         writer.write(f"HTTP/1.1 {answer.status} X\r\n".encode())
         writer.write("".join(f"{name}: {value}\r\n" for name, value in lengths.items()).encode() + b"\r\n")
         for _ in range(answer.blanks):

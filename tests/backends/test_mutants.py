@@ -354,6 +354,12 @@ class CopyOverwrites(MemoryBackend):
         return self._objects[new_key].info
 
 
+class CopyOfNothingOverwrites(CopyOverwrites):
+    async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
+        overwriting = super() if not self._get(key).data else super(CopyOverwrites, self)
+        return await overwriting._copy(key, new_key, token=token, durable=durable)
+
+
 class CopyMoves(MemoryBackend):
     async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
         info = await super()._copy(key, new_key, token=token, durable=durable)
@@ -533,6 +539,7 @@ MUTANTS: list[tuple[type[Backend], str]] = [
     (ListStopsAtAThousand, "test_many_keys_page_by_page"),
     (ListBreaksOnChanges, "test_listing_bears_changes_meanwhile"),
     (CopyOverwrites, "test_copy_keeps_the_promises_of_write"),
+    (CopyOfNothingOverwrites, "test_copy_keeps_the_promises_of_write"),
     (CopyOverwrites, "test_one_of_many_simultaneous_copies_wins"),
     (CopyMoves, "test_copy"),
     (ClosedForGood, "test_aclose_is_idempotent_and_not_the_end"),

@@ -60,6 +60,10 @@ async def every_verb(backend: S3Backend) -> dict[str, StorageError]:
         async for _ in backend.list():
             pass
 
+    async def deleting() -> None:
+        if (error := (await backend.delete_many(["key"]))["key"]) is not None:
+            raise error  # of this one, where the service removes only one by one
+
     verbs: dict[str, Callable[[], Any]] = {
         "write": lambda: backend.write("key", b"content"),
         "read": lambda: read(backend, "key"),
@@ -67,7 +71,7 @@ async def every_verb(backend: S3Backend) -> dict[str, StorageError]:
         "discard": lambda: backend.discard("key"),
         "copy": lambda: backend.copy("key", "other"),
         "list": listing,
-        "delete_many": lambda: backend.delete_many(["key"]),
+        "delete_many": deleting,
     }
     raised = {}
     for name, call in verbs.items():
@@ -127,6 +131,42 @@ async def test_head_is_understood_by_its_status() -> None:
         async with FakeS3(lambda asked, status=status: Answer(status)).backend() as backend:  # type: ignore[misc]
             with pytest.raises(expected):
                 await backend.stat("key")
+
+
+@pytest.mark.parametrize("body", [b"default backend - 404", b"<html><body>Not Found</body></html>"])
+async def test_what_a_balancer_does_not_find_is_not_gone(body: bytes) -> None:
+    """It answers for a service that is out of reach for a moment. What then counted as gone would be made anew, or
+    forgotten while it is there."""
+    there = Answer(200, {"ETag": '"1"', "Content-Length": "1", "x-amz-meta-aproxy-token": "ours00000000"})
+    answers = [there]
+    fake = FakeS3(lambda asked: answers[-1])
+    async with fake.backend(conditional_writes=False) as backend:
+        assert await backend.is_taken("key")
+        answers.append(Answer(404, {"Content-Type": "text/html"}, body, foreign=True))
+        backend._may_list_uploads = False
+        verbs = await every_verb(backend)
+        for name, call in (
+            ("is_taken", backend.is_taken("key")), ("discard(token)", backend.discard("key", token="ours00000000")),
+        ):  # fmt: skip
+            with pytest.raises(StorageError) as caught:
+                await call
+            verbs[name] = caught.value
+        for verb, raised in verbs.items():
+            assert type(raised) is BackendUnavailable, (verb, raised)
+            assert raised.retryable
+            assert "balancer" in str(raised)
+
+
+@pytest.mark.parametrize("bucket", [200, 403])
+async def test_services_that_do_not_number_their_answers_are_asked_for_the_bucket(bucket: int) -> None:
+    def answer(asked: Asked) -> Answer:
+        return Answer(bucket if asked.path == "/bucket" else 404, foreign=True)
+
+    fake = FakeS3(answer)
+    async with fake.backend() as backend:
+        for _ in range(2):
+            assert not await backend.is_taken("key")
+    assert [asked.path for asked in fake.asked] == ["/bucket/key", "/bucket"] * 2
 
 
 async def test_transient_errors_are_tried_again() -> None:

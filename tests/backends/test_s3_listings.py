@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from aproxy_storage.backends.s3 import S3Backend
+from aproxy_storage.errors import BackendUnavailable
 
 pytestmark = pytest.mark.asyncio
 
@@ -45,3 +46,47 @@ async def test_folders_made_in_a_console_are_no_files(prefix: str, flat: bool) -
     assert top == [("a", False), ("sub/", True), ("z", False)]
     below = [(info.key, info.is_prefix) async for info in backend.list("sub/", delimiter="/")]
     assert below == [("sub/b", False), ("sub/empty/", True)]
+
+
+class Pages:
+    """A client that answers with these pages, the token of each being its number; the last one for ever."""
+
+    def __init__(self, *pages: dict[str, Any]) -> None:
+        self.pages = pages
+        self.asked: list[dict[str, Any]] = []
+
+    async def list_objects_v2(self, **params: Any) -> Any:
+        self.asked.append(params)
+        assert len(self.asked) < 20, "it does not end"
+        return self.pages[min(int(params.get("ContinuationToken", 0)), len(self.pages) - 1)]
+
+    async def list_multipart_uploads(self, **params: Any) -> Any:
+        return await self.list_objects_v2(**params)
+
+
+def page(*keys: str, following: str | None = None, **more: Any) -> dict[str, Any]:
+    token = {} if following is None else {"NextContinuationToken": following}
+    return {"Contents": [{"Key": key, "Size": 1} for key in keys], **token, "IsTruncated": bool(token), **more}
+
+
+@pytest.mark.parametrize("flat", [True, False])
+async def test_an_empty_page_is_not_the_end(flat: bool) -> None:
+    client = Pages(page(following="1"), page(following="2"), page("a", "b"))
+    backend = S3Backend("bucket", client=client, flat_listings=flat)
+    assert [info.key async for info in backend.list()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("last", [page(IsTruncated=True), page(following="1")], ids=["no token", "the same token"])
+async def test_a_listing_that_does_not_go_on_is_not_whole(flat: bool, last: dict[str, Any]) -> None:
+    backend = S3Backend("bucket", client=Pages(page(following="1"), last), flat_listings=flat)
+    with pytest.raises(BackendUnavailable, match="there is more"):
+        async for _ in backend.list():
+            pass
+
+
+@pytest.mark.parametrize("marker", [{}, {"NextKeyMarker": "key"}, {"NextKeyMarker": "key", "NextUploadIdMarker": "1"}])
+async def test_uploads_that_do_not_go_on_are_not_all(marker: dict[str, str]) -> None:
+    backend = S3Backend("bucket", client=Pages({"IsTruncated": True, **marker}))
+    with pytest.raises(BackendUnavailable, match="there is more"):
+        await backend.discard("key", token="anyTokenAtAll")

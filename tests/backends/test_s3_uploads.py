@@ -39,7 +39,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(code: str, status: int) -> ClientError:
     """Return what botocore raises for an answer with this code."""
-    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "Operation")
+    metadata: Any = {"HTTPStatusCode": status, "HTTPHeaders": {"x-amz-request-id": "1"}}
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": metadata}, "HeadObject")
 
 
 class Client:

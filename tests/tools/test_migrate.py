@@ -373,7 +373,15 @@ async def test_what_is_the_targets_inside_of_the_source_is_left_out(tmp_path: Pa
         ("s3://live/p", "obstore+s3://live/p", True),
         ("s3://live/p", "s3://live/p?endpoint_url=https://s3.example", False),
         ("s3://live/p?endpoint_url=https://s3.example/", "obstore+s3://K:S@live/p?endpoint=https://s3.example", True),
+        (
+            "s3://live/p?endpoint_url=https://S3.example:443",
+            "obstore+s3://live/p?aws_endpoint=https://s3.example",
+            True,
+        ),
+        ("s3://live/p?endpoint_url=http://s3.example:8333", "s3://live/p?endpoint_url=http://s3.example", False),
+        ("s3://live/p?endpoint_url=https://s3.eu-central-1.amazonaws.com", "obstore+s3://live/p", True),
         ("s3://live/p", "s3://live/q", False),
+        ("az://live?azure_storage_account_name=one", "az://live?account_name=one", True),
         ("az://live?account_name=one", "az://live?account_name=two", False),
         ("gridfs+mongodb://live/db", "gridfs+mongodb://staging/db", False),
     ],
@@ -388,6 +396,17 @@ async def test_a_bucket_is_the_same_where_service_name_and_prefix_are(
             _own_keys(original_from_url(source), target, None)
     else:
         assert _own_keys(original_from_url(source), target, None) == ((), ())
+
+
+@pytest.mark.parametrize("scheme", ["s3", "obstore+s3"])
+@pytest.mark.asyncio
+async def test_a_bucket_of_the_environments_service_is_the_same(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied into itself it would grow for ever."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:8333/")
+    original = original_from_url("s3://live?endpoint_url=http://127.0.0.1:8333")
+    target = ProxyStorage("media", originals=original, meta=MemoryMetaBackend())
+    with pytest.raises(ConfigurationError, match=r"adopt"):
+        _own_keys(original_from_url(f"{scheme}://live"), target, None)
 
 
 @pytest.mark.asyncio
