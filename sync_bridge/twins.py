@@ -15,7 +15,7 @@ from django.conf import settings
 from django.core.files.utils import validate_file_name
 
 from aproxy_storage import AlreadyExists, Conflict, InvalidPath, MetaRecord, NotFound, NotSupported, StorageError
-from aproxy_storage.files import Opening
+from aproxy_storage.files import Opening, chunks_of
 
 from .base import ConfiguredStorage, Saving, asked, suspicious, url_below, wished
 
@@ -91,12 +91,11 @@ class AsyncTwins(ConfiguredStorage):
 
         return Opening(opened)
 
-    async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
+    def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
         or none, as `ProxyStorage.stream`."""
-        async with self.aopen(name) as file:
-            async for chunk in file:
-                yield chunk
+        where = self.proxy.meta.pin(name if isinstance(name, MetaRecord) else None)
+        return chunks_of(lambda: self.aopen(name), where)
 
     async def adelete(self, name: str | os.PathLike[str]) -> None:
         """Delete a file, as `delete`."""
