@@ -142,12 +142,18 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         return allowed and (obj is None or obj.state == "stored")
 
     def delete_model(self, request: HttpRequest, obj: ProxyStorageModelBase) -> None:
-        """Delete a file through its storage.
+        """Delete a file through its storage; one that is not there is deleted already.
 
         Raises:
+            NotFound: it was deleted, and its path is another's by now.
             StorageError: it cannot be reached; the file is as it was.
         """
-        storage_of(obj).delete(obj.path)
+        storage = storage_of(obj)
+        try:
+            record = storage.get(obj.path)
+        except NotFound:
+            return
+        storage.delete(_same_file(obj, record))
 
     def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponseBase:
         """Delete one file, as Django's own view does; say why it cannot be deleted where the storage refuses."""
@@ -229,12 +235,9 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         row = self._visible(request, object_id)
         try:
             storage = storage_of(row)
-            record = storage.get(row.path)
+            return storage, _same_file(row, storage.get(row.path))
         except (ConfigurationError, NotFound) as error:
             raise Http404(str(error)) from error
-        if record.token != row.token:
-            raise Http404(f"{row.path!r} was deleted, and is another file by now")
-        return storage, record
 
     def _visible(self, request: HttpRequest, object_id: str) -> ProxyStorageModelBase:
         row: ProxyStorageModelBase | None = self.get_object(request, unquote_key(object_id))
@@ -296,6 +299,18 @@ class _Chunks:
     def close(self) -> None:
         if not self._file.closed:
             async_to_sync(self._file.aclose)()
+
+
+def _same_file(row: ProxyStorageModelBase, record: MetaRecord) -> MetaRecord:
+    """Return `record`, of the path of `row`, if it is of the same file.
+
+    Raises:
+        NotFound: it is another one's.
+    """
+    key = record.native.get(row._meta.pk.attname, row.pk)
+    if record.token != row.token or (not row.token and key != row.pk):  # django-proxy-storage knew no tokens
+        raise NotFound(f"{row.path!r} was deleted, and is another file by now", operation="get", path=row.path)
+    return record
 
 
 def storage_of(row: ProxyStorageModelBase) -> BridgeStorage:

@@ -97,11 +97,12 @@ class AsyncTwins(ConfiguredStorage):
         where = self.proxy.meta.pin(name if isinstance(name, MetaRecord) else None)
         return chunks_of(lambda: self.aopen(name), where)
 
-    async def adelete(self, name: str | os.PathLike[str]) -> None:
+    async def adelete(self, name: str | os.PathLike[str] | MetaRecord) -> None:
         """Delete a file, as `delete`."""
         if not name:
             raise ValueError("The name must be given to delete().")
-        await self.proxy.delete(await self._touched(asked(name)), missing_ok=True)
+        found = name if isinstance(name, MetaRecord) else await self._touched(asked(name))
+        await self.proxy.delete(found, missing_ok=True)
 
     async def aexists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is such a file."""
@@ -112,9 +113,9 @@ class AsyncTwins(ConfiguredStorage):
             return isinstance(await self._touched(text), MetaRecord)
         return await self.proxy.exists(text)
 
-    async def asize(self, name: str | os.PathLike[str]) -> int:
+    async def asize(self, name: str | os.PathLike[str] | MetaRecord) -> int:
         """Return the size in bytes. Raises FileNotFoundError."""
-        return await self.proxy.size(await self._touched(asked(name)))
+        return await self.proxy.size(name if isinstance(name, MetaRecord) else await self._touched(asked(name)))
 
     async def aurl(self, name: str | os.PathLike[str], **options: Any) -> str:
         """Return the URL as the record says: exact also where `url` can only say what it was by its name."""
@@ -293,7 +294,7 @@ class AsyncTwins(ConfiguredStorage):
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         return await self._with_its_key(await self.proxy.replace(name, content, **options))
 
-    async def _rename(self, name: str, new_name: str) -> MetaRecord:
+    async def _rename(self, name: str | MetaRecord, new_name: str) -> MetaRecord:
         return await self._with_its_key(await self.proxy.rename(name, new_name))
 
 

@@ -208,6 +208,38 @@ def test_what_cannot_be_deleted_is_said_and_stays(client: Client, storage: Bridg
     assert [row.path for row in StoredFile.objects.all()] == ["kept.txt"]
 
 
+@pytest.mark.parametrize("how", ["row", "record", "gone"])
+def test_the_next_file_of_the_path_is_not_deleted(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    rows = [StoredFile.objects.get(path=storage.save(name, ContentFile(b"x"))).pk for name in ("a.txt", "b.txt")]
+    delete_model, get = ProxyStorageAdmin.delete_model, BridgeStorage.get
+
+    def meanwhile() -> None:
+        storage.delete("b.txt")
+        if how != "gone":
+            storage.save("b.txt", ContentFile(b"of another"))
+
+    def late_model(admin: Any, request: Any, row: Any) -> None:
+        if row.path == "b.txt" and how != "record":
+            meanwhile()
+        delete_model(admin, request, row)
+
+    def late_get(storage: Any, name: Any) -> Any:
+        found = get(storage, name)
+        if name == "b.txt" and how == "record":
+            meanwhile()
+        return found
+
+    monkeypatch.setattr(ProxyStorageAdmin, "delete_model", late_model)
+    monkeypatch.setattr(BridgeStorage, "get", late_get)
+    question = {"action": "delete_selected", "_selected_action": rows, "post": "yes"}
+    said = client.post(CHANGELIST, question, follow=True).content.decode()
+    assert StoredFile.objects.filter(path="b.txt").count() == (how != "gone")
+    assert ("another file by now" in said) == (how == "row")
+    assert not storage.exists("a.txt")
+
+
 def test_what_is_not_stored_is_left_to_reconcile(client: Client, storage: BridgeStorage) -> None:
     pending = MetaRecord(path="half.txt", proxy_storage_name="shelf", state="pending", token="t", version=1)
     storage.bridge.call(storage.proxy.meta.create, pending)
