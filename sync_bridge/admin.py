@@ -9,7 +9,8 @@ A change of a row behind the storage's back would part it from its bytes. For a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +26,7 @@ from django.http import (
     FileResponse,
     Http404,
     HttpRequest,
+    HttpResponse,
     HttpResponseBase,
     HttpResponseRedirect,
     StreamingHttpResponse,
@@ -36,6 +38,7 @@ from django.utils.translation import gettext_lazy as _
 
 from aproxy_storage import (
     AsyncFile,
+    BackendUnavailable,
     ConfigurationError,
     Conflict,
     IntegrityError,
@@ -55,7 +58,22 @@ __all__ = ["ProxyStorageAdmin"]
 PREVIEWED = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "image/avif"})
 PREVIEW_BYTES = 10 << 20
 
+View = Callable[..., HttpResponseBase]
+
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
+
+
+def _unless_out_of_reach(view: View) -> View:
+    """Have `view` answer 503, and say what is out of reach, where an original or the records are."""
+
+    @functools.wraps(view)
+    def answered(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        try:
+            return view(*args, **kwargs)
+        except BackendUnavailable as error:
+            return HttpResponse(str(error), status=503, content_type="text/plain; charset=utf-8", headers=_HEADERS)
+
+    return answered
 
 
 class ProxyStorageAdmin(admin.ModelAdmin):
@@ -216,6 +234,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         urls: list[URLPattern] = super().get_urls()
         return own + urls
 
+    @_unless_out_of_reach
     def download_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send the file, to be saved: it may be anything that a user has uploaded."""
         storage, record = self._found(request, object_id)
@@ -224,6 +243,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         disposition = f"attachment; filename*=utf-8''{quote(name)}"
         return self._sent(request, storage, record, "application/octet-stream", disposition)
 
+    @_unless_out_of_reach
     def preview_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send a picture, to be shown in the page."""
         storage, record = self._found(request, object_id)
@@ -236,7 +256,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         try:
             storage = storage_of(row)
             return storage, _same_file(row, storage.get(row.path))
-        except (ConfigurationError, NotFound) as error:
+        except (ConfigurationError, ImproperlyConfigured, NotFound) as error:
             raise Http404(str(error)) from error
 
     def _visible(self, request: HttpRequest, object_id: str) -> ProxyStorageModelBase:
@@ -261,7 +281,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
             else:
                 file = storage.open(record)
                 response = FileResponse(file, content_type=content_type)
-        except (NotFound, IntegrityError, Conflict) as error:
+        except (ConfigurationError, NotFound, IntegrityError, Conflict) as error:
             raise Http404(str(error)) from error
         response.headers["Content-Length"] = str(file.size)
         response.headers["Content-Disposition"] = disposition
