@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     #: Says whether the bytes of the file are certainly at a place where something was opened before it was asked.
     StillAt = Callable[[Place], Awaitable[bool]]
 
-__all__ = ["AsyncFile", "Opening"]
+__all__ = ["AsyncFile", "Opening", "chunks_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -347,3 +348,14 @@ class Opening(Generic[F]):
         file, self._file = self._file, None
         if file is not None:
             await file.__aexit__(exc_type, exc, traceback)
+
+
+async def chunks_of(
+    open_: Callable[[], AbstractAsyncContextManager[AsyncFile]], where: AbstractContextManager[None]
+) -> AsyncIterator[bytes]:
+    """Iterate over the chunks of the file that `open_` opens, inside of `where`, when the first is asked for."""
+    async with AsyncExitStack() as stack:
+        with where:
+            file = await stack.enter_async_context(open_())
+        async for chunk in file:
+            yield chunk

@@ -14,7 +14,7 @@ from .backends.base import Backend
 from .cleanup import Cleanup
 from .errors import ConfigurationError, Conflict, IntegrityError, NotFound, NotSupported
 from .file_writer import AsyncWriter
-from .files import AsyncFile, Opening
+from .files import AsyncFile, Opening, chunks_of
 from .gates import Gate
 from .meta_backends.base import MetaBackend
 from .openings import Opened, in_read_order, open_bytes
@@ -126,7 +126,7 @@ class ReadingVerbs(abc.ABC):
             try:
                 opened = await open_bytes(self, record, places, byte_range)
             except NotFound as error:
-                current = await self._current(record.path, given)  # NotFound if it was deleted meanwhile
+                current = await self._current(record, given)  # NotFound if it was deleted meanwhile
                 if not current.has_bytes_of(record):
                     record = current  # replaced, moved or saved anew: that is the file now
                     continue
@@ -141,7 +141,7 @@ class ReadingVerbs(abc.ABC):
                 # Deleted and saved anew since the record was read, the bytes may be those of the new file.
                 unsure = given is not None and not (given.token and given.token == reading.info.token)
                 looked_up = differs or verify or unsure
-                current = await self._current(record.path, given, opened.place) if looked_up else record
+                current = await self._current(record, given, opened.place) if looked_up else record
                 if not current.has_bytes_of(record):
                     record = current
                 elif not differs:
@@ -163,13 +163,15 @@ class ReadingVerbs(abc.ABC):
                 raise
             await opened.aclose()
 
-    async def _current(self, path: str, given: MetaRecord | None, place: Place | None = None) -> MetaRecord:
-        """Return the record of `path`; `given`, where its bytes were replaced after they were opened at `place`.
+    async def _current(self, record: MetaRecord, given: MetaRecord | None, place: Place | None = None) -> MetaRecord:
+        """Return what `record` is by now; `given`, where its bytes were replaced after they were opened at `place`.
 
         Raises:
             NotFound: there is none, or one of another file than `given` is of. Conflict: of other bytes.
         """
-        current = await self.get(path)
+        path = record.path
+        with self.meta.pin(record):
+            current = await self.get(path)
         if given is None:
             return current
         if not _is_same_file(current, given):
@@ -220,7 +222,8 @@ class ReadingVerbs(abc.ABC):
         places of the record may have come and gone.
         """
         try:
-            current = await self.get(record.path)
+            with self.meta.pin(record):  # whatever routers say by now: a response is read when its request is over
+                current = await self.get(record.path)
         except NotFound:
             return False
         same = current.version == record.version or (
@@ -228,17 +231,17 @@ class ReadingVerbs(abc.ABC):
         )
         return same and current.token == record.token and place in current.good_places()
 
-    async def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
+    def stream(self, path: Path, *, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file; it is opened when the first is asked for, and closes itself.
 
-        Given a record, what comes is the file that it stands for, as with `open`, however late it is opened.
+        Given a record, what comes is the file that it stands for, as with `open`, however late it is opened. Where
+        routers of Django's decide by request, a path is looked up in the database that they name at this call.
 
         Raises:
             As `open`, at the first chunk.
         """
-        async with self.open(path, byte_range=byte_range) as file:
-            async for chunk in file:
-                yield chunk
+        where = self.meta.pin(path if isinstance(path, MetaRecord) else None)
+        return chunks_of(lambda: self.open(path, byte_range=byte_range), where)
 
     async def get(self, path: str | os.PathLike[str]) -> MetaRecord:
         """Return the record of a stored file.

@@ -9,7 +9,8 @@ A change of a row behind the storage's back would part it from its bytes. For a 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +26,7 @@ from django.http import (
     FileResponse,
     Http404,
     HttpRequest,
+    HttpResponse,
     HttpResponseBase,
     HttpResponseRedirect,
     StreamingHttpResponse,
@@ -36,6 +38,7 @@ from django.utils.translation import gettext_lazy as _
 
 from aproxy_storage import (
     AsyncFile,
+    BackendUnavailable,
     ConfigurationError,
     Conflict,
     IntegrityError,
@@ -55,7 +58,22 @@ __all__ = ["ProxyStorageAdmin"]
 PREVIEWED = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp", "image/avif"})
 PREVIEW_BYTES = 10 << 20
 
+View = Callable[..., HttpResponseBase]
+
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
+
+
+def _unless_out_of_reach(view: View) -> View:
+    """Have `view` answer 503, and say what is out of reach, where an original or the records are."""
+
+    @functools.wraps(view)
+    def answered(*args: Any, **kwargs: Any) -> HttpResponseBase:
+        try:
+            return view(*args, **kwargs)
+        except BackendUnavailable as error:
+            return HttpResponse(str(error), status=503, content_type="text/plain; charset=utf-8", headers=_HEADERS)
+
+    return answered
 
 
 class ProxyStorageAdmin(admin.ModelAdmin):
@@ -142,12 +160,18 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         return allowed and (obj is None or obj.state == "stored")
 
     def delete_model(self, request: HttpRequest, obj: ProxyStorageModelBase) -> None:
-        """Delete a file through its storage.
+        """Delete a file through its storage; one that is not there is deleted already.
 
         Raises:
+            NotFound: it was deleted, and its path is another's by now.
             StorageError: it cannot be reached; the file is as it was.
         """
-        storage_of(obj).delete(obj.path)
+        storage = storage_of(obj)
+        try:
+            record = storage.get(obj.path)
+        except NotFound:
+            return
+        storage.delete(_same_file(obj, record))
 
     def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponseBase:
         """Delete one file, as Django's own view does; say why it cannot be deleted where the storage refuses."""
@@ -210,6 +234,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         urls: list[URLPattern] = super().get_urls()
         return own + urls
 
+    @_unless_out_of_reach
     def download_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send the file, to be saved: it may be anything that a user has uploaded."""
         storage, record = self._found(request, object_id)
@@ -218,6 +243,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         disposition = f"attachment; filename*=utf-8''{quote(name)}"
         return self._sent(request, storage, record, "application/octet-stream", disposition)
 
+    @_unless_out_of_reach
     def preview_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         """Send a picture, to be shown in the page."""
         storage, record = self._found(request, object_id)
@@ -229,12 +255,9 @@ class ProxyStorageAdmin(admin.ModelAdmin):
         row = self._visible(request, object_id)
         try:
             storage = storage_of(row)
-            record = storage.get(row.path)
-        except (ConfigurationError, NotFound) as error:
+            return storage, _same_file(row, storage.get(row.path))
+        except (ConfigurationError, ImproperlyConfigured, NotFound) as error:
             raise Http404(str(error)) from error
-        if record.token != row.token:
-            raise Http404(f"{row.path!r} was deleted, and is another file by now")
-        return storage, record
 
     def _visible(self, request: HttpRequest, object_id: str) -> ProxyStorageModelBase:
         row: ProxyStorageModelBase | None = self.get_object(request, unquote_key(object_id))
@@ -258,7 +281,7 @@ class ProxyStorageAdmin(admin.ModelAdmin):
             else:
                 file = storage.open(record)
                 response = FileResponse(file, content_type=content_type)
-        except (NotFound, IntegrityError, Conflict) as error:
+        except (ConfigurationError, NotFound, IntegrityError, Conflict) as error:
             raise Http404(str(error)) from error
         response.headers["Content-Length"] = str(file.size)
         response.headers["Content-Disposition"] = disposition
@@ -296,6 +319,18 @@ class _Chunks:
     def close(self) -> None:
         if not self._file.closed:
             async_to_sync(self._file.aclose)()
+
+
+def _same_file(row: ProxyStorageModelBase, record: MetaRecord) -> MetaRecord:
+    """Return `record`, of the path of `row`, if it is of the same file.
+
+    Raises:
+        NotFound: it is another one's.
+    """
+    key = record.native.get(row._meta.pk.attname, row.pk)
+    if record.token != row.token or (not row.token and key != row.pk):  # django-proxy-storage knew no tokens
+        raise NotFound(f"{row.path!r} was deleted, and is another file by now", operation="get", path=row.path)
+    return record
 
 
 def storage_of(row: ProxyStorageModelBase) -> BridgeStorage:

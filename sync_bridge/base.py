@@ -23,7 +23,7 @@ from django.core.signals import setting_changed
 from django.utils.encoding import filepath_to_uri
 from django.utils.module_loading import import_string
 
-from aproxy_storage import Backend, InvalidPath, MetaBackend, ProxyStorage, StorageError
+from aproxy_storage import Backend, InvalidPath, MetaBackend, MetaRecord, ProxyStorage, StorageError
 from aproxy_storage.backends.filesystem import FileSystemBackend
 
 from . import bridge as _bridge
@@ -35,6 +35,7 @@ __all__ = [
     "Saving",
     "SuspiciousPath",
     "asked",
+    "file_of",
     "find_proxy",
     "live_storages",
     "named",
@@ -353,6 +354,11 @@ def asked(name: str | os.PathLike[str]) -> str:
     if ".." in text and ".." in pathlib.PurePosixPath(text).parts:
         raise SuspiciousFileOperation(f"Detected path traversal attempt in {text!r}")
     return text
+
+
+def file_of(name: str | os.PathLike[str] | MetaRecord) -> str | MetaRecord:
+    """Return the record that was given, or the name that is asked for."""
+    return name if isinstance(name, MetaRecord) else asked(name)
 
 
 def plain(name: str) -> str:

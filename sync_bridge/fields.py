@@ -342,7 +342,7 @@ class _OwnedFileMixin:
         try:
             record = storage.get(path)
             if not _is_owned_by(record, owner):
-                storage.update(path, extra={**record.extra, **owner})
+                storage.update(record, extra={**record.extra, **owner})
             return True
         except NotFound:
             _log.warning("%s.%s of %r is %r, of which %r has no record", *_label(self), instance.pk, path, storage)
@@ -406,12 +406,12 @@ class _OwnedFileMixin:
 
     def _delete_if_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> None:
         record: MetaRecord | None = None
-        if owner:
+        if isinstance(self.storage, ConfiguredStorage):
             try:
                 record = self.storage.get(path)
             except NotFound:
                 return
-            if not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
+            if owner and not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
                 return
         elif owned:  # it was deleted already, and no record tells whether this is the file that a rollback brought back
             return
@@ -421,8 +421,10 @@ class _OwnedFileMixin:
             _log.warning("%r is kept: not every database could say who has it", path, exc_info=True)
             return
         if other is None:
-            self.storage.delete(path)
-        elif record is not None and not _has_no_owner(record):
+            # Not of whoever has saved a file under the path meanwhile. A subclass may know names only.
+            ours = record is not None and self.storage.__class__.delete is BridgeStorage.delete
+            self.storage.delete(record if ours else path)
+        elif owner and record is not None and not _has_no_owner(record):
             self._write_owner(other, path)
 
     def _row_with(self, path: str, using: str) -> models.Model | None:

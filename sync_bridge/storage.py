@@ -19,7 +19,7 @@ from aproxy_storage.files import Opening
 from aproxy_storage.paths import shown
 from aproxy_storage.records import STORED
 
-from .base import Saving, SuspiciousPath, asked, named, plain, saving, suspicious, url_below, wished
+from .base import Saving, SuspiciousPath, asked, file_of, named, plain, saving, suspicious, url_below, wished
 from .bridge import refuse_on_event_loop, who_patched_threads
 from .files import (
     FIRST_BYTES,
@@ -273,22 +273,24 @@ class BridgeStorage(AsyncTwins):
             raise NotFound(f"{self!r} has no file {shown(name)}", operation="get", path=name, backend=repr(self))
         return record
 
-    def delete(self, name: str | os.PathLike[str]) -> None:
+    def delete(self, name: str | os.PathLike[str] | MetaRecord) -> None:
         """Delete a file; one that is not there is deleted already.
 
-        Inside a transaction its bytes go when that commits; rolled back, the file is as it was.
+        Inside a transaction its bytes go when that commits; rolled back, the file is as it was. Of a record: its file,
+        never the one that somebody has saved under its path since.
 
         Raises:
             ValueError: `name` is empty. And as `ProxyStorage.delete`.
         """
         if not name:
             raise ValueError("The name must be given to delete().")
-        text = asked(name)
+        given = file_of(name)
         if (look := self._look) is None:
-            self.bridge.call(self.adelete, text)
+            self.bridge.call(self.adelete, given)
             return
         refuse_on_event_loop(f"{self!r}.delete()", "adelete()")
-        if (record := self._looked_up(look, text)) is not None:
+        record = given if isinstance(given, MetaRecord) else self._looked_up(look, given)
+        if record is not None:
             self._await(self._works_here, self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
@@ -299,16 +301,16 @@ class BridgeStorage(AsyncTwins):
         refuse_on_event_loop(f"{self!r}.exists()", "aexists()")
         return self._looked_up(look, text) is not None
 
-    def size(self, name: str | os.PathLike[str]) -> int:
+    def size(self, name: str | os.PathLike[str] | MetaRecord) -> int:
         """Return the size in bytes.
 
         Raises:
             FileNotFoundError.
         """
-        return self._size(self._known(asked(name)))
+        return self._size(name if isinstance(name, MetaRecord) else self._known(asked(name)))
 
     def _size(self, found: str | MetaRecord) -> int:
-        if isinstance(found, MetaRecord) and found.size is not None:
+        if isinstance(found, MetaRecord) and found.size is not None and self._mine(found) is not None:
             return found.size
         return (
             self.bridge.call(self.asize, found) if isinstance(found, str) else self.bridge.call(self.proxy.size, found)
@@ -402,7 +404,7 @@ class BridgeStorage(AsyncTwins):
             or cls.exists is not BridgeStorage.exists
         )
 
-    # -- verbs that Django's contract does not have
+    # -- verbs that Django's contract does not have. Given a record, those that change something mean its file only
 
     def get(self, name: str | os.PathLike[str]) -> MetaRecord:
         """Return the record of a file; see `ProxyStorage.get`."""
@@ -413,9 +415,9 @@ class BridgeStorage(AsyncTwins):
         """Return the records of `names` in their order, None where there is no such file."""
         return self.bridge.call(self._get_many, [os.fspath(name).replace("\\", "/") for name in names])
 
-    def update(self, name: str, *, extra: Mapping[str, Any]) -> MetaRecord:
+    def update(self, name: str | MetaRecord, *, extra: Mapping[str, Any]) -> MetaRecord:
         """Replace the extra fields of a file's record; see `ProxyStorage.update`."""
-        return self._await(self._works_here, self._update, asked(name), extra)
+        return self._await(self._works_here, self._update, file_of(name), extra)
 
     def replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         """Give an existing file new bytes, atomically; see `ProxyStorage.replace`.
@@ -425,27 +427,33 @@ class BridgeStorage(AsyncTwins):
         """
         return self.bridge.call(self._replace, asked(name), in_callers_thread(content), **options)
 
-    def rename(self, name: str, new_name: str) -> MetaRecord:
+    def rename(self, name: str | MetaRecord, new_name: str) -> MetaRecord:
         """Give a file another path; see `ProxyStorage.rename`. No byte moves, unless the URL is the path.
 
         Raises:
             AlreadyExists: the name is taken; where the URL is the path also by something without a record.
         """
-        return self._to(new_name, self._rename, asked(name))
+        return self._to(new_name, self._rename, name)
 
-    def copy(self, name: str, new_name: str, *, using: str | None = None) -> str:
+    def copy(self, name: str | MetaRecord, new_name: str, *, using: str | None = None) -> str:
         """Copy a file to `new_name`, or the next free name; return it. See `ProxyStorage.copy`."""
-        return self._to(new_name, self._copy, asked(name), using=using)
+        return self._to(new_name, self._copy, name, using=using)
 
-    def _to(self, new_name: str, function: Callable[..., Coroutine[Any, Any, T]], name: str, **options: Any) -> T:
+    def _to(
+        self,
+        new_name: str,
+        function: Callable[..., Coroutine[Any, Any, T]],
+        name: str | MetaRecord,
+        **options: Any,
+    ) -> T:
         try:
-            return self.bridge.call(function, name, wished(new_name), **options)
+            return self.bridge.call(function, file_of(name), wished(new_name), **options)
         except InvalidPath as error:
             raise suspicious(error) from error
 
-    def move(self, name: str, using: str) -> MetaRecord:
+    def move(self, name: str | MetaRecord, using: str) -> MetaRecord:
         """Move the bytes of a file into the original `using`; see `ProxyStorage.move`."""
-        return self.bridge.call(self._move, asked(name), using)
+        return self.bridge.call(self._move, file_of(name), using)
 
     def adopt(self, original_storage_path: str, *, name: str | os.PathLike[str] | None = None, **options: Any) -> str:
         """Take in a file that is in an original already; return its path. See `ProxyStorage.adopt`.

@@ -26,10 +26,10 @@ from aproxy_storage import (
     StorageError,
 )
 from aproxy_storage.content import Source
-from aproxy_storage.files import Opening
+from aproxy_storage.files import Opening, chunks_of
 from aproxy_storage.paths import alternative
 
-from .base import ConfiguredStorage, Saving, asked, plain, suspicious, url_below, wished
+from .base import ConfiguredStorage, Saving, asked, file_of, plain, suspicious, url_below, wished
 
 __all__ = ["AsyncTwins", "as_set", "awaited"]
 
@@ -118,18 +118,17 @@ class AsyncTwins(ConfiguredStorage):
             file._then = self._with_its_key
         return file
 
-    async def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
+    def astream(self, name: str | os.PathLike[str] | MetaRecord) -> AsyncIterator[bytes]:
         """Iterate over the chunks of a file, for a StreamingHttpResponse; it closes itself. Of a record: of its file,
         or none, as `ProxyStorage.stream`."""
-        async with self.aopen(name) as file:
-            async for chunk in file:
-                yield chunk
+        where = self.proxy.meta.pin(name if isinstance(name, MetaRecord) else None)
+        return chunks_of(lambda: self.aopen(name), where)
 
-    async def adelete(self, name: str | os.PathLike[str]) -> None:
+    async def adelete(self, name: str | os.PathLike[str] | MetaRecord) -> None:
         """Delete a file, as `delete`."""
         if not name:
             raise ValueError("The name must be given to delete().")
-        await self.proxy.delete(await self._found(asked(name)), missing_ok=True)
+        await self.proxy.delete(await self._found(file_of(name)), missing_ok=True)
 
     async def aexists(self, name: str | os.PathLike[str]) -> bool:
         """Return whether there is such a file."""
@@ -139,9 +138,9 @@ class AsyncTwins(ConfiguredStorage):
         found = await self._found(text)
         return isinstance(found, MetaRecord) or (not self.read_through and await self.proxy.exists(found))
 
-    async def asize(self, name: str | os.PathLike[str]) -> int:
+    async def asize(self, name: str | os.PathLike[str] | MetaRecord) -> int:
         """Return the size in bytes. Raises FileNotFoundError."""
-        return await self.proxy.size(await self._found(asked(name)))
+        return await self.proxy.size(await self._found(file_of(name)))
 
     async def aurl(self, name: str | os.PathLike[str], **options: Any) -> str:
         """Return the URL as the record says: exact also where `url` can only say what it was by its name."""
@@ -197,8 +196,11 @@ class AsyncTwins(ConfiguredStorage):
         """
         return name if plain(name) == name or await self.proxy.exists(name) else plain(name)
 
-    async def _found(self, name: str) -> str | MetaRecord:
-        return await self._touched(await self._spelled(name))
+    async def _named(self, name: str | MetaRecord) -> str | MetaRecord:
+        return name if isinstance(name, MetaRecord) else await self._spelled(name)
+
+    async def _found(self, name: str | MetaRecord) -> str | MetaRecord:
+        return name if isinstance(name, MetaRecord) else await self._touched(await self._spelled(name))
 
     async def _touched(self, name: str) -> str | MetaRecord:
         """Return `name`; with `read_through` its record, which it gets now if only the original has it."""
@@ -403,22 +405,22 @@ class AsyncTwins(ConfiguredStorage):
     async def _replace(self, name: str, content: Any, **options: Any) -> MetaRecord:
         return await self._with_its_key(await self.proxy.replace(await self._spelled(name), content, **options))
 
-    async def _rename(self, name: str, new_name: str) -> MetaRecord:
+    async def _rename(self, name: str | MetaRecord, new_name: str) -> MetaRecord:
         await self._check_recorded(new_name)
-        return await self._with_its_key(await self.proxy.rename(await self._spelled(name), new_name))
+        return await self._with_its_key(await self.proxy.rename(await self._named(name), new_name))
 
-    async def _copy(self, name: str, new_name: str, **options: Any) -> str:
+    async def _copy(self, name: str | MetaRecord, new_name: str, **options: Any) -> str:
         proxy, path = self.proxy, self.proxy.prefix + new_name
         while await self._ais_on_disk(path):
             longest = proxy.get_original().capabilities.max_segment_bytes
             path = alternative(path, max_bytes=proxy.max_path_bytes, max_segment_bytes=longest)
-        return await proxy.copy(await self._spelled(name), path.removeprefix(proxy.prefix), **options)
+        return await proxy.copy(await self._named(name), path.removeprefix(proxy.prefix), **options)
 
-    async def _move(self, name: str, using: str) -> MetaRecord:
-        return await self.proxy.move(await self._spelled(name), using)
+    async def _move(self, name: str | MetaRecord, using: str) -> MetaRecord:
+        return await self.proxy.move(await self._named(name), using)
 
-    async def _update(self, name: str, extra: Mapping[str, Any]) -> MetaRecord:
-        return await self.proxy.update(await self._spelled(name), extra=extra)
+    async def _update(self, name: str | MetaRecord, extra: Mapping[str, Any]) -> MetaRecord:
+        return await self.proxy.update(await self._named(name), extra=extra)
 
     async def _get_many(self, names: Sequence[str]) -> Sequence[MetaRecord | None]:
         return await self.proxy.get_many([await self._spelled(name) for name in names])

@@ -295,6 +295,7 @@ BY_POSITION = {
     "MetaBackend.list_unfinished": [],
     "MetaBackend.look_here": ["path"],
     "MetaBackend.owners": ["original_storage_name", "keys"],
+    "MetaBackend.pin": ["record"],
     "MetaBackend.reserve": ["record"],
     "MetaBackend.setup": [],
     "MetaBackend.update": ["path", "changes"],

@@ -28,7 +28,7 @@ from ..records import MetaRecord, Place
 from ._orm_dependents import relations_to
 from ._rows import COLUMNS, dump_extra, moment_of
 
-__all__ = ["VENDORS", "NewRow", "Table"]
+__all__ = ["VENDORS", "Native", "NewRow", "Table"]
 
 #: The clock of the database, in seconds since 1970. Not now(), which stands still inside a transaction.
 _CLOCK = {
@@ -43,6 +43,13 @@ _OPTIONAL = frozenset({"original_storage_name", "extra"})
 _TIMES = ("created_at", "updated_at")
 #: NUL as JSON writes it, and not a backslash before "u0000".
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+class Native(dict[str, Any]):
+    """What a row adds to its record, and the name of the `database` in which it is."""
+
+    __slots__ = ("database",)
+    database: str
 
 
 class NewRow(NamedTuple):
@@ -467,7 +474,8 @@ class Table:
         self, row: Sequence[Any], converters: Sequence[Any], connection: Any, extra: dict[str, Any]
     ) -> dict[str, Any]:
         """Return the primary key and the model's own columns; add those to `extra` that say something."""
-        native = {self._pk: row[0]}
+        native = Native({self._pk: row[0]})
+        native.database = connection.alias
         if self.custom:
             own = list(row[1:])
             for at, functions, expression in converters:

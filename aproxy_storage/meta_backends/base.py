@@ -7,6 +7,7 @@ To write one, subclass `MetaBackend`, implement the underscored hooks, and hold 
 from __future__ import annotations
 
 import abc
+import contextlib
 import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, overload
@@ -251,7 +252,7 @@ class MetaBackend(abc.ABC):
         state: State | None = None,
     ) -> AsyncIterator[MetaRecord | CommonPrefix]: ...
 
-    async def list(
+    def list(
         self,
         prefix: str = "",
         *,
@@ -265,11 +266,24 @@ class MetaBackend(abc.ABC):
 
         By keyset, a page at a time: memory is bounded, a page costs the same wherever it lies, and what is added or
         removed meanwhile neither repeats nor hides others. With a `delimiter`, paths with that text after the prefix
-        are rolled up into one `CommonPrefix`, which counts towards `limit`.
+        are rolled up into one `CommonPrefix`, which counts towards `limit`. All pages are of the database that this
+        call goes to, whenever they are asked for.
 
-        Raises:
+        Raises (when iterated):
             BackendUnavailable, DeadlineExceeded.
         """
+        return self._listed(prefix, after, limit, delimiter, proxy_storage_name, state, self.pin())
+
+    async def _listed(
+        self,
+        prefix: str,
+        after: str | None,
+        limit: int | None,
+        delimiter: str | None,
+        proxy_storage_name: str | None,
+        state: State | None,
+        where: contextlib.AbstractContextManager[None],
+    ) -> AsyncIterator[Any]:
         lower, inclusive = (after, False) if after is not None and after >= prefix else (prefix, True)
         if delimiter is not None and after is not None and after.startswith(prefix):
             head = _rolled_up(after, prefix, delimiter)
@@ -283,11 +297,9 @@ class MetaBackend(abc.ABC):
         room = _PAGE if delimiter is None else _FEW
         while left is None or left > 0:
             size = room if left is None else min(room, left)
-            page = await self._call(
-                "list",
-                prefix,
-                self._page(prefix, lower, inclusive, size, proxy_storage_name, state),
-            )
+            with where:
+                work = self._page(prefix, lower, inclusive, size, proxy_storage_name, state)
+                page = await self._call("list", prefix, work)
             for record in page:
                 rolled = _rolled_up(record.path, prefix, delimiter) if delimiter is not None else None
                 if left is not None:
@@ -345,6 +357,14 @@ class MetaBackend(abc.ABC):
     async def after_commit(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Await `callback` now; inside a caller's transaction, when that commits, and never if it rolls back."""
         await callback()
+
+    def pin(self, record: MetaRecord | None = None) -> contextlib.AbstractContextManager[None]:
+        """Return what has the calls inside of it go to the database to which one made now would go, or from which
+        `record` came; for what is begun or goes on later, when the caller may have turned to another one.
+
+        Entered any number of times, one after another. Does something only where the caller's context decides.
+        """
+        return contextlib.nullcontext()
 
     async def setup(self) -> None:
         """Make schema and indexes where they are missing; idempotent, also under a race of processes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -21,7 +23,7 @@ try:
 
     from ._orm_errors import DJANGO_ERRORS, NotConnected, orm_error
     from ._orm_rows import PARAMETERS, Batch, Rows, in_transaction
-    from ._orm_table import VENDORS
+    from ._orm_table import VENDORS, Native
     from ._orm_thread import in_djangos_thread, in_this_thread
 except ModuleNotFoundError as error:
     raise MissingDependency.of("Django", "django") from error
@@ -37,11 +39,13 @@ _Aliases = contextvars.ContextVar[Mapping[Rows, str]]
 #: The database that the last call of this context went to. Routers may decide by request or by thread, which what the
 #: call has begun does not know where it goes on without its caller: the renewal of a lease, the undo of a save.
 _asked: _Aliases = contextvars.ContextVar("aproxy_storage.orm.asked", default=MappingProxyType({}))
-#: The database that all calls of this context go to, whatever routers say.
-_settled: _Aliases = contextvars.ContextVar("aproxy_storage.orm.settled", default=MappingProxyType({}))
+#: The database that all calls of this context go to, whatever routers say; or who knows it.
+_settled = contextvars.ContextVar[Mapping[Rows, "str | _Question"]](
+    "aproxy_storage.orm.settled", default=MappingProxyType({})
+)
 
 
-def _set(variable: _Aliases, rows: Rows, alias: str) -> None:
+def _set(variable: contextvars.ContextVar[Any], rows: Rows, alias: str) -> None:
     known = variable.get()
     if known.get(rows) != alias:
         variable.set({**known, rows: alias})
@@ -50,16 +54,55 @@ def _set(variable: _Aliases, rows: Rows, alias: str) -> None:
 class _Alias:
     """Names the database for one call: that of this context, else what the routers say in the thread of the call."""
 
-    __slots__ = ("_rows", "answer")
+    __slots__ = ("_ask", "answer")
 
     def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self.answer = _settled.get().get(rows)
+        settled = _settled.get().get(rows)
+        self.answer = settled if isinstance(settled, str) else None
+        self._ask = settled if isinstance(settled, _Question) else rows.alias
 
     def __call__(self) -> str:
         if self.answer is None:
-            self.answer = self._rows.alias()
+            self.answer = self._ask()
         return self.answer
+
+
+class _Question:
+    """Names the database that a call made now would go to; asked later, routers are asked in the context of now.
+
+    They may go by the thread as well: where this is none that runs a loop, they are asked in it, at once.
+    """
+
+    __slots__ = ("_answer", "_context", "_rows")
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._context = contextvars.copy_context()
+        self._answer: str | None = None
+        if asyncio._get_running_loop() is None:
+            with contextlib.suppress(Exception):  # said by the call
+                self._answer = rows.alias()
+
+    def __call__(self) -> str:
+        if self._answer is None:
+            self._answer = self._context.run(self._rows.alias)
+        return self._answer
+
+
+class _Pin(contextlib.AbstractContextManager[None]):
+    """Has the calls inside of it go to one database."""
+
+    __slots__ = ("_before", "_rows", "_to")
+
+    def __init__(self, rows: Rows, to: str | _Question) -> None:
+        self._rows = rows
+        self._to = to
+
+    def __enter__(self) -> None:
+        self._before = _settled.set({**_settled.get(), self._rows: self._to})
+
+    def __exit__(self, *_: object) -> None:
+        _settled.reset(self._before)
 
 
 class ORMMetaBackend(MetaBackend):
@@ -160,13 +203,22 @@ class ORMMetaBackend(MetaBackend):
                 _set(_asked, self._rows, alias.answer)
 
     def _database_asked(self) -> str | None:
-        return None if self.using is not None else _settled.get().get(self._rows) or _asked.get().get(self._rows)
+        if self.using is not None:
+            return None
+        settled = _settled.get().get(self._rows)
+        return settled if isinstance(settled, str) else _asked.get().get(self._rows)
 
     def _context_for(self, database: str | None) -> contextvars.Context:
         context = contextvars.Context()
         if database is not None:
             context.run(_set, _settled, self._rows, database)
         return context
+
+    def pin(self, record: MetaRecord | None = None) -> contextlib.AbstractContextManager[None]:
+        if self.using is not None:
+            return contextlib.nullcontext()
+        came_from = record.native.database if record is not None and isinstance(record.native, Native) else None
+        return _Pin(self._rows, came_from or _settled.get().get(self._rows) or _Question(self._rows))
 
     @property
     def looks_here(self) -> bool:
@@ -324,11 +376,8 @@ class ORMMetaBackend(MetaBackend):
             return False
 
         def in_its_database() -> None:
-            before = _settled.set({**_settled.get(), self._rows: connection.alias})
-            try:
+            with _Pin(self._rows, connection.alias):
                 run(callback)
-            finally:
-                _settled.reset(before)
 
         # Robust: it is committed; what goes wrong now is logged, and must not reach the caller or stop others.
         transaction.on_commit(in_its_database, using=connection.alias, robust=True)

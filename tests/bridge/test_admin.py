@@ -18,14 +18,15 @@ import psycopg  # noqa: E402
 from asgiref.sync import async_to_sync, sync_to_async  # noqa: E402
 from django.contrib.admin.models import DELETION, LogEntry  # noqa: E402
 from django.contrib.auth.models import Permission, User  # noqa: E402
+from django.core.exceptions import ImproperlyConfigured  # noqa: E402
 from django.core.files.base import ContentFile  # noqa: E402
 from django.test import AsyncClient, Client, override_settings  # noqa: E402
 from django.urls import reverse  # noqa: E402
 
-from aproxy_storage import AsyncFile, MetaRecord, ProxyStorage, registry  # noqa: E402
+from aproxy_storage import AsyncFile, DeadlineExceeded, MetaRecord, ProxyStorage, registry  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
 from aproxy_storage.meta_backends.orm import ORMMetaBackend  # noqa: E402
-from sync_bridge import BridgeStorage  # noqa: E402
+from sync_bridge import BridgeStorage, admin  # noqa: E402
 from sync_bridge.admin import ProxyStorageAdmin  # noqa: E402
 from sync_bridge.models import StoredFile  # noqa: E402
 from tests.bridge.desk.models import Message, Person  # noqa: E402
@@ -208,6 +209,38 @@ def test_what_cannot_be_deleted_is_said_and_stays(client: Client, storage: Bridg
     assert [row.path for row in StoredFile.objects.all()] == ["kept.txt"]
 
 
+@pytest.mark.parametrize("how", ["row", "record", "gone"])
+def test_the_next_file_of_the_path_is_not_deleted(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    rows = [StoredFile.objects.get(path=storage.save(name, ContentFile(b"x"))).pk for name in ("a.txt", "b.txt")]
+    delete_model, get = ProxyStorageAdmin.delete_model, BridgeStorage.get
+
+    def meanwhile() -> None:
+        storage.delete("b.txt")
+        if how != "gone":
+            storage.save("b.txt", ContentFile(b"of another"))
+
+    def late_model(admin: Any, request: Any, row: Any) -> None:
+        if row.path == "b.txt" and how != "record":
+            meanwhile()
+        delete_model(admin, request, row)
+
+    def late_get(storage: Any, name: Any) -> Any:
+        found = get(storage, name)
+        if name == "b.txt" and how == "record":
+            meanwhile()
+        return found
+
+    monkeypatch.setattr(ProxyStorageAdmin, "delete_model", late_model)
+    monkeypatch.setattr(BridgeStorage, "get", late_get)
+    question = {"action": "delete_selected", "_selected_action": rows, "post": "yes"}
+    said = client.post(CHANGELIST, question, follow=True).content.decode()
+    assert StoredFile.objects.filter(path="b.txt").count() == (how != "gone")
+    assert ("another file by now" in said) == (how == "row")
+    assert not storage.exists("a.txt")
+
+
 def test_what_is_not_stored_is_left_to_reconcile(client: Client, storage: BridgeStorage) -> None:
     pending = MetaRecord(path="half.txt", proxy_storage_name="shelf", state="pending", token="t", version=1)
     storage.bridge.call(storage.proxy.meta.create, pending)
@@ -287,6 +320,30 @@ def test_bytes_that_are_gone_are_not_found(client: Client, storage: BridgeStorag
     (tmp_path / "disk" / "x.png").unlink()
     for verb in ("download", "preview"):
         assert asked_by(server, page_of(path, verb))[0] == 404
+
+
+@SERVERS
+def test_what_is_out_of_reach_or_cannot_be_made_is_said(
+    client: Client, storage: BridgeStorage, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    pages = [page_of(storage.save("x.png", ContentFile(PNG)), verb) for verb in ("download", "preview")]
+
+    async def hangs(*args: Any) -> Any:
+        raise DeadlineExceeded("no answer from the disk within 10 seconds")
+
+    def unmade(name: str) -> Any:
+        raise ImproperlyConfigured("original: install 'aproxy-storage[s3]'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileSystemBackend, "_read", hangs)
+        answers = [asked_by(server, page) for page in pages]
+    assert [status for status, _, _ in answers] == [503, 503]
+    assert all(b"no answer from the disk" in content for _, _, content in answers)
+    monkeypatch.setattr(admin, "get_storage", unmade)
+    assert [asked_by(server, page)[0] for page in pages] == [404, 404]
+    monkeypatch.undo()
+    monkeypatch.setattr(storage.proxy, "originals", {"other": storage.proxy.originals["other"]})
+    assert [asked_by(server, page)[0] for page in pages] == [404, 404]
 
 
 @SERVERS

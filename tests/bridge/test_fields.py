@@ -35,6 +35,7 @@ from sync_bridge import (
     ProxyStorageFileField,
     SyncCallOnEventLoop,
     aget_content_object,
+    fields,
     get_content_object,
 )
 from tests.bridge.desk.models import Memo, Message, Notice, Paper, Person, Picture, Plain, Scan
@@ -746,6 +747,49 @@ def test_a_file_that_is_somebody_elses_by_now_is_not_deleted(default: BridgeStor
     held.file.save("z.txt", file(b"newest"))
     assert default.open("shared/x.txt").read() == b"of the message"
     assert get_content_object(default.get("shared/x.txt")) == Message.objects.get()
+
+
+@pytest.mark.parametrize("storage", ["BridgeStorage", "a subclass"])
+def test_what_is_saved_while_others_are_asked_is_not_deleted(
+    default: BridgeStorage, person: Person, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    paper, row_with = Paper.objects.create(owner=person, file=file(b"1", "a.txt")), fields._OwnedFileMixin._row_with
+    path, deleted = paper.file.name, []
+
+    def late(*args: Any) -> Any:
+        found = row_with(*args)
+        default.delete(path)
+        assert default.save(path, file(b"of another request")) == path
+        return found
+
+    class Own(BridgeStorage):
+        def delete(self, name: str) -> None:
+            deleted.append(name)
+
+    if storage == "a subclass":
+        monkeypatch.setattr(Paper._meta.get_field("file"), "storage", Own())
+    monkeypatch.setattr(fields._OwnedFileMixin, "_row_with", late)
+    Paper.objects.get().file.save("b.txt", file(b"2"))
+    assert default.open(path).read() == b"of another request"
+    assert deleted == ([path] if storage == "a subclass" else [])
+
+
+def test_an_owner_is_not_written_into_the_next_file_of_the_path(
+    default: BridgeStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = BridgeStorage.get
+
+    def late(storage: BridgeStorage, name: str) -> Any:
+        found = get(storage, name)
+        storage.delete(name)
+        storage.save(name, file(b"of another request"))
+        return found
+
+    message = Message(attach=default.save("a.txt", file(b"1")))
+    monkeypatch.setattr(BridgeStorage, "get", late)
+    message.save()
+    monkeypatch.undo()
+    assert dict(default.get("a.txt").extra) == {}
 
 
 def test_what_is_remembered_follows_a_refresh(default: BridgeStorage) -> None:

@@ -712,6 +712,28 @@ def test_the_verbs_of_a_proxy_storage(storage: BridgeStorage) -> None:
         meta.get("a.txt")
 
 
+def test_the_verbs_of_a_record_change_its_file_only(storage: BridgeStorage) -> None:
+    mine = storage.get(storage.save("a.txt", ContentFile(b"mine")))
+    storage.update(mine, extra={"tag": "x"})
+    storage.move(mine, mine.original_storage_name)
+    assert (storage.size(mine), storage.copy(mine, "copy.txt")) == (4, "copy.txt")
+    renamed = storage.rename(mine, "b.txt")
+    assert (renamed.path, renamed["tag"]) == ("b.txt", "x")
+    storage.save("a.txt", ContentFile(b"of another"))
+    storage.delete(mine)
+    bridge.call(storage.adelete, mine)
+    for change in (lambda: storage.update(mine, extra={"tag": "y"}), lambda: storage.rename(mine, "c.txt")):
+        with pytest.raises((NotFound, Conflict)):
+            change()
+    assert (content_of(storage, "a.txt"), dict(storage.get("a.txt").extra)) == (b"of another", {})
+    assert bridge.call(storage.asize, renamed) == 4
+    storage.delete(renamed)
+    assert not storage.exists("b.txt")
+    foreign = dataclasses.replace(renamed, proxy_storage_name="another")
+    with pytest.raises(NotFound):
+        storage.size(foreign)
+
+
 def test_records_of_the_orm_are_looked_up_without_the_loop(
     default: BridgeStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,12 +38,16 @@ def test_it_prepares_itself(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert (tmp_path / "var" / "db.sqlite3").is_file()
     look = """
+import asyncio
+import os
 import django
 django.setup()
+from django.conf import settings
 from django.contrib.auth.models import User
 from django.core.files.base import ContentFile
-from django.test import Client
+from django.test import AsyncClient, Client
 from letters.models import Letter
+from sync_bridge.models import StoredFile
 
 ann, eve, admin = (User.objects.get(username=name) for name in ("ann", "eve", "admin"))
 letter = Letter.objects.create(author=ann, receiver=eve, text="Hello", attachment=ContentFile(b"x", name="a b.txt"))
@@ -53,6 +57,23 @@ page = client.get(f"/admin/letters/letter/{letter.pk}/change/")
 print(page.status_code, f'href="{letter.attachment.url}"' in page.text)
 client.force_login(ann)
 print(b"".join(client.get(letter.attachment.url)))
+
+async def again(what):
+    browser = AsyncClient()
+    await browser.aforce_login(ann)
+    answer = await browser.get(f"/async/attachment/{letter.attachment.name}")
+    length = answer.headers["Content-Length"] if answer.streaming else ""
+    print(what, answer.status_code, length, b"".join([c async for c in answer]) if answer.streaming else "")
+
+settings.ALLOWED_HOSTS.append("testserver")
+storage = letter.attachment.storage
+asyncio.run(again("stored"))
+StoredFile.objects.update(size=None)  # as of a file that was taken in from a store that does not know sizes
+print(client.get(letter.attachment.url).headers["Content-Length"])
+asyncio.run(again("size unknown"))
+os.remove(storage.path(letter.attachment.name))
+print("gone", client.get(letter.attachment.url).status_code)
+asyncio.run(again("gone"))
 """
     done = subprocess.run(
         [sys.executable, "-c", look],
@@ -63,4 +84,12 @@ print(b"".join(client.get(letter.attachment.url)))
         timeout=120,
         check=False,
     )
-    assert done.stdout == "200 True\nb'x'\n", done.stderr
+    assert done.stdout.splitlines() == [
+        "200 True",
+        "b'x'",
+        "stored 200 1 b'x'",
+        "1",
+        "size unknown 200 1 b'x'",
+        "gone 404",
+        "gone 404  ",
+    ], done.stderr

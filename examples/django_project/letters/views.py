@@ -1,13 +1,15 @@
 """Each view twice: as it is written for WSGI, and with ``async def``. The model and its files are the same."""
 
-from asgiref.sync import sync_to_async
+from collections.abc import AsyncIterator
+
+from asgiref.sync import async_to_sync, sync_to_async
 from django.contrib.auth.decorators import login_required
 from django.core.files.storage import default_storage
 from django.db.models import Q, QuerySet
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.shortcuts import redirect, render
 
-from aproxy_storage import MetaRecord, NotFound
+from aproxy_storage import AsyncFile, Conflict, IntegrityError, NotFound
 from sync_bridge import aget_content_object, get_content_object
 
 from .forms import LetterForm
@@ -18,11 +20,15 @@ def letters_of(user) -> QuerySet[Letter]:
     return Letter.objects.filter(Q(author=user) | Q(receiver=user)).select_related("author", "receiver")
 
 
-def headers_for(record: MetaRecord) -> dict[str, str]:
-    """Have the browser save the file whatever it is: users may have uploaded anything."""
+#: What `open` of a record says where its file cannot be had any more: deleted, without its bytes, or replaced.
+GONE = (NotFound, IntegrityError, Conflict)
+
+
+def headers_for(file) -> dict[str, str]:
+    """Have the browser save an open file, whatever it is: users may have uploaded anything."""
     return {
-        "Content-Type": record.content_type or "application/octet-stream",
-        "Content-Length": str(record.size),
+        "Content-Type": file.record.content_type or "application/octet-stream",
+        "Content-Length": str(file.size),  # of the file: not every record knows it
         "Content-Disposition": "attachment",
         "X-Content-Type-Options": "nosniff",
     }
@@ -56,9 +62,9 @@ def attachment(request: HttpRequest, path: str) -> HttpResponse:
         return HttpResponse("This is somebody else's letter.", status=403)
     try:
         file = default_storage.open(record)  # not of the path, which may be another file's by now
-    except NotFound as error:
+    except GONE as error:
         raise Http404 from error
-    return FileResponse(file, as_attachment=True, headers=headers_for(record))
+    return FileResponse(file, as_attachment=True, headers=headers_for(file))
 
 
 # -- for ASGI
@@ -92,5 +98,26 @@ async def aattachment(request: HttpRequest, path: str) -> HttpResponse:
     letter = await aget_content_object(record)
     if not isinstance(letter, Letter) or not letter.may_be_read_by(await request.auser()):
         return HttpResponse("This is somebody else's letter.", status=403)
-    # The file of the record, or none: deleted and saved anew meanwhile, the path may be somebody else's.
-    return StreamingHttpResponse(storage.stream(record), headers=headers_for(record))
+    try:
+        # Of the record: deleted and saved anew meanwhile, the path may be somebody else's. And before the answer
+        # begins: `storage.stream(record)` would find out in the midst of it.
+        file = await storage.open(record)
+    except GONE as error:
+        raise Http404 from error
+    return StreamingHttpResponse(Chunks(file), headers=headers_for(file))
+
+
+class Chunks:
+    """The chunks of an open file. Django closes them with the answer, also where nobody has asked for one."""
+
+    def __init__(self, file: AsyncFile) -> None:
+        self.file = file
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async with self.file:
+            async for chunk in self.file:
+                yield chunk
+
+    def close(self) -> None:
+        if not self.file.closed:
+            async_to_sync(self.file.aclose)()
