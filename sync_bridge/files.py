@@ -23,6 +23,7 @@ from django.conf import settings
 from django.core.files.base import File
 
 from aproxy_storage import AsyncFile, Conflict, MetaRecord, NotFound
+from aproxy_storage.kinds import memory_inside
 
 from .bridge import Bridge
 from .spool import Spool
@@ -385,8 +386,7 @@ def in_callers_thread(content: Any) -> Any:
         return content
     if callable(getattr(content, "temporary_file_path", None)):
         return content
-    inner = vars(content).get("file") if hasattr(content, "__dict__") else None
-    if type(inner) in (io.BytesIO, io.StringIO) and type(content).chunks.__module__.startswith("django."):
+    if memory_inside(content) is not None:
         return content
     return _InCallersThread(
         content.chunks,
@@ -398,7 +398,7 @@ def in_callers_thread(content: Any) -> Any:
 
 def is_small(content: Any) -> bool:
     """Return whether `content`, as `in_callers_thread` returns it, is in memory and no longer than the first bytes."""
-    inner = getattr(content, "__dict__", {}).get("file", content)
+    inner = memory_inside(content) or content
     if type(inner) is io.BytesIO:
         # Not by its buffer: content that shares its bytes with somebody would be copied for that.
         return not inner.closed and len(inner.getvalue()) <= FIRST_BYTES

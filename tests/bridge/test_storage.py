@@ -192,6 +192,18 @@ class Tricky(ContentFile):
         yield b"chunks"
 
 
+class Upper(File):
+    """Reads in a way of its own, as a file that is encrypted while it is stored."""
+
+    def read(self, *args: int) -> bytes:
+        data: bytes = self.file.read(*args)
+        return data.upper()
+
+
+class UpperUpload(Upper, InMemoryUploadedFile):
+    pass
+
+
 class Failing(ContentFile):
     def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
         yield b"half"
@@ -224,6 +236,8 @@ BIG = os.urandom(3 << 20)
         (lambda: SimpleUploadedFile("x.bin", b"simple", "application/x-own"), b"simple"),
         (lambda: InMemoryUploadedFile(io.BytesIO(b"memory"), "f", "x.bin", "text/plain", 6, None), b"memory"),
         (lambda: Tricky(b"not this"), b"from chunks"),
+        (lambda: Upper(io.BytesIO(b"not this")), b"NOT THIS"),
+        (lambda: UpperUpload(io.BytesIO(b"nor this"), "f", "x.bin", "text/plain", 8, None), b"NOR THIS"),
         (lambda: io.BytesIO(b"no Django file"), b"no Django file"),
         (lambda: File(OneShot(BIG)), BIG),
         (lambda: b"just bytes", b"just bytes"),
