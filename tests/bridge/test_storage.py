@@ -26,6 +26,7 @@ from django.core.files.uploadedfile import (
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
+from django.utils.module_loading import import_string
 
 from aproxy_storage import Conflict, MetaRecord, NotFound, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
@@ -862,6 +863,31 @@ def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
 
 
 made = ProxyStorage("made", originals=MemoryBackend(), meta=MemoryMetaBackend())
+
+
+class SaysWhereItsRecordsAre(BridgeStorage):
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("meta", "memory:")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("keys", ["path", "token"])
+def test_a_directory_with_records_elsewhere_is_made_again_with_them(tmp_path: Path, keys: str) -> None:
+    options = {"meta": f"sqlite:///{tmp_path}/secret.sqlite3", "location": tmp_path, "base_url": "/o/", "keys": keys}
+    for meta in (options["meta"], MemoryMetaBackend()):
+        given = {"x": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {**options, "meta": meta}}}
+        with override_settings(STORAGES=given):
+            dotted, args, kwargs = storages["x"].deconstruct()
+            assert kwargs == {"storage": storages["x"].name}
+            again = import_string(dotted)(*args, **kwargs)  # as Wagtail does, in another process too
+            path = storages["x"].save("a.txt", ContentFile(b"1"))
+            assert again.proxy is storages["x"].proxy
+            assert again.url(path) == storages["x"].url(path)
+            again.delete(path)
+            assert not storages["x"].exists(path)
+    assert BridgeStorage(meta="sync_bridge.StoredFile").deconstruct()[2] == {"meta": "sync_bridge.StoredFile"}
+    assert SaysWhereItsRecordsAre(location="/x").deconstruct()[2] == {"location": "/x"}
+    assert SaysWhereItsRecordsAre(meta="memory:", name="told").deconstruct()[2] == {"storage": "told"}
 
 
 def test_what_is_described_twice_is_one_storage(default: BridgeStorage) -> None:
