@@ -79,7 +79,7 @@ class ConfiguredStorage(Storage):
     _chooses_names: bool
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        self = super().__new__(cls)
+        self: Self = super().__new__(cls)
         self._was_told_meta = "meta" in kwargs  # by whoever makes it, not by the __init__ of a subclass
         return self
 

@@ -223,7 +223,8 @@ class WritingFile(BridgeFile):
     """A file open for writing. It appears under its path, whole, when it is closed.
 
     After an exception in the ``with`` block, and where it is never closed, nothing is published. What others have
-    written meanwhile is not lost: with ``"a"`` the new bytes go behind theirs, with ``"r+"`` closing fails.
+    written meanwhile is not lost: with ``"a"`` the new bytes go behind theirs, with ``"r+"`` closing fails, as it does
+    with ``"a"`` where `fileno` was asked for: whoever did that may have written anywhere.
     """
 
     def __init__(self, storage: BridgeStorage, name: str, mode: str) -> None:
@@ -285,7 +286,7 @@ class WritingFile(BridgeFile):
             return
         self._published = True
         try:
-            self.file.flush()
+            self.file.flush()  # and drop the buffer for reading: whoever has the descriptor may have written
             if self.mode[0] in "wx":
                 self.record = self._storage.publish(self.name, self._spool, exclusive=self._exclusive)
             elif self._spool.changed:
@@ -303,7 +304,7 @@ class WritingFile(BridgeFile):
             try:
                 return self._publish(spool)
             except (Conflict, NotFound, FileExistsError):
-                if tries == _MAX_TRIES or self._spool.cut_to < start:  # what was there is part of what was written
+                if tries == _MAX_TRIES or self._spool.cut_to < start:  # what was there may be part of what was written
                     raise
             finally:
                 if spool is not self._spool:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import io
+import mmap
 import os
 import pickle
 import tempfile
@@ -503,6 +504,50 @@ def test_what_is_written_into_a_file_does_not_undo_what_others_did(storage: Brid
     storage.replace("a.txt", b"theirs")
     with pytest.raises(Conflict):
         cut.close()
+
+
+def test_what_is_written_by_the_descriptor_is_kept(storage: BridgeStorage) -> None:
+    for mode, expected in {
+        "ab": b"01234567",
+        "a": b"01234567",
+        "a+b": b"X1234567",
+        "r+b": b"X12356",
+        "r+": b"X12356",
+        "wb": b"456",
+        "w+b": b"X56",
+    }.items():
+        with storage.open("a.txt", "wb") as file:
+            file.write(b"0123")
+        with storage.open("a.txt", mode) as file:
+            if "r" not in mode:
+                file.write(b"4" if "b" in mode else "4")
+                file.flush()
+            descriptor = file.fileno()
+            if "+" in mode:
+                file.seek(0)
+                file.read(1)  # now all is in its buffer
+            assert os.write(descriptor, b"56") == 2
+            if "a" in mode:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, b"7")
+            if "+" in mode:
+                with mmap.mmap(descriptor, 0) as mapped:
+                    mapped[:1] = b"X"
+        assert content_of(storage, "a.txt") == expected, mode
+
+
+def test_what_is_appended_by_the_descriptor_overwrites_nobody(storage: BridgeStorage) -> None:
+    new = storage.open("new.txt", "ab")
+    os.write(new.fileno(), b"[2]")
+    storage.save("new.txt", ContentFile(b"[1]"))
+    new.close()
+    assert content_of(storage, "new.txt") == b"[1][2]"
+    old = storage.open("new.txt", "ab")
+    os.ftruncate(old.fileno(), 2)
+    storage.replace("new.txt", b"theirs")
+    with pytest.raises(Conflict):  # it cannot be told what was done to the bytes that were there
+        old.close()
+    assert content_of(storage, "new.txt") == b"theirs"
 
 
 def test_a_file_that_was_only_moved_is_written_into(storage: BridgeStorage) -> None:
