@@ -163,7 +163,7 @@ class ConfiguredStorage(Storage):
         given = dict(self._given)
         storage = given.get("storage")
         meta = given.pop("meta", None)
-        in_model = meta is None or (":" not in meta if isinstance(meta, str) else not isinstance(meta, MetaBackend))
+        in_model = self.options.is_in_model
         by_name = self.options.is_local and not in_model and self._was_told_meta
         if by_name or not (self.options.is_local or isinstance(storage, str)):
             kept: dict[str, Any] = {

@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, Storage, storages
@@ -877,6 +879,47 @@ def test_settings_are_obeyed_when_they_change(default: BridgeStorage, tmp_path: 
     assert content_of(default, path) == b"1"
     with override_settings(FILE_UPLOAD_PERMISSIONS=0o600):
         assert os.stat(default.path(default.save("c.txt", ContentFile(b"")))).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("described", ["in settings", "used before", "by a field"])
+def test_an_overridden_media_root_leaves_records_at_a_url_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: str
+) -> None:
+    meta = f"sqlite:///{tmp_path}/r.sqlite3"
+    given = {"default": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {"meta": meta, "name": "of-project"}}}
+    monkeypatch.setattr(settings, "MEDIA_ROOT", str(tmp_path / "media"))
+    if described != "by a field":
+        monkeypatch.setattr(settings, "STORAGES", given)
+        monkeypatch.setattr(storages, "_backends", None)
+        monkeypatch.setattr(storages, "_storages", {})
+        monkeypatch.delattr(storages, "backends", raising=False)
+    of_field = BridgeStorage(meta=meta, name="of-project")
+    if described != "in settings":
+        of_field.save("real.txt", ContentFile(b"the only copy"))
+
+    def tested() -> BridgeStorage:
+        return of_field if described == "by a field" else storages["default"]
+
+    for _ in range(2):  # no name leaks from test to test
+        with override_settings(MEDIA_ROOT=tmp_path / "test"):
+            storage = tested()
+            assert not (storage.exists("real.txt") or storage.exists("left.txt"))
+            assert storage.save("real.txt", ContentFile(b"of a test")) == "real.txt"
+            assert (tmp_path / "test" / "real.txt").read_bytes() == b"of a test"
+            with override_settings(MEDIA_URL="/other/", STORAGES={**settings.STORAGES, "other": given["default"]}):
+                assert content_of(tested(), "real.txt") == b"of a test"
+            storage.delete("real.txt")
+            storage.save("left.txt", ContentFile(b"of a test"))
+        shutil.rmtree(tmp_path / "test")
+    if described == "in settings":
+        assert not (tmp_path / "r.sqlite3").exists()
+    else:
+        assert content_of(of_field, "real.txt") == b"the only copy"
+    assert tested().save("real2.txt", ContentFile(b"2")) == "real2.txt"
+    own = {"default": {**given["default"], "OPTIONS": {"meta": f"sqlite:///{tmp_path}/own.sqlite3", "name": "own"}}}
+    with override_settings(MEDIA_ROOT=tmp_path / "test", STORAGES=own):
+        storages["default"].save("a.txt", ContentFile(b"3"))
+        assert (tmp_path / "own.sqlite3").exists(), "what a test asks for, it gets"
 
 
 def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
