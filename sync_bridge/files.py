@@ -107,7 +107,7 @@ class ReadingFile(BridgeFile):
         self._blocks: _Blocks | None = None
         binary: Any
         if whole:
-            binary = io.BytesIO(first)
+            binary = _Bytes(first)
         else:
             self._blocks = _Blocks(storage.bridge, handle, first)
             binary = io.BufferedReader(self._blocks, BLOCK_BYTES)
@@ -144,6 +144,22 @@ async def read_whole(opening: Any) -> ReadFirst | None:
     async with opening as handle:
         first = await handle.read(FIRST_BYTES)
         return (handle, first, True) if len(first) >= handle.size else None
+
+
+class _Bytes(io.BytesIO):
+    """The bytes of a small file, which are only read."""
+
+    def writable(self) -> bool:
+        return False
+
+    def write(self, data: Any) -> int:
+        raise io.UnsupportedOperation("not writable: the file was opened for reading")
+
+    def writelines(self, lines: Any) -> None:
+        self.write(lines)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self.write(size)
 
 
 class _Blocks(io.RawIOBase):

@@ -38,6 +38,7 @@ from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from sync_bridge import BridgeStorage, SyncCallOnEventLoop, twins
 from sync_bridge.bridge import bridge
+from sync_bridge.files import FIRST_BYTES
 
 
 @pytest.fixture(params=["sqlite", "sqlite over the bridge", "orm", "orm over the bridge", "memory"])
@@ -354,6 +355,22 @@ def test_a_small_file_needs_no_further_call(storage: BridgeStorage, monkeypatch:
     monkeypatch.setattr(type(bridge), "call", None)
     assert len(file.read()) == 256 << 10
     file.close()
+
+
+@pytest.mark.parametrize("size", [3, FIRST_BYTES + 1])
+def test_a_file_for_reading_takes_no_writes(default: BridgeStorage, size: int) -> None:
+    path = default.save("a.bin", ContentFile(b"x" * size))
+    for mode, data in (("rb", b"new"), ("r", "new")):
+        with default.open(path, mode) as file:
+            assert not file.writable()
+            for write in (lambda: file.write(data), lambda: file.writelines([data]), lambda: file.truncate(0)):
+                with pytest.raises(io.UnsupportedOperation):
+                    write()
+            assert file.seek(0) == 0
+            assert len(file.read()) == size
+    with default.open(path) as file:
+        assert default.save("b.bin", file) == "b.bin"
+        assert default.size("b.bin") == size
 
 
 def test_an_open_file_goes_on_with_its_version(storage: BridgeStorage) -> None:
