@@ -122,11 +122,22 @@ def proxy_of(options: Options, local: Mapping[str, Any]) -> ProxyStorage:
         if key not in _made:
             try:
                 made = _described(options, local, stand_in)
-                names.register(made)
             except StorageError as error:
                 raise ImproperlyConfigured(str(error)) from error
+            _register(made)
             _made[key] = made
         return _made[key]
+
+
+def _register(made: ProxyStorage) -> None:
+    try:
+        names.register(made)
+    except StorageError as error:
+        raise ImproperlyConfigured(
+            f"{error}. Where a library makes its own BridgeStorage, without the OPTIONS in STORAGES, give it these "
+            f"too, or storage={made.name!r}, which is the one in STORAGES: as OPTIONS in its setting, or as an "
+            "attribute of a subclass"
+        ) from error
 
 
 def _forget(*, setting: str, **_: Any) -> None:

@@ -363,9 +363,9 @@ def test_a_file_for_reading_takes_no_writes(default: BridgeStorage, size: int) -
     for mode, data in (("rb", b"new"), ("r", "new")):
         with default.open(path, mode) as file:
             assert not file.writable()
-            for write in (lambda: file.write(data), lambda: file.writelines([data]), lambda: file.truncate(0)):
+            for method, given in ((file.write, data), (file.writelines, [data]), (file.truncate, 0)):
                 with pytest.raises(io.UnsupportedOperation):
-                    write()
+                    method(given)
             assert file.seek(0) == 0
             assert len(file.read()) == size
     with default.open(path) as file:
@@ -920,7 +920,8 @@ def test_an_overridden_media_root_leaves_records_at_a_url_alone(
     for _ in range(2):  # no name leaks from test to test
         with override_settings(MEDIA_ROOT=tmp_path / "test"):
             storage = tested()
-            assert not (storage.exists("real.txt") or storage.exists("left.txt"))
+            assert not storage.exists("real.txt")
+            assert not storage.exists("left.txt")
             assert storage.save("real.txt", ContentFile(b"of a test")) == "real.txt"
             assert (tmp_path / "test" / "real.txt").read_bytes() == b"of a test"
             with override_settings(MEDIA_URL="/other/", STORAGES={**settings.STORAGES, "other": given["default"]}):
@@ -995,10 +996,17 @@ def test_a_directory_with_records_elsewhere_is_made_again_with_them(tmp_path: Pa
     assert SaysWhereItsRecordsAre(meta="memory:", name="told").deconstruct()[2] == {"storage": "told"}
 
 
+class OfTheSettings(BridgeStorage):
+    storage = "default"
+
+
 def test_what_is_described_twice_is_one_storage(default: BridgeStorage) -> None:
     assert BridgeStorage().proxy is default.proxy
     with pytest.raises(ImproperlyConfigured, match="named 'default'"):
         BridgeStorage(original="memory://", meta="memory://").proxy  # noqa: B018
+    with pytest.raises(ImproperlyConfigured, match="or storage='default'"):
+        BridgeStorage(keys="token").proxy  # noqa: B018  # as a library may, by the class alone
+    assert BridgeStorage(storage="default").proxy is OfTheSettings().proxy is default.proxy
 
 
 @pytest.mark.parametrize(
