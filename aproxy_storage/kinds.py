@@ -1,4 +1,4 @@
-"""What kind of content a caller has handed over. By duck typing: no framework is imported. Used by `content` alone."""
+"""What kind of content a caller has handed over. By duck typing: no framework is imported. For `content`, bridges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded
 if TYPE_CHECKING:
     from .content import Source
 
-__all__ = ["recognise"]
+__all__ = ["memory_inside", "recognise"]
 
 _COPY_BYTES = 4 << 20  # bytes; a bytearray or a list of chunks up to this size is copied into `data`
 
@@ -26,8 +26,8 @@ _TAKEN = (
     "a Django File, a Starlette UploadFile, or an iterable (synchronous or asynchronous) of bytes"
 )
 
-# Where Django's own chunks() is used as it is, the file inside holds all there is to know.
-_DJANGO_FILES = ("django.core.files.base", "django.core.files.uploadedfile")
+# Where all that Django's own chunks() uses is Django's too, the file inside holds all there is to know.
+_DJANGO_FILES = ("django.core.files.base", "django.core.files.uploadedfile", "django.core.files.utils")
 
 _DISK_FILES = (io.FileIO, io.BufferedReader, io.BufferedRandom, io.TextIOWrapper)
 
@@ -104,6 +104,25 @@ def _in_memory(file: Any) -> bytes | None:
     return None
 
 
+def memory_inside(content: Any) -> io.BytesIO | io.StringIO | None:
+    """Return the file in memory whose bytes are those of `content`, a Django File; None where there is no such file, or
+    a subclass may have a say in what is read."""
+    attributes = getattr(content, "__dict__", {})
+    inner = attributes.get("file")  # not `content.file`: that of a FieldFile would open the stored file here and now
+    if type(inner) not in (io.BytesIO, io.StringIO) or "chunks" in attributes:
+        return None
+    for name in ("chunks", "read", "seek"):
+        if _module_of(type(content), name) not in _DJANGO_FILES:
+            return None
+    own = _module_of(type(content), "file"), _module_of(type(content), "__getattribute__")
+    return inner if own == (None, "builtins") else None
+
+
+def _module_of(cls: type, name: str) -> str | None:
+    """Return the module of the class that gives `cls` this attribute."""
+    return next((base.__module__ for base in cls.__mro__ if name in vars(base)), None)
+
+
 def _path(source: Source, content: os.PathLike[Any]) -> None:
     path = content
     where = os.fspath(content)
@@ -123,10 +142,7 @@ def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
 def _django_file(source: Source, content: Any) -> None:
     source.name = _text(content, "name")
     source.content_type = _text(content, "content_type")
-    with contextlib.suppress(AttributeError, TypeError):
-        if getattr(type(content).chunks, "__module__", None) in _DJANGO_FILES:
-            # Not `content.file`: that of a FieldFile would open the stored file here and now.
-            source.data = _in_memory(vars(content).get("file"))
+    source.data = _in_memory(memory_inside(content))
     if source.data is not None:
         return
     locate = getattr(content, "temporary_file_path", None)

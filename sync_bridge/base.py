@@ -80,6 +80,11 @@ class ConfiguredStorage(Storage):
     #: Whether a subclass has a say in names.
     _chooses_names: bool
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self: Self = super().__new__(cls)
+        self._was_told_meta = "meta" in kwargs  # by whoever makes it, not by the __init__ of a subclass
+        return self
+
     def __init__(
         self,
         location: str | os.PathLike[str] | None = None,
@@ -152,23 +157,27 @@ class ConfiguredStorage(Storage):
         """Return what a migration needs to make this storage again.
 
         What describes originals and databases is not written down, since it may hold passwords and differs from host
-        to host: such a storage, and a live one, is written by its name, under which `get_storage` knows it.
+        to host: such a storage, and a live one, is written by its name, under which `get_storage` knows it. So is one
+        in a directory whose records are elsewhere than in a model, unless a subclass says where by itself.
         """
         cls = type(self)
         path = f"{cls.__module__}.{cls.__qualname__}".replace("sync_bridge.storage.", "sync_bridge.")
         given = dict(self._given)
         storage = given.get("storage")
-        if not self.options.is_local and not isinstance(storage, str):
+        meta = given.pop("meta", None)
+        in_model = self.options.is_in_model
+        by_name = self.options.is_local and not in_model and self._was_told_meta
+        if by_name or not (self.options.is_local or isinstance(storage, str)):
             kept: dict[str, Any] = {
                 key: given[key] for key in ("base_url", "allow_overwrite", "read_through", "direct") if key in given
             }
+            if by_name:
+                kept.pop("base_url", None)  # the directory has it
             if storage is not None and not isinstance(storage, ProxyStorage):
                 return path, (), {"storage": f"{storage.__module__}.{storage.__qualname__}", **kept}
             return path, (), kept if self.storage is not None else {"storage": self.name, **kept}
-        if (meta := given.pop("meta", None)) is not None and not isinstance(meta, MetaBackend):
-            label = meta if isinstance(meta, str) else meta._meta.label
-            if ":" not in label:  # a model, not the URL of a database
-                given["meta"] = label
+        if in_model and meta is not None:
+            given["meta"] = meta if isinstance(meta, str) else meta._meta.label
         return path, (), given
 
     def _obey(self, *, setting: str, **_: Any) -> None:

@@ -55,7 +55,8 @@ def refuse_on_event_loop(what: str, instead: str = "the method of the same name 
     if asyncio._get_running_loop() is not None:
         raise SyncCallOnEventLoop(
             f"{what} was called in a thread with a running event loop, which it would block: await {instead}, "
-            "or move the synchronous code into a thread: await sync_to_async(function)(...)"
+            "or move the synchronous code into a thread: await sync_to_async(function)(...). That function has to do "
+            "all of it: a file field opens its file when `read` is looked up (lambda: document.file.read())"
         )
 
 

@@ -23,6 +23,7 @@ from django.conf import settings
 from django.core.files.base import File
 
 from aproxy_storage import AsyncFile, Conflict, MetaRecord, NotFound
+from aproxy_storage.kinds import memory_inside
 
 from .bridge import Bridge
 from .spool import Spool
@@ -106,7 +107,7 @@ class ReadingFile(BridgeFile):
         self._blocks: _Blocks | None = None
         binary: Any
         if whole:
-            binary = io.BytesIO(first)
+            binary = _Bytes(first)
         else:
             self._blocks = _Blocks(storage.bridge, handle, first)
             binary = io.BufferedReader(self._blocks, BLOCK_BYTES)
@@ -143,6 +144,22 @@ async def read_whole(opening: Any) -> ReadFirst | None:
     async with opening as handle:
         first = await handle.read(FIRST_BYTES)
         return (handle, first, True) if len(first) >= handle.size else None
+
+
+class _Bytes(io.BytesIO):
+    """The bytes of a small file, which are only read."""
+
+    def writable(self) -> bool:
+        return False
+
+    def write(self, data: Any) -> int:
+        raise io.UnsupportedOperation("not writable: the file was opened for reading")
+
+    def writelines(self, lines: Any) -> None:
+        self.write(lines)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self.write(size)
 
 
 class _Blocks(io.RawIOBase):
@@ -222,7 +239,8 @@ class WritingFile(BridgeFile):
     """A file open for writing. It appears under its path, whole, when it is closed.
 
     After an exception in the ``with`` block, and where it is never closed, nothing is published. What others have
-    written meanwhile is not lost: with ``"a"`` the new bytes go behind theirs, with ``"r+"`` closing fails.
+    written meanwhile is not lost: with ``"a"`` the new bytes go behind theirs, with ``"r+"`` closing fails, as it does
+    with ``"a"`` where `fileno` was asked for: whoever did that may have written anywhere.
     """
 
     def __init__(self, storage: BridgeStorage, name: str, mode: str) -> None:
@@ -284,7 +302,7 @@ class WritingFile(BridgeFile):
             return
         self._published = True
         try:
-            self.file.flush()
+            self.file.flush()  # and drop the buffer for reading: whoever has the descriptor may have written
             if self.mode[0] in "wx":
                 self.record = self._storage.publish(self.name, self._spool, exclusive=self._exclusive)
             elif self._spool.changed:
@@ -302,7 +320,7 @@ class WritingFile(BridgeFile):
             try:
                 return self._publish(spool)
             except (Conflict, NotFound, FileExistsError):
-                if tries == _MAX_TRIES or self._spool.cut_to < start:  # what was there is part of what was written
+                if tries == _MAX_TRIES or self._spool.cut_to < start:  # what was there may be part of what was written
                     raise
             finally:
                 if spool is not self._spool:
@@ -385,8 +403,7 @@ def in_callers_thread(content: Any) -> Any:
         return content
     if callable(getattr(content, "temporary_file_path", None)):
         return content
-    inner = vars(content).get("file") if hasattr(content, "__dict__") else None
-    if type(inner) in (io.BytesIO, io.StringIO) and type(content).chunks.__module__.startswith("django."):
+    if memory_inside(content) is not None:
         return content
     return _InCallersThread(
         content.chunks,
@@ -398,7 +415,7 @@ def in_callers_thread(content: Any) -> Any:
 
 def is_small(content: Any) -> bool:
     """Return whether `content`, as `in_callers_thread` returns it, is in memory and no longer than the first bytes."""
-    inner = getattr(content, "__dict__", {}).get("file", content)
+    inner = memory_inside(content) or content
     if type(inner) is io.BytesIO:
         # Not by its buffer: content that shares its bytes with somebody would be copied for that.
         return not inner.closed and len(inner.getvalue()) <= FIRST_BYTES

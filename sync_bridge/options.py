@@ -5,17 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from django.conf import Settings, UserSettingsHolder, settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
 from aproxy_storage import Backend, MetaBackend, ProxyStorage, StorageError
 from aproxy_storage import registry as names
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.orm import ORMMetaBackend
 
 from .bridge import bridge
@@ -40,6 +43,8 @@ SETTINGS = frozenset(
 PASSED_ON = frozenset(inspect.signature(ProxyStorage.__init__).parameters) - {"self", "name", "originals", "meta"}
 DESCRIBING = frozenset({"name", "config", "original", "originals", "meta"})
 
+_log = logging.getLogger(__name__)
+
 _lock = threading.RLock()
 _made: dict[Any, ProxyStorage] = {}
 
@@ -60,10 +65,12 @@ class Options:
     Attributes:
         storage: a ProxyStorage, what makes one, a dotted path, or a name of a known one.
         given: the other options.
+        of_a_test: they were given while `override_settings` was in force.
     """
 
     storage: Any
     given: Mapping[str, Any]
+    of_a_test: bool = field(default_factory=lambda: settings.configured and not _are_the_projects())
 
     def __post_init__(self) -> None:
         given = self.given
@@ -85,6 +92,12 @@ class Options:
     def is_local(self) -> bool:
         """Whether the files go to a directory that Django's settings name, as with FileSystemStorage."""
         return self.storage is None and not self.given.keys() & {"config", "original", "originals"}
+
+    @property
+    def is_in_model(self) -> bool:
+        """Whether the records are kept by a model, and so in a database of Django's."""
+        meta = self.given.get("meta")
+        return not isinstance(meta, MetaBackend) and not (isinstance(meta, str) and ":" in meta)
 
     @property
     def name(self) -> str | None:
@@ -112,16 +125,28 @@ def proxy_of(options: Options, local: Mapping[str, Any]) -> ProxyStorage:
     """
     if options.storage is not None:
         return _whole(options.storage)
-    key = (repr(sorted(options.given.items(), key=lambda item: item[0])), repr(sorted(local.items())))
+    stand_in = _needs_stand_in(options, local)
+    key = (repr(sorted(options.given.items(), key=lambda item: item[0])), repr(sorted(local.items())), stand_in)
     with _lock:
         if key not in _made:
             try:
-                made = _described(options, local)
-                names.register(made)
+                made = _described(options, local, stand_in)
             except StorageError as error:
                 raise ImproperlyConfigured(str(error)) from error
+            _register(made)
             _made[key] = made
         return _made[key]
+
+
+def _register(made: ProxyStorage) -> None:
+    try:
+        names.register(made)
+    except StorageError as error:
+        raise ImproperlyConfigured(
+            f"{error}. Where a library makes its own BridgeStorage, without the OPTIONS in STORAGES, give it these "
+            f"too, or storage={made.name!r}, which is the one in STORAGES: as OPTIONS in its setting, or as an "
+            "attribute of a subclass"
+        ) from error
 
 
 def _forget(*, setting: str, **_: Any) -> None:
@@ -132,6 +157,34 @@ def _forget(*, setting: str, **_: Any) -> None:
                 names.unregister(made.name)
             _made.clear()
             _metas.clear()
+            if _are_the_projects():
+                _stand_ins.clear()
+
+
+def _without_overrides() -> Any:
+    """Return the settings as they are without `override_settings`, which puts holders before them."""
+    found: Any = settings._wrapped
+    while isinstance(found, UserSettingsHolder) and isinstance(found.default_settings, UserSettingsHolder | Settings):
+        found = found.default_settings
+    return found
+
+
+def _are_the_projects() -> bool:
+    return settings._wrapped is _without_overrides()
+
+
+def _needs_stand_in(options: Options, local: Mapping[str, Any]) -> bool:
+    """Return whether a test has moved ``MEDIA_ROOT`` and nobody the records, which no test database of Django covers:
+    those of the real files."""
+    meta = options.given.get("meta")
+    covered = options.is_in_model or isinstance(meta, ORMMetaBackend)
+    if not options.is_local or covered or isinstance(meta, MemoryMetaBackend) or str(meta).startswith("memory:"):
+        return False
+    project = _without_overrides()
+    if local["root"] != os.path.abspath(settings.MEDIA_ROOT) or local["root"] == os.path.abspath(project.MEDIA_ROOT):
+        return False
+    real = [given.get("OPTIONS", {}).get("meta") for given in project.STORAGES.values()]
+    return not options.of_a_test or meta in real
 
 
 setting_changed.connect(_forget)
@@ -157,7 +210,7 @@ def _whole(storage: Any) -> ProxyStorage:
         return _made[storage]
 
 
-def _described(options: Options, local: Mapping[str, Any]) -> ProxyStorage:
+def _described(options: Options, local: Mapping[str, Any], stand_in: bool) -> ProxyStorage:
     from aproxy_storage import config
 
     given = dict(options.given)
@@ -167,7 +220,14 @@ def _described(options: Options, local: Mapping[str, Any]) -> ProxyStorage:
         if name not in found:
             raise ImproperlyConfigured(f"{given['config']} describes no storage {name!r}, only {', '.join(found)}")
         return found[name]
-    meta = _meta(given.pop("meta", None))
+    meta = given.pop("meta", None)
+    if stand_in:
+        _log.info(
+            "MEDIA_ROOT is overridden: records of files in %s are kept in memory, not where meta= says", local["root"]
+        )
+        meta = _stand_ins.setdefault((local["root"], repr(meta)), MemoryMetaBackend())
+    else:
+        meta = _meta(meta)
     name = given.pop("name", None) or "default"
     originals: Any
     if options.is_local:
@@ -219,6 +279,7 @@ def _meta(given: Any) -> MetaBackend:
 
 
 _metas: dict[Any, MetaBackend] = {}
+_stand_ins: dict[Any, MetaBackend] = {}  # of tests: by directory, and by what they stand in for
 
 
 def name_of_location(location: str | os.PathLike[str]) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+if sys.platform != "win32":
+    import fcntl
 
 __all__ = ["Spool"]
 
@@ -28,6 +32,20 @@ class Spool(tempfile.SpooledTemporaryFile[bytes]):
         """Read it from its start."""
         self.seek(0)
         return iter(lambda: self._file.read(size), b"")
+
+    def fileno(self) -> int:
+        """Move to a file of the disk and return its descriptor. Nobody sees what is done with that, so from now on
+        anything may have been written, and any of the bytes that were there changed."""
+        descriptor = super().fileno()
+        self.flush()
+        self.changed = True
+        self.cut_to = 0
+        if self.appends:
+            os.lseek(descriptor, 0, os.SEEK_END)
+            if sys.platform != "win32":
+                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_APPEND)
+        return descriptor
 
     def readable(self) -> bool:
         return self.for_reading

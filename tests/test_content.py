@@ -128,6 +128,40 @@ class Maker:
 
         return Made(Reversed(data[::-1], name="some.bin"))
 
+    async def django_own_read(self, data: bytes) -> Made:
+        class Inverting(InMemoryUploadedFile):
+            def read(self, *args: int) -> bytes:
+                return _inverted(self.file.read(*args))
+
+        file = Inverting(io.BytesIO(_inverted(data)), "field", "some.bin", "x/y", len(data), None)
+        return Made(file, lambda: not file.closed)
+
+    async def django_own_seek(self, data: bytes) -> Made:
+        class Late(File):
+            def seek(self, *args: int) -> int:
+                self.file = io.BytesIO(data)
+                return self.file.seek(*args)
+
+        return Made(Late(io.BytesIO(b"not yet"), name="some.bin"))
+
+    async def django_own_file(self, data: bytes) -> Made:
+        class Other(ContentFile):
+            @property
+            def file(self) -> io.BytesIO:
+                return other
+
+            @file.setter
+            def file(self, file: io.BytesIO) -> None:
+                vars(self)["file"] = file
+
+        other = io.BytesIO(data)
+        return Made(Other(b"not this", name="some.bin"), lambda: not other.closed)
+
+    async def django_chunks_of_one_object(self, data: bytes) -> Made:
+        file = ContentFile(b"not this", name="some.bin")
+        file.chunks = lambda chunk_size=None: iter([data])
+        return Made(file, lambda: not file.closed)
+
     async def django_simple_upload(self, data: bytes) -> Made:
         file = SimpleUploadedFile("some.bin", data, content_type="x/y")
         return Made(file, lambda: not file.closed)
@@ -195,6 +229,10 @@ KINDS = [name for name in vars(Maker) if not name.startswith("_")]
 def _write_and_close(descriptor: int, data: bytes) -> None:
     with open(descriptor, "wb") as file, contextlib.suppress(BrokenPipeError):
         file.write(data)
+
+
+def _inverted(data: bytes) -> bytes:
+    return data.translate(bytes(range(255, -1, -1)))
 
 
 def _pieces(data: bytes, length: int = 100) -> Iterator[bytes]:
@@ -400,7 +438,8 @@ async def test_what_each_kind_says_of_itself(directory: pathlib.Path) -> None:
     data = payload(3 * CHUNK)
     name = dict.fromkeys(KINDS)
     name |= dict.fromkeys(
-        ["path", "file", "raw_file", "django_content_file", "django_own_chunks", "django_simple_upload",
+        ["path", "file", "raw_file", "django_content_file", "django_own_chunks", "django_own_read",
+         "django_own_seek", "django_own_file", "django_chunks_of_one_object", "django_simple_upload",
          "django_memory_upload", "django_temporary_upload", "starlette_upload", "aiofiles_handle"], "some.bin"
     )  # fmt: skip
     name["django_file"] = "dir/some.bin"
@@ -413,7 +452,7 @@ async def test_what_each_kind_says_of_itself(directory: pathlib.Path) -> None:
         async with made(kind, data, directory) as it:
             source = Source.of(it.content)
             assert source.name == name[kind], kind
-            assert source.content_type == ("x/y" if kind in typed else None), kind
+            assert source.content_type == ("x/y" if kind in typed | {"django_own_read"} else None), kind
             assert source.data == (data if kind in whole else None), kind
             known = kind in typed | whole
             assert source.size == (len(data) if known else None), kind

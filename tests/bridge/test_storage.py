@@ -5,8 +5,10 @@ import copy
 import dataclasses
 import gc
 import io
+import mmap
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured, SuspiciousFileOperation
 from django.core.files.base import ContentFile, File
 from django.core.files.storage import FileSystemStorage, Storage, storages
@@ -27,6 +30,7 @@ from django.core.files.uploadedfile import (
 from django.core.management import call_command
 from django.db import connections
 from django.test import override_settings
+from django.utils.module_loading import import_string
 
 from aproxy_storage import Conflict, ContentError, MetaRecord, NotFound, Place, ProxyStorage
 from aproxy_storage.backends.filesystem import FileSystemBackend
@@ -35,6 +39,7 @@ from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from sync_bridge import BridgeStorage, SyncCallOnEventLoop, twins
 from sync_bridge.bridge import bridge
+from sync_bridge.files import FIRST_BYTES
 
 
 @pytest.fixture(params=["sqlite", "sqlite over the bridge", "orm", "orm over the bridge", "memory"])
@@ -252,6 +257,18 @@ class Tricky(ContentFile):
         yield b"chunks"
 
 
+class Upper(File):
+    """Reads in a way of its own, as a file that is encrypted while it is stored."""
+
+    def read(self, *args: int) -> bytes:
+        data: bytes = self.file.read(*args)
+        return data.upper()
+
+
+class UpperUpload(Upper, InMemoryUploadedFile):
+    pass
+
+
 class Failing(ContentFile):
     def chunks(self, chunk_size: int | None = None) -> Iterator[bytes]:
         yield b"half"
@@ -298,6 +315,8 @@ BIG = os.urandom(3 << 20)
         (lambda: SimpleUploadedFile("x.bin", b"simple", "application/x-own"), b"simple"),
         (lambda: InMemoryUploadedFile(io.BytesIO(b"memory"), "f", "x.bin", "text/plain", 6, None), b"memory"),
         (lambda: Tricky(b"not this"), b"from chunks"),
+        (lambda: Upper(io.BytesIO(b"not this")), b"NOT THIS"),
+        (lambda: UpperUpload(io.BytesIO(b"nor this"), "f", "x.bin", "text/plain", 8, None), b"NOR THIS"),
         (lambda: io.BytesIO(b"no Django file"), b"no Django file"),
         (lambda: File(OneShot(BIG)), BIG),
         (lambda: b"just bytes", b"just bytes"),
@@ -410,6 +429,22 @@ def test_a_small_file_needs_no_further_call(storage: BridgeStorage, monkeypatch:
     monkeypatch.setattr(type(bridge), "call", None)
     assert len(file.read()) == 256 << 10
     file.close()
+
+
+@pytest.mark.parametrize("size", [3, FIRST_BYTES + 1])
+def test_a_file_for_reading_takes_no_writes(default: BridgeStorage, size: int) -> None:
+    path = default.save("a.bin", ContentFile(b"x" * size))
+    for mode, data in (("rb", b"new"), ("r", "new")):
+        with default.open(path, mode) as file:
+            assert not file.writable()
+            for method, given in ((file.write, data), (file.writelines, [data]), (file.truncate, 0)):
+                with pytest.raises(io.UnsupportedOperation):
+                    method(given)
+            assert file.seek(0) == 0
+            assert len(file.read()) == size
+    with default.open(path) as file:
+        assert default.save("b.bin", file) == "b.bin"
+        assert default.size("b.bin") == size
 
 
 def test_an_open_file_goes_on_with_its_version(storage: BridgeStorage) -> None:
@@ -562,6 +597,50 @@ def test_what_is_written_into_a_file_does_not_undo_what_others_did(storage: Brid
     storage.replace("a.txt", b"theirs")
     with pytest.raises(Conflict):
         cut.close()
+
+
+def test_what_is_written_by_the_descriptor_is_kept(storage: BridgeStorage) -> None:
+    for mode, expected in {
+        "ab": b"01234567",
+        "a": b"01234567",
+        "a+b": b"X1234567",
+        "r+b": b"X12356",
+        "r+": b"X12356",
+        "wb": b"456",
+        "w+b": b"X56",
+    }.items():
+        with storage.open("a.txt", "wb") as file:
+            file.write(b"0123")
+        with storage.open("a.txt", mode) as file:
+            if "r" not in mode:
+                file.write(b"4" if "b" in mode else "4")
+                file.flush()
+            descriptor = file.fileno()
+            if "+" in mode:
+                file.seek(0)
+                file.read(1)  # now all is in its buffer
+            assert os.write(descriptor, b"56") == 2
+            if "a" in mode:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.write(descriptor, b"7")
+            if "+" in mode:
+                with mmap.mmap(descriptor, 0) as mapped:
+                    mapped[:1] = b"X"
+        assert content_of(storage, "a.txt") == expected, mode
+
+
+def test_what_is_appended_by_the_descriptor_overwrites_nobody(storage: BridgeStorage) -> None:
+    new = storage.open("new.txt", "ab")
+    os.write(new.fileno(), b"[2]")
+    storage.save("new.txt", ContentFile(b"[1]"))
+    new.close()
+    assert content_of(storage, "new.txt") == b"[1][2]"
+    old = storage.open("new.txt", "ab")
+    os.ftruncate(old.fileno(), 2)
+    storage.replace("new.txt", b"theirs")
+    with pytest.raises(Conflict):  # it cannot be told what was done to the bytes that were there
+        old.close()
+    assert content_of(storage, "new.txt") == b"theirs"
 
 
 def test_a_file_that_was_only_moved_is_written_into(storage: BridgeStorage) -> None:
@@ -950,6 +1029,48 @@ def test_settings_are_obeyed_when_they_change(default: BridgeStorage, tmp_path: 
         assert os.stat(default.path(default.save("c.txt", ContentFile(b"")))).st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("described", ["in settings", "used before", "by a field"])
+def test_an_overridden_media_root_leaves_records_at_a_url_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: str
+) -> None:
+    meta = f"sqlite:///{tmp_path}/r.sqlite3"
+    given = {"default": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {"meta": meta, "name": "of-project"}}}
+    monkeypatch.setattr(settings, "MEDIA_ROOT", str(tmp_path / "media"))
+    if described != "by a field":
+        monkeypatch.setattr(settings, "STORAGES", given)
+        monkeypatch.setattr(storages, "_backends", None)
+        monkeypatch.setattr(storages, "_storages", {})
+        monkeypatch.delattr(storages, "backends", raising=False)
+    of_field = BridgeStorage(meta=meta, name="of-project")
+    if described != "in settings":
+        of_field.save("real.txt", ContentFile(b"the only copy"))
+
+    def tested() -> BridgeStorage:
+        return of_field if described == "by a field" else storages["default"]
+
+    for _ in range(2):  # no name leaks from test to test
+        with override_settings(MEDIA_ROOT=tmp_path / "test"):
+            storage = tested()
+            assert not storage.exists("real.txt")
+            assert not storage.exists("left.txt")
+            assert storage.save("real.txt", ContentFile(b"of a test")) == "real.txt"
+            assert (tmp_path / "test" / "real.txt").read_bytes() == b"of a test"
+            with override_settings(MEDIA_URL="/other/", STORAGES={**settings.STORAGES, "other": given["default"]}):
+                assert content_of(tested(), "real.txt") == b"of a test"
+            storage.delete("real.txt")
+            storage.save("left.txt", ContentFile(b"of a test"))
+        shutil.rmtree(tmp_path / "test")
+    if described == "in settings":
+        assert not (tmp_path / "r.sqlite3").exists()
+    else:
+        assert content_of(of_field, "real.txt") == b"the only copy"
+    assert tested().save("real2.txt", ContentFile(b"2")) == "real2.txt"
+    own = {"default": {**given["default"], "OPTIONS": {"meta": f"sqlite:///{tmp_path}/own.sqlite3", "name": "own"}}}
+    with override_settings(MEDIA_ROOT=tmp_path / "test", STORAGES=own):
+        storages["default"].save("a.txt", ContentFile(b"3"))
+        assert (tmp_path / "own.sqlite3").exists(), "what a test asks for, it gets"
+
+
 def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
     given = {"BACKEND": "sync_bridge.BridgeStorage"}
     urls = {"original": f"file://{tmp_path}/files", "meta": f"sqlite:///{tmp_path}/records.sqlite3", "name": "by-urls"}
@@ -981,10 +1102,42 @@ def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
 made = ProxyStorage("made", originals=MemoryBackend(), meta=MemoryMetaBackend())
 
 
+class SaysWhereItsRecordsAre(BridgeStorage):
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("meta", "memory:")
+        super().__init__(**options)
+
+
+@pytest.mark.parametrize("keys", ["path", "token"])
+def test_a_directory_with_records_elsewhere_is_made_again_with_them(tmp_path: Path, keys: str) -> None:
+    options = {"meta": f"sqlite:///{tmp_path}/secret.sqlite3", "location": tmp_path, "base_url": "/o/", "keys": keys}
+    for meta in (options["meta"], MemoryMetaBackend()):
+        given = {"x": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": {**options, "meta": meta}}}
+        with override_settings(STORAGES=given):
+            dotted, args, kwargs = storages["x"].deconstruct()
+            assert kwargs == {"storage": storages["x"].name}
+            again = import_string(dotted)(*args, **kwargs)  # as Wagtail does, in another process too
+            path = storages["x"].save("a.txt", ContentFile(b"1"))
+            assert again.proxy is storages["x"].proxy
+            assert again.url(path) == storages["x"].url(path)
+            again.delete(path)
+            assert not storages["x"].exists(path)
+    assert BridgeStorage(meta="sync_bridge.StoredFile").deconstruct()[2] == {"meta": "sync_bridge.StoredFile"}
+    assert SaysWhereItsRecordsAre(location="/x").deconstruct()[2] == {"location": "/x"}
+    assert SaysWhereItsRecordsAre(meta="memory:", name="told").deconstruct()[2] == {"storage": "told"}
+
+
+class OfTheSettings(BridgeStorage):
+    storage = "default"
+
+
 def test_what_is_described_twice_is_one_storage(default: BridgeStorage) -> None:
     assert BridgeStorage().proxy is default.proxy
     with pytest.raises(ImproperlyConfigured, match="named 'default'"):
         BridgeStorage(original="memory://", meta="memory://").proxy  # noqa: B018
+    with pytest.raises(ImproperlyConfigured, match="or storage='default'"):
+        BridgeStorage(keys="token").proxy  # noqa: B018  # as a library may, by the class alone
+    assert BridgeStorage(storage="default").proxy is OfTheSettings().proxy is default.proxy
 
 
 @pytest.mark.parametrize(
