@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError, DeadlineExceeded
@@ -22,6 +22,16 @@ __all__ = ["Chunks", "Source", "guess_content_type", "hash_workers"]
 T = TypeVar("T")
 
 PEEK_BYTES = 64 * 1024
+
+
+class Taken(Protocol):
+    """A temporary file of the caller's that is an object by now, and has its old name still."""
+
+    async def release(self) -> None:
+        """Take the old name away: the object has a record, so that the file is the caller's no more."""
+
+    async def give_back(self) -> None:
+        """Make the file what it was, after the object was removed; nothing where it is there still."""
 
 
 class Source:
@@ -41,7 +51,9 @@ class Source:
         content_type: as the content itself declares it (an upload), or None.
         replayable: `chunks` can be called again after a first pass has begun.
         path: a file of the caller's that may be read, linked by reflink or copied, never moved; or None.
-        temporary_path: a file that may be *moved* (Django's ``temporary_file_path()``), or None.
+        temporary_path: a file that a backend may make its object without a copy (Django's ``temporary_file_path()``),
+            or None. It keeps its name, and `taken` is set: the object may still be taken back.
+        taken: what is to be done about such a file once its record is stored, or the object removed again; else None.
         data: the whole content where it is in memory already, else None.
         algorithm: the hashlib name of the checksum that is computed, or None.
         seen_size, checksum: of the last complete pass (``"sha256:…"``); None before, checksum also where turned off.
@@ -50,7 +62,7 @@ class Source:
     __slots__ = (
         "_begun", "_checksum", "_chunk_bytes", "_head", "_live", "_new_hash", "_seen_size", "_spool",
         "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "path", "replayable",
-        "size", "temporary_path", "timeout",
+        "size", "taken", "temporary_path", "timeout",
     )  # fmt: skip
 
     name: str | None
@@ -64,6 +76,7 @@ class Source:
 
     def __init__(self, algorithm: str | None, chunk_bytes: int, timeout: float | None) -> None:
         self.name = self.size = self.content_type = self.path = self.temporary_path = self.data = None
+        self.taken: Taken | None = None
         self.replayable = True
         self.algorithm = algorithm
         self._new_hash = None if algorithm is None else hash_constructor(algorithm)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .attempts import Attempts, Job, Placed, Try
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from .proxy import ProxyStorage
 
 __all__ = ["Swapping", "no_lease"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_RETRIES = 20  # compare-and-sets lost in a row to others who changed the same record
 
@@ -87,9 +91,10 @@ class Swapping:
             except BaseException as error:
                 # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.
                 unsure = new if outcome_unknown(error) else job.unsure
-                await self._finish(self._take_back(held.record, new, unsure), "undo of a replacement")
+                await self._undo(write, self._take_back(held.record, new, unsure), "undo of a replacement")
                 raise
         self._clear_losers(stored, job)
+        await self._release_after_commit(write)
         if storage.keep_replaced <= 0:
             stored = await self._drop_after_commit(stored, made, until, clock)
         return stored
@@ -282,6 +287,33 @@ class Swapping:
     async def _finish(self, work: Any, name: str) -> None:
         storage = self._storage
         await storage.cleanup.finish(work, within=storage.timeouts.cleanup, name=name, context=storage.meta._later())
+
+    async def _undo(self, write: Write, work: Awaitable[None], name: str) -> None:
+        """Do `work`, which removes what was written, and then give the caller's file back that was a part of it."""
+        taken, write.source.taken = write.source.taken, None
+
+        async def undone() -> None:
+            try:
+                await work
+            finally:
+                if taken is not None:
+                    await taken.give_back()
+
+        await self._finish(undone(), name)
+
+    async def _release(self, write: Write) -> None:
+        """Take the caller's name away from a file of his that is a stored one by now."""
+        taken, write.source.taken = write.source.taken, None
+        if taken is not None:
+            await self._finish(taken.release(), "release of an upload")
+
+    async def _release_after_commit(self, write: Write) -> None:
+        """`_release`; in a caller's transaction when it commits: after a rollback the file is still his (J8)."""
+        if write.source.taken is not None:
+            try:
+                await self._storage.meta.after_commit(partial(self._release, write))
+            except StorageError as error:
+                _log.warning("a stored upload keeps its second name: %s", error)
 
     def _check_replayable(self, write: Write, candidates: Sequence[str]) -> None:
         if len(candidates) > 1 and self._storage.placement.limits.copies == 1 and not write.source.replayable:

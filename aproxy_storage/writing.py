@@ -118,9 +118,10 @@ class Writing(Swapping):
                 changes, lease = self._placed(placed, job.unsure)
                 stored = await journal.publish(held.record, changes, lease=lease)
             except BaseException:
-                await self._finish(journal.undo(held.record, certain=not job.unsure), "undo of a save")
+                await self._undo(write, journal.undo(held.record, certain=not job.unsure), "undo of a save")
                 raise
         self._clear_losers(stored, job)
+        await self._release(write)
         return stored
 
     def _place(self, record: MetaRecord, original: str, keys: str) -> Place:
@@ -189,7 +190,8 @@ class Writing(Swapping):
         The exclusive write arbitrates between simultaneous saves of one name, so a taken key means a taken name.
         """
         storage, source = self._storage, write.source
-        once = source.temporary_path is not None or not source.replayable  # may be moved away, or read to its end
+        # A file that is an object already is not taken in again, nor is what was read to its end.
+        once = source.temporary_path is not None or not source.replayable
         for _ in range(_MAX_NAMES):
             if (exact or source.data is None) and await storage.meta.exists(path):
                 if not exact:
@@ -205,17 +207,19 @@ class Writing(Swapping):
                 placed = await self._attempts.place(job, [self._place(record, name, keys) for name in candidates])
                 rename = partial(self.next_name, candidates=candidates, max_length=max_length)
                 stored = await self._create_placed(record, placed, job, rename if once and not exact else None)
-                self._clear_losers(stored, job)
-                return stored
             except AlreadyExists:
                 if exact:
-                    await self._finish(self._discard_own(job, record), "removal of bytes without a record")
+                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record")
                     raise
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
-                    await self._finish(self._discard_own(job, record), "removal of bytes without a record")
+                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record")
                 raise
+            else:
+                self._clear_losers(stored, job)
+                await self._release_after_commit(write)
+                return stored
             # Whichever was taken, bytes of ours at the key would have no record.
             await self._discard_own(job, record)
             path = self.next_name(path, candidates, max_length)

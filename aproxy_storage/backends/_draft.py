@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ..errors import AlreadyExists, Conflict, ContentError
 from ._handles import Handle, Opened, close_all, mark, temporary_name, write_all
 from ._posix import Tree
+from ._taking import TakenFile, may_be_taken
 
 __all__ = ["CallersFile", "Draft", "Withdrawn", "hash_part"]
 
@@ -37,6 +38,10 @@ _PIECE = 256 << 10  # bytes hashed at once: what a core's cache holds
 
 class Withdrawn(Exception):
     """The task that wanted this draft is gone."""
+
+
+class _NotTaken(Exception):
+    """The caller's file cannot become the object: it is not his alone, or has no name any more."""
 
 
 @functools.cache
@@ -65,7 +70,7 @@ class Draft:
         self._durable = durable
         self._handle: Handle | None = None
         self._temporary: str | None = None  # its name, where the file has one already
-        self._moved: str | None = None  # the path that the file had before, where it is moved in
+        self._taken: TakenFile | None = None  # the caller's, where the file is that
         self._made: list[str] = []
         self._status: os.stat_result  # of the whole file
         self._marked = False  # it carries the token
@@ -91,6 +96,11 @@ class Draft:
     def left(self) -> bool:
         """Whether there is something that `remove` must remove, or a step under way that will."""
         return self._busy or self._anything
+
+    @property
+    def status(self) -> os.stat_result:
+        """Of the whole file, once it has its name."""
+        return self._status
 
     @property
     def begun(self) -> bool:
@@ -175,11 +185,14 @@ class Draft:
     def _remove(self) -> None:
         made, self._made = self._made, []
         temporary, self._temporary = self._temporary, None
+        taken, self._taken = self._taken, None
         try:
             if made or temporary is not None or self._published:
                 self._remove_names(temporary, prune=bool(made))
         finally:
             self._handle = None
+            if taken is not None:  # after the name: what has no token could not be told to be ours
+                taken.give_back()
 
     def _remove_names(self, temporary: str | None, *, prune: bool) -> None:
         root = self._tree.enter()
@@ -281,29 +294,54 @@ class Draft:
             at += len(data)
         return at
 
-    def take(self, taken: CallersFile) -> int | None:
-        """Make `taken` the draft's own, to be moved by `move`, and return its size; None: copy it."""
-        if self._tree.file_mode is None or taken.is_link:  # the mode it would have got is not known
-            return None
-        if not self._tree.below(self._names, self._made, lambda at, _root, _directories: _share_a_mount(at, taken)):
-            return None
-        try:
-            os.fchmod(taken.fd, stat.S_IMODE(taken.status.st_mode) | 0o600)
-        except PermissionError:  # somebody else's: it can be neither marked nor given its mode
-            return None
-        self._handle, self._moved = taken, taken.key
-        return taken.status.st_size
+    def take(self, file: CallersFile) -> int | None:
+        """Let `file`, which stays the caller's, be what `move` gives a name to, and return its size; None: copy it.
 
-    def move(self) -> os.stat_result | None:
-        """Give the file that was taken its name; None: it cannot be moved after all and is the caller's again."""
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+        if self._tree.file_mode is None or file.is_link:  # the mode it would have got is not known
+            return None
+        if not _links_descriptors() or not may_be_taken(file):
+            return None
+
+        def can_be_linked(at: int, _root: int, _directories: list[int]) -> bool:
+            self._check_free(at)
+            return _share_a_mount(at, file)
+
+        if not self._tree.below(self._names, self._made, can_be_linked):
+            return None
+        self._handle, self._taken = file, TakenFile(file)
+        return file.status.st_size
+
+    def move(self) -> TakenFile | None:
+        """Give the caller's file the object's name too, and return it; None: it cannot be, and is as it was.
+
+        Raises:
+            AlreadyExists: the name is taken.
+        """
+        taken = self._taken
+        assert taken is not None
+
+        def work(at: int, root: int, directories: list[int]) -> os.stat_result:
+            if not taken.claimed:
+                # First: were the name the file's own, it would be marked as an object of this write and then removed.
+                self._check_free(at)
+                self._claim(taken)
+            return self._publish_at(at, root, directories)
+
         try:
-            return self.finish(b"")
+            self._finished(work)
+            return taken
+        except _NotTaken:
+            pass
         except OSError as error:
             if error.errno not in _NO_MOVE:
                 raise
         with self._lock:
-            self._handle = self._moved = None
-            self._published = False
+            self._handle = self._taken = None
+            self._published = self._marked = False
+        taken.give_back()
         return None
 
     # -- the parts of the steps
@@ -315,11 +353,10 @@ class Draft:
                 raise Withdrawn
             # From here on nothing is left to be removed but, should the task be cancelled now, the object itself.
             self._made = []
-            if self._marked:
+            if self._taken is not None:
+                self._handle = None  # not closed: what becomes of the old name is seen by it
+            elif self._marked:
                 self.unpin()
-        if self._moved is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._moved)
         return status
 
     def _open_at(self, at: int) -> int:
@@ -359,6 +396,22 @@ class Draft:
         if self._durable:
             os.fsync(fd)
 
+    def _check_free(self, at: int) -> None:
+        try:
+            os.stat(self._names[-1], dir_fd=at, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        raise self._exists()
+
+    def _claim(self, taken: TakenFile) -> None:
+        mode = self._tree.file_mode
+        if mode is None or not taken.claim(self._token, mode):
+            raise _NotTaken
+        self._marked = True
+        self._status = os.fstat(self.handle.fd)
+        if self._durable:
+            os.fsync(self.handle.fd)
+
     def _publish_at(self, at: int, root: int, directories: list[int]) -> os.stat_result:
         with self._lock:
             if self._withdrawn:
@@ -366,7 +419,7 @@ class Draft:
             self._published = True
         try:
             self._link(at)
-        except (AlreadyExists, Conflict, FileNotFoundError):
+        except (AlreadyExists, Conflict, FileNotFoundError, _NotTaken):
             self._published = False
             raise
         if self._temporary is not None:
@@ -384,21 +437,26 @@ class Draft:
                 if not self._lies_at(at, self._temporary):
                     raise Conflict(f"another attempt of the write {self._token} of {self.key!r} has taken over")
                 os.link(self._temporary, name, src_dir_fd=at, dst_dir_fd=at, follow_symlinks=False)
-            elif _links_descriptors():
-                os.link(f"/proc/self/fd/{self.handle.fd}", name, dst_dir_fd=at, follow_symlinks=True)
             else:
-                os.link(self._moved or "", name, dst_dir_fd=at, follow_symlinks=False)
+                os.link(f"/proc/self/fd/{self.handle.fd}", name, dst_dir_fd=at, follow_symlinks=True)
         except FileNotFoundError:
+            if self._taken is not None and not self._taken.names:
+                raise _NotTaken from None
             raise
         except OSError as error:
-            if self._lies_at(at):  # a network file system repeats a call whose answer was lost, and finds our own file
+            # A network file system repeats a call whose answer was lost, and finds our own file. The caller's alone is
+            # that only by a second name: the one that is found could be his.
+            if self._lies_at(at) and (self._taken is None or self._taken.names > 1):
                 return
             if isinstance(error, FileExistsError):
-                raise AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}") from error
-            if error.errno in _NO_LINKS and self._moved is None:
+                raise self._exists() from error
+            if error.errno in _NO_LINKS and self._taken is None:
                 hint = "without hard links (exFAT, FAT, some FUSE) no file system can keep files here; choose another"
                 raise OSError(error.errno, f"{error.strerror} ({hint})") from error
             raise
+
+    def _exists(self) -> AlreadyExists:
+        return AlreadyExists(f"{self.key!r} exists already below {self._tree.root!r}")
 
     def _is_ours(self, at: int) -> bool:
         """Return whether the file under the name is this one, however long ago it was published."""

@@ -9,6 +9,7 @@ errors and say where they happened, once, here.
 from __future__ import annotations
 
 import abc
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from ..blocking import came_from_outside
 from ..cleanup import Cleanup
-from ..content import Source
+from ..content import Source, Taken
 from ..errors import (
     BackendUnavailable,
     ConfigurationError,
@@ -122,6 +123,8 @@ class Backend(abc.ABC):
         All or nothing: after an error, a cancellation or a crash nothing is visible at the key, and a truncated
         source never becomes an object. `token` names this write: it is kept with the object where
         ``capabilities.tokens``, and names what a broken write leaves, so that `discard` finds it.
+        A `Source` whose `taken` is set afterwards keeps its temporary file until that is released; content of another
+        kind has given it up.
         `durable`: the object survives a power failure from the moment of the return on.
 
         Returns:
@@ -141,10 +144,20 @@ class Backend(abc.ABC):
             key, prepared, content_type=content_type, metadata=metadata or {}, token=token, durable=durable
         )
         try:
-            return await self._call("write", key, work if self.keeps_deadlines else self._watched(prepared, work), None)
+            info = await self._call("write", key, work if self.keeps_deadlines else self._watched(prepared, work), None)
+            if prepared is not source and prepared.taken is not None:
+                await self._release(prepared.taken)
+            return info
         finally:
             if prepared is not source:
                 await prepared.aclose()
+
+    async def _release(self, taken: Taken) -> None:
+        try:
+            await self.cleanup.finish(taken.release(), within=self.timeouts.cleanup, name="release of an upload")
+        except asyncio.CancelledError as error:
+            error.outcome_unknown = True  # type: ignore[attr-defined]
+            raise
 
     def read(self, key: str, *, byte_range: ByteRange | None = None, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Reading:
         """Return an async context manager that gives a `Reader` of the object's bytes.

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
-from ..errors import BackendUnavailable, InvalidPath, NotSupported, StorageError
+from ..errors import BackendUnavailable, ContentError, InvalidPath, NotSupported, StorageError
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
@@ -24,6 +24,7 @@ from ..urls import URL, boolean, mode, optional
 from ._draft import CallersFile, Draft, hash_part
 from ._handles import HIDDEN, Opened
 from ._posix import Permit, Tree
+from ._taking import TakenFile
 from .base import Backend, Reader
 
 __all__ = ["FileSystemBackend"]
@@ -58,6 +59,8 @@ class FileSystemBackend(Backend):
     ``.aproxy-*.part``, beside it) and then linked, which never replaces anything. After a crash at most such a hidden
     file is left: `discard` with the token of the write removes it. A cancelled write is not seen; one that had just
     been published is removed again before the CancelledError leaves, whose ``outcome_unknown`` is then False.
+    A temporary upload (``Source.temporary_path``) on the same mount is linked instead, and has both names until
+    ``Source.taken`` is released; with `file_mode` None, or another name or owner, it is copied.
     Directories are made as needed, and removed when the last object below them is discarded.
 
     The token of a write is kept in the extended attribute ``user.aproxy.token``. A file system without these works,
@@ -232,7 +235,12 @@ class FileSystemBackend(Backend):
         if path is None:
             return await self._stream(source, draft)
         movable = source.temporary_path is not None
-        opened = await source.ask(CallersFile.open, path, -1 if movable else _SMALL)
+        try:
+            opened = await source.ask(CallersFile.open, path, -1 if movable else _SMALL)
+        except ContentError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            opened = None  # somebody else has moved an upload away, but the caller may have it open
         if opened is None:
             return await self._stream(source, draft)
         if movable:
@@ -259,7 +267,11 @@ class FileSystemBackend(Backend):
         if size is None:
             return None
         source.measured(*await self._follow(draft, None, size, size, source.algorithm))
-        return await self._step(draft, draft.move)
+        taken = await self._step(draft, draft.move)
+        if taken is None:
+            return None
+        source.taken = _Taken(taken, self._workers, self.timeouts.operation)
+        return draft.status
 
     async def _copy_file(self, draft: Draft, source: Opened, algorithm: str | None) -> tuple[int, str | None] | None:
         """Copy a whole file into the draft; return its size and checksum. None: see `Draft.copy_from`."""
@@ -425,6 +437,21 @@ class FileSystemBackend(Backend):
         self._tree.leave()
         self._workers.shutdown(wait=False)
         self._bulk.shutdown(wait=False)
+
+
+class _Taken:
+    """What `Source.taken` says of a file that was moved in."""
+
+    def __init__(self, file: TakenFile, workers: Workers, timeout: float | None) -> None:
+        self._file = file
+        self._workers = workers
+        self._timeout = timeout
+
+    async def release(self) -> None:
+        await self._workers.call(self._file.release, timeout=self._timeout)
+
+    async def give_back(self) -> None:
+        await self._workers.call(self._file.give_back, timeout=self._timeout)
 
 
 class _Chunks:

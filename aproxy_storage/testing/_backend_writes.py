@@ -140,6 +140,8 @@ class WriteTests(BackendHooks):
                 assert source.seen_size == len(data)
                 assert source.checksum == (checksum and f"sha256:{hashlib.sha256(data).hexdigest()}")
                 assert await self.get_behind(backend, f"upload-{checksum}") == data
+                kept = bytes_in(Path(upload.temporary_file_path()))
+                assert kept == data, "the caller's file is gone, and the record may never be stored"
                 await source.aclose()
             finally:
                 upload.close()

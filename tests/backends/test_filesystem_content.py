@@ -29,19 +29,6 @@ pytestmark = pytest.mark.asyncio
 # -- moved, cloned, copied
 
 
-async def test_upload_is_moved_not_copied(backend: FileSystemBackend, tmp_path: Path) -> None:
-    for checksum in ("sha256", None):
-        upload = tmp_path / "upload"
-        upload.write_bytes(pattern(BIG))
-        inode = upload.stat().st_ino
-        source = Source.of(upload, checksum=checksum)
-        source.temporary_path, source.path = str(upload), None
-        await backend.write(f"moved-{checksum}", source, token="tokenOfMove0")
-        assert not upload.exists()
-        assert Path(backend.root, f"moved-{checksum}").stat().st_ino == inode
-        assert (await backend.stat(f"moved-{checksum}")).token == "tokenOfMove0"
-
-
 async def test_refused_upload_stays_where_it_is(backend: FileSystemBackend, tmp_path: Path) -> None:
     upload = tmp_path / "upload"
     upload.write_bytes(pattern(BIG))

@@ -370,6 +370,7 @@ def test_an_upload_on_the_same_disk_is_moved(default: BridgeStorage, media: Path
         upload.seek(0)
         inode = os.stat(upload.temporary_file_path()).st_ino
         path = default.save("up.bin", upload)
+    assert not os.path.exists(upload.temporary_file_path())
     assert (media / path).stat().st_ino == inode
     assert content_of(default, path) == BIG
     record = default.get(path)

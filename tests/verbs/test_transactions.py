@@ -1,5 +1,8 @@
 """J8: inside a caller's transaction the journal is one write, and no byte is removed before the commit."""
 
+import contextlib
+import os
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -208,6 +211,44 @@ async def test_an_upload_is_not_lost_where_its_name_is_taken(
     assert path != "a.txt"
     assert await read(storage, path) == b"x" * 300_000
     assert len(await keys(storage)) == 1
+
+
+@pytest.mark.parametrize("end", ["committed", "rolled back", "refused"])
+@pytest.mark.parametrize("verb", ["save", "replace"])
+async def test_an_upload_is_the_callers_until_the_commit(
+    meta: TransactionalMeta, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, end: str
+) -> None:
+    storage = ProxyStorage("media", originals=FileSystemBackend(tmp_path / "media"), meta=meta)
+    uploaded = tmp_path / "upload"
+    uploaded.touch(0o600)
+    uploaded.write_bytes(b"x" * 300_000)
+    if verb == "replace":
+        await storage.save("a.txt", b"old")
+    before = await keys(storage)
+
+    async def refuse(*args: Any, **options: Any) -> Any:
+        if verb == "save" or "original_storage_path" in args[1]:
+            monkeypatch.undo()
+            raise BackendUnavailable("away for a moment")
+        return await update(*args, **options)
+
+    update = meta.update
+    if end == "refused":
+        monkeypatch.setattr(meta, "create" if verb == "save" else "update", refuse)
+    upload = Upload(uploaded)
+    with upload.file, contextlib.suppress(Rollback, BackendUnavailable):
+        async with meta.atomic():
+            await getattr(storage, verb)("a.txt", upload)
+            assert uploaded.exists(), "it may be rolled back"
+            if end == "rolled back":
+                raise Rollback
+    assert uploaded.exists() == (end != "committed")
+    if end == "committed":
+        assert await read(storage, "a.txt") == b"x" * 300_000
+    elif end == "refused":
+        assert await keys(storage) == before
+        assert stat.S_IMODE(uploaded.stat().st_mode) == 0o600
+        assert os.listxattr(uploaded) == []
 
 
 async def test_content_that_is_there_only_once_is_not_lost_where_its_name_is_taken(
