@@ -405,6 +405,8 @@ class _OwnedFileMixin:
         return True
 
     def _delete_if_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> None:
+        if owned and not owner:  # it was deleted, and no record tells whether this is what a rollback brought back
+            return
         record: MetaRecord | None = None
         if isinstance(self.storage, ConfiguredStorage):
             try:
@@ -413,8 +415,6 @@ class _OwnedFileMixin:
                 return
             if owner and not (_is_owned_by(record, owner) or (_has_no_owner(record) and not owned)):
                 return
-        elif owned:  # it was deleted already, and no record tells whether this is the file that a rollback brought back
-            return
         try:
             other = self._row_with(path, using)
         except Exception:  # not only those of databases: a TestCase forbids the ones that it does not name

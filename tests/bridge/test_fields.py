@@ -27,7 +27,7 @@ from django.template import Context, Template
 from django.test import RequestFactory, override_settings
 from PIL import Image
 
-from aproxy_storage import AlreadyExists, BackendUnavailable, NotFound, ProxyStorage, registry
+from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotFound, ProxyStorage, registry
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from sync_bridge import (
@@ -666,10 +666,10 @@ def test_a_file_that_cannot_be_deleted_on_commit_stops_no_other_hook(
     ran: list[str] = []
     delete = BridgeStorage.delete
 
-    def failing(storage: BridgeStorage, name: str) -> None:
-        if name == paths[0]:
+    def failing(storage: BridgeStorage, record: MetaRecord) -> None:
+        if record.path == paths[0]:
             raise error
-        delete(storage, name)
+        delete(storage, record)
 
     monkeypatch.setattr(BridgeStorage, "delete", failing)
     with transaction.atomic():
