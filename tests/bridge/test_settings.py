@@ -1,5 +1,6 @@
 """Names of storages, the setting, system checks, and the storage of static files."""
 
+import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -109,6 +110,7 @@ def test_a_record_finds_a_storage_that_only_an_alias_describes(tmp_path: Path) -
 @pytest.fixture
 def described(tmp_path: Path) -> Iterator[str]:
     """Return the TOML file of one storage, `of-toml`, which an alias names without a name."""
+    gc.collect()  # storages of tests before, which would be found by their names
     toml = tmp_path / "aproxy.toml"
     toml.write_text('[storages.of-toml]\noriginals = "memory:"\nmeta = "memory:"\n')
     options = {"config": str(toml)}
