@@ -309,11 +309,15 @@ class S3Backend(Backend):
             undo_within=self.timeouts.cleanup,
         )
 
-    async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
+    async def _copy(
+        self, key: str, new_key: str, *, token: str | None, durable: bool, content_type: str | None = None
+    ) -> ObjectInfo:
         what = f"copy {key!r} to {new_key!r} in {self}"
         source = self._at(key, what)
         connection = self._connections.get()
         found = await connection.head(what, **source)
+        if content_type is not None:
+            found = {**found, "ContentType": content_type}
         token = token or new_token()
         params = described(found, parameters_of(self._object_parameters, new_key, None, {}, token))
         target = self._target(what, new_key, token, params)
