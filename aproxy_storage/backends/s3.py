@@ -32,7 +32,7 @@ from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
 from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
-from ._s3_settings import configured_endpoint, from_django_storages, from_url
+from ._s3_settings import configured_endpoint, from_django_storages, from_url, is_amazon
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
@@ -225,7 +225,7 @@ class S3Backend(Backend):
         self._querystring_auth = querystring_auth
         self._expires_in = expires_in
         self._conditional_copies = (
-            endpoint_url is None and conditional_writes if conditional_copies is None else conditional_copies
+            is_amazon(endpoint_url) and conditional_writes if conditional_copies is None else conditional_copies
         )
         self._part_bytes = part_bytes
         self._parts = parts
