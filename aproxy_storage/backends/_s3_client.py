@@ -29,7 +29,14 @@ except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
 
 from ._s3_endpoints import remember_endpoints
-from ._s3_errors import has_request_id, is_throttled, is_transient, map_error, was_never_sent
+from ._s3_errors import (
+    has_request_id,
+    is_throttled,
+    is_transient,
+    map_error,
+    was_answered_out_of_order,
+    was_never_sent,
+)
 from ._s3_times import read_times_quickly
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
@@ -242,7 +249,7 @@ class Connection:
         """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds, or, where the
         service works by itself, when it is not ready in 15 minutes.
 
-        `again`: the request may be sent again when its answer was lost; without it only when it was not carried out.
+        `again`: the request may be sent again when its answer was lost; without it only when there was one.
 
         Raises:
             StorageError: ``outcome_unknown`` if any of the tries may have been, or may still be, carried out.
@@ -284,7 +291,8 @@ class Connection:
                 return answer
             except Exception as error:
                 mapped = map_error(error, what)
-                may_send_again = again or was_never_sent(error) or not mapped.outcome_unknown
+                answered = was_answered_out_of_order(error) or not mapped.outcome_unknown
+                may_send_again = again or answered or was_never_sent(error)
                 if not retries_left or not may_send_again or not is_transient(error):
                     mapped.outcome_unknown = mapped.outcome_unknown or unsure
                     raise mapped from error

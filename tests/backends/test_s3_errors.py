@@ -27,6 +27,7 @@ from aproxy_storage.errors import (
     Conflict,
     DeadlineExceeded,
     IntegrityError,
+    InvalidPath,
     NotFound,
     NotSupported,
     OutOfSpace,
@@ -110,6 +111,14 @@ def assert_no_secret(raised: StorageError) -> None:
         (error(507, "XMinioStorageFull"), OutOfSpace, "no room"),
         (error(501, "NotImplemented"), NotSupported, "conditional_writes="),
         (error(400, "SomethingNew"), BackendUnavailable, "SomethingNew"),
+        (error(429, "RateLimitExceeded"), BackendUnavailable, "slow down"),
+        (Answer(429, {}, b"<html>Too Many Requests</html>"), BackendUnavailable, "slow down"),
+        (error(401, "Unauthorized"), AccessDenied, "signed"),
+        (Answer(401, {}, b"<html>Unauthorized</html>"), AccessDenied, "signed"),
+        (error(400, "XMinioParentIsObject"), InvalidPath, "in the place of a directory"),
+        (error(409, "XMinioObjectExistsAsDirectory"), InvalidPath, "in the place of a directory"),
+        (error(403, "ObjectNotInActiveTierError"), BackendUnavailable, "archived"),
+        (Answer(413, {}, b"<html>Request Entity Too Large</html>"), OutOfSpace, "too large"),
     ],
     ids=lambda value: getattr(value, "status", "") if isinstance(value, Answer) else "",
 )
@@ -126,11 +135,18 @@ async def test_answers_become_errors(answer: Answer, expected: type[StorageError
 
 
 async def test_head_is_understood_by_its_status() -> None:
-    statuses = {403: AccessDenied, 400: BackendUnavailable, 500: BackendUnavailable, 503: BackendUnavailable}
-    for status, expected in statuses.items():
+    for status, expected, hint, retryable in (
+        (400, BackendUnavailable, "expired", False),  # AWS gives no reason here
+        (401, AccessDenied, "signed", False),
+        (403, AccessDenied, "right", False),
+        (429, BackendUnavailable, "slow down", True),
+        (500, BackendUnavailable, "out of order", True),
+        (503, BackendUnavailable, "out of order", True),
+    ):
         async with FakeS3(lambda asked, status=status: Answer(status)).backend() as backend:  # type: ignore[misc]
-            with pytest.raises(expected):
+            with pytest.raises(expected, match=hint) as caught:
                 await backend.stat("key")
+            assert caught.value.retryable == retryable
 
 
 @pytest.mark.parametrize("body", [b"default backend - 404", b"<html><body>Not Found</body></html>"])
@@ -170,7 +186,8 @@ async def test_services_that_do_not_number_their_answers_are_asked_for_the_bucke
 
 
 async def test_transient_errors_are_tried_again() -> None:
-    for answers in ([error(503, "SlowDown")], [error(500, "InternalError"), Answer(cut=-1)], [Answer(cut=-1)] * 3):
+    internal = error(500, "InternalError")
+    for answers in ([error(503, "SlowDown")], [Answer(429)], [internal, Answer(cut=-1)], [Answer(cut=-1)] * 3):
         script = iter([*answers, Answer(200, {"ETag": '"1"', "Content-Length": "0"})])
         fake = FakeS3(lambda asked, script=script: next(script))  # type: ignore[misc]
         async with fake.backend() as backend:
@@ -186,8 +203,9 @@ async def test_what_is_not_transient_is_asked_once() -> None:
     assert len(fake.asked) == 1
 
 
-async def test_tries_end() -> None:
-    fake = FakeS3(lambda asked: error(503, "SlowDown"))
+@pytest.mark.parametrize("answer", [error(503, "SlowDown"), error(429, "RateLimitExceeded"), Answer(429)])
+async def test_tries_end(answer: Answer) -> None:
+    fake = FakeS3(lambda asked: answer)
     async with fake.backend() as backend:
         with pytest.raises(BackendUnavailable) as caught:
             await backend.write("key", b"x")
@@ -271,6 +289,20 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again(cut: int) -> N
         with pytest.raises(BackendUnavailable):
             await backend.write("key", b"x" * (1 << 20))
     assert begun == 1
+
+
+@pytest.mark.parametrize("answer", [error(500, "InternalError"), error(503, "SlowDown"), Answer(502), Answer(429)])
+async def test_upload_whose_beginning_was_refused_is_begun_again(answer: Answer) -> None:
+    """At worst an upload without a part is left, and a large file is saved."""
+    service, refused = OneObject(0), [answer]
+
+    def once(asked: Asked) -> Answer:
+        return refused.pop() if refused and asked.query.startswith("uploads") else service(asked)
+
+    async with FakeS3(once).backend(multipart_bytes=1 << 16) as backend:
+        await backend.write("key", b"x" * (1 << 20), token="ours00000000")
+    assert not refused
+    assert (service.token, service.uploads) == ("ours00000000", 1)
 
 
 @ENDED
