@@ -93,7 +93,8 @@ def map_error(error: Exception, what: str) -> StorageError:
     if isinstance(error, botocore_errors.NoCredentialsError | botocore_errors.PartialCredentialsError):
         return ConfigurationError(
             f"could not {what}: there are no credentials, or only a part. Pass access_key and secret_key, or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine"
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine. If it has one, the "
+            "server that gives its credentials has not answered; they are looked for again in some seconds"
         )
     if isinstance(error, botocore_errors.ProfileNotFound | botocore_errors.ConfigParseError):
         return ConfigurationError(f"could not {what}: the AWS profile or its file cannot be read")

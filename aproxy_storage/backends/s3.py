@@ -61,7 +61,8 @@ class S3Backend(Backend):
     Args:
         bucket: its name, or the ARN of an access point. It has to exist.
         prefix: begins every key in the bucket, followed by a slash; keys of this backend are without it.
-        session: of aioboto3 or aiobotocore, to make clients from. By default one of aiobotocore with `profile`.
+        session: of aioboto3 or aiobotocore, to make clients from, in one event loop only if its credentials are renewed
+            (those of a role). By default one of aiobotocore with `profile` for each loop.
         client: a ready S3 client, borrowed: used in the loop that it belongs to, as it is configured, never closed.
         endpoint_url: of another service than AWS; by default that of the `client`, or of AWS_ENDPOINT_URL_S3 or
             AWS_ENDPOINT_URL.
@@ -526,10 +527,12 @@ class S3Backend(Backend):
             params["ContentType"] = content_type
         if not public and seconds > MAX_EXPIRY:
             raise NotSupported(f"a URL cannot be signed for {seconds:g} seconds: {_TOO_LONG}")
-        signer = await self._connections.get().signer()
-        url = await signer.generate_presigned_url(
-            operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
-        )
+        connection = self._connections.get()
+        signer = await connection.signer()
+        with connection.noting_credentials():
+            url = await signer.generate_presigned_url(
+                operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
+            )
         return without_query(url) if public else url
 
     async def _upload_form(
@@ -545,11 +548,13 @@ class S3Backend(Backend):
             fields["Content-Type"] = content_type
         conditions: list[Any] = [*({name: value} for name, value in fields.items())]
         conditions.append(["content-length-range", 0, max_bytes])
-        signer = await self._connections.get().signer()
-        expires_at = datetime.now(UTC) + timedelta(seconds=expires_in)
-        answer = await signer.generate_presigned_post(
-            self.bucket, self.prefix + key, Fields=fields, Conditions=conditions, ExpiresIn=max(1, round(expires_in))
-        )
+        connection = self._connections.get()
+        signer = await connection.signer()
+        expires_at, lives = datetime.now(UTC) + timedelta(seconds=expires_in), max(1, round(expires_in))
+        with connection.noting_credentials():
+            answer = await signer.generate_presigned_post(
+                self.bucket, self.prefix + key, Fields=fields, Conditions=conditions, ExpiresIn=lives
+            )
         return UploadForm(answer["url"], answer["fields"], expires_at)
 
     # -- life

@@ -9,10 +9,13 @@ import pickle
 import socket
 import zlib
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
 import pytest
+from aiobotocore.credentials import AioCredentials, AioRefreshableCredentials
+from aiobotocore.session import AioSession
 from botocore.exceptions import EndpointConnectionError
 
 from aproxy_storage import Fallback, ProxyStorage
@@ -608,12 +611,85 @@ async def test_missing_bucket_is_not_a_missing_object(s3_server: S3Server) -> No
                 assert "bucket=" in str(raised)
 
 
-async def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+
+
+@pytest.mark.usefixtures("no_credentials")
+@pytest.mark.parametrize("verb", ["stat", "read", "url", "url in public"])
+async def test_credentials_that_are_missing_for_a_moment(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the server that gives those of a role does not answer while a client is made."""
+    made = 0
+
+    async def opened(self: Any, endpoint_url: str | None) -> Any:
+        nonlocal made
+        made += 1
+        return await opening(self, endpoint_url)
+
+    opening = _s3_client.Connection._open
+    monkeypatch.setattr(_s3_client.Connection, "_open", opened)
+    options: dict[str, Any] = {"access_key": None, "secret_key": None, "session_token": None}
+    if verb == "url in public":
+        options["public_endpoint_url"] = "http://files.example.org"
+
+    async def ask(backend: S3Backend) -> None:
+        await {"stat": backend.stat, "read": lambda key: read(backend, key)}.get(verb, backend.url)("key")
+
+    async with FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}, b"x")).backend(**options) as backend:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="has not answered"):
+                await ask(backend)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        with pytest.raises(ConfigurationError):
+            await ask(backend)
+        assert made == 1, "not with every request"
+        connection = backend._connections.get()
+        assert connection._look_again_at is not None, "never again"
+        connection._look_again_at = 0.0  # the pause is over
+        for _ in range(2):
+            await ask(backend)
+        assert made == 2
+
+
+async def test_renewed_credentials_are_those_of_one_loop() -> None:
+    def session(credentials: Any) -> AioSession:
+        made = AioSession()
+        made._credentials = credentials
+        return made
+
+    async def renew() -> Any:
+        raise AssertionError("they are good for long")
+
+    async def look(session: AioSession) -> None:
+        options = {"access_key": None, "secret_key": None, "session_token": None, "session": session}
+        async with S3Backend("bucket", **{**known, **options}) as backend:
+            await backend.stat("key")
+
+    moment = (datetime.now(UTC) + timedelta(hours=9)).isoformat()
+    data = {"access_key": "a", "secret_key": "b", "token": "c", "expiry_time": moment}
+    renewed = session(AioRefreshableCredentials.create_from_metadata(data, refresh_using=renew, method="x"))
+    fake = FakeS3(lambda asked: Answer(200, {"ETag": '"1"', "Content-Length": "0"}))
+    async with fake.backend():
+        known: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{fake.port}", "region": "x"}
+        for _ in range(2):
+            await asyncio.to_thread(asyncio.run, look(renewed))  # their loops are closed
+        for _ in range(2):
+            await look(renewed)
+        with pytest.raises(ConfigurationError, match="another one"):
+            await asyncio.to_thread(asyncio.run, look(renewed))
+        fixed = session(AioCredentials("a", "b"))
+        await look(fixed)
+        await asyncio.to_thread(asyncio.run, look(fixed))
+
+
+@pytest.mark.usefixtures("no_credentials")
+async def test_no_credentials() -> None:
     async with S3Backend("bucket", endpoint_url="http://127.0.0.1:1", region="x") as backend:
         with pytest.raises(ConfigurationError, match="AWS_ACCESS_KEY_ID"):
             await backend.stat("key")
