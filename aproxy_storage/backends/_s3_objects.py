@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from email.errors import HeaderParseError
 from email.header import Header, decode_header, make_header
 from types import MappingProxyType
 from typing import Any
@@ -65,9 +66,9 @@ def _allowed(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def metadata_of(metadata: Mapping[str, str], token: str) -> dict[str, str]:
     """Return the user-defined metadata of a new object. Values are headers, so that other than ASCII is encoded as
-    in those of mail (RFC 2047), as S3 itself answers it."""
+    in those of mail (RFC 2047), as S3 itself answers it; and what looks like that."""
     encoded = {
-        name: value if value.isascii() else Header(value, "utf-8", maxlinelen=100_000).encode()
+        name: value if value.isascii() and "=?" not in value else Header(value, "utf-8", maxlinelen=100_000).encode()
         for name, value in metadata.items()
     }
     return {**encoded, TOKEN: token}
@@ -95,7 +96,7 @@ def _decoded(value: str) -> str:
         return value
     try:
         return str(make_header(decode_header(value)))
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, HeaderParseError):
         return value
 
 

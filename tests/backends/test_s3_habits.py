@@ -121,6 +121,16 @@ async def test_small_objects_are_not_copied_in_ranges() -> None:
     assert ranges == [None, "bytes=0-4194303", "bytes=4194304-6291455"]
 
 
+# -- metadata
+
+
+async def test_metadata_that_cannot_be_decoded_is_told_as_it_is() -> None:
+    client = Objects(key=b"x")
+    client.objects["key"]["Metadata"] = {"title": "=?utf-8?b?A?="}
+    info = await S3Backend("bucket", client=client).stat("key")
+    assert info.metadata == {"title": "=?utf-8?b?A?="}
+
+
 # -- removing
 
 
