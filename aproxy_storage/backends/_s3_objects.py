@@ -8,10 +8,19 @@ from email.header import Header, decode_header, make_header
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import BackendUnavailable, ConfigurationError
 from ..records import ObjectInfo
 
-__all__ = ["TOKEN", "ObjectParameters", "described", "every_request_of", "info_of", "listed", "parameters_of"]
+__all__ = [
+    "TOKEN",
+    "ObjectParameters",
+    "described",
+    "every_request_of",
+    "info_of",
+    "listed",
+    "parameters_of",
+    "size_of",
+]
 
 #: Further parameters of PutObject for all objects, or for each by its key.
 ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
@@ -74,6 +83,22 @@ def metadata_of(metadata: Mapping[str, str], token: str) -> dict[str, str]:
     return {**encoded, TOKEN: token}
 
 
+def size_of(answer: Mapping[str, Any], what: str) -> int:
+    """Return how many bytes the answer of HeadObject or GetObject is about.
+
+    Raises:
+        BackendUnavailable: it does not say.
+    """
+    try:
+        return int(answer["ContentLength"])
+    except KeyError:
+        raise BackendUnavailable(
+            f"could not {what}: the service does not tell the size (Content-Length). Look at proxies in front of it, "
+            "which must not compress, nor send in chunks",
+            retryable=False,
+        ) from None
+
+
 def info_of(key: str, answer: Mapping[str, Any], *, size: int | None = None) -> ObjectInfo:
     """Return what the answer of HeadObject or GetObject says. Of a range `size` has to be given."""
     metadata = dict(answer.get("Metadata") or {})
@@ -81,7 +106,7 @@ def info_of(key: str, answer: Mapping[str, Any], *, size: int | None = None) -> 
     moment = answer.get("LastModified")
     return ObjectInfo(
         key,
-        size=answer["ContentLength"] if size is None else size,
+        size=size_of(answer, f"look at {key!r}") if size is None else size,
         modified_at=moment,
         changed_at=moment,  # no caller can set it
         etag=answer.get("ETag"),

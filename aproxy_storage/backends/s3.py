@@ -30,7 +30,7 @@ from ..timeouts import Timeouts
 from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
-from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
+from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of, size_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
 from ._s3_settings import configured_endpoint, from_django_storages, from_url, is_amazon
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
@@ -324,7 +324,7 @@ class S3Backend(Backend):
         target = self._target(what, new_key, token, params)
         try:
             with self._noting_failure(token):
-                answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
+                answer = await self._copied(target, source, size_of(found, what), found["ETag"])
         except AlreadyExists as error:
             # The same answer says that the original is not the one any more that we have looked at.
             if not await is_taken(target):

@@ -27,6 +27,7 @@ class Objects:
 
     def __init__(self, **contents: bytes) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
+        self.closed = False  # the body of an answer
         self.asked: list[tuple[str, dict[str, Any]]] = []
         for key, content in contents.items():
             self._put(content, Key=key)
@@ -45,6 +46,12 @@ class Objects:
             return self.objects[params["Key"]]
         except KeyError:
             raise refusal("HeadObject", "404", 404) from None
+
+    async def get_object(self, **params: Any) -> dict[str, Any]:
+        return {**await self.head_object(**params), "Body": self}
+
+    def close(self) -> None:
+        self.closed = True
 
     async def put_object(self, **params: Any) -> dict[str, Any]:
         self.asked.append(("put_object", params))
@@ -119,6 +126,25 @@ async def test_small_objects_are_not_copied_in_ranges() -> None:
     await backend.copy("large", "copy")
     ranges = [params.get("CopySourceRange") for operation, params in client.asked if operation == "upload_part_copy"]
     assert ranges == [None, "bytes=0-4194303", "bytes=4194304-6291455"]
+
+
+# -- answers that lack something
+
+
+@pytest.mark.parametrize("verb", ["read", "stat", "copy"])
+async def test_a_size_that_is_not_told_is_missed_by_name(verb: str) -> None:
+    """A proxy that sends in chunks, or compresses, takes it out."""
+    client = Objects(key=b"x")
+    del client.objects["key"]["ContentLength"]
+    backend = S3Backend("bucket", client=client)
+    with pytest.raises(BackendUnavailable, match="Content-Length") as caught:
+        if verb == "read":
+            async with backend.read("key"):
+                pass
+        else:
+            await (backend.stat("key") if verb == "stat" else backend.copy("key", "new"))
+    assert not caught.value.retryable
+    assert verb != "read" or client.closed
 
 
 # -- metadata
