@@ -18,6 +18,7 @@ from .backends.base import Backend
 from .errors import AlreadyExists, ConfigurationError, Conflict, NotFound, NotSupported, outcome_unknown
 from .paths import new_token
 from .records import PENDING, STORED, MetaRecord, ObjectInfo, Place, UploadForm
+from .sniffing import guess_content_type
 
 if TYPE_CHECKING:
     from .proxy_writing import WritingVerbs
@@ -56,6 +57,8 @@ async def begin(
     if max_length is not None and len(path) > max_length:
         path = writing.next_name(path, [original], max_length)
     backend.check_key(path.removeprefix(storage.prefix))
+    # Always one, in the form too: else the browser says what it likes, and a picture becomes a page.
+    fields = {**fields, "content_type": fields.get("content_type") or _type_of(fields.get("name"))}
     for _ in range(_MAX_NAMES):
         token = new_token()
         upload = Place(original, writing._token_key(path, new_token(), original), "doubtful")
@@ -64,7 +67,7 @@ async def begin(
             token=token,
             expires_in=expires_in,
             max_bytes=max_bytes,
-            content_type=fields.get("content_type"),
+            content_type=fields["content_type"],
         )
         record = MetaRecord(
             path=path,
@@ -128,7 +131,8 @@ async def finish(storage: WritingVerbs, path: str) -> MetaRecord:
     taken = await journal.change(record, {"places": record.places}, lease=left + journal.lease)
     # The same as one of the usual length that is taken `left` seconds later: not renewed, and so shortened, before.
     with journal.leases.hold(taken, since=since + left) as held:
-        stored_info = await _copy(storage, backend, held, upload)
+        kind = record.content_type or _type_of(record.name, info.content_type)
+        stored_info = await _copy(storage, backend, held, upload, kind)
         settling = replace(upload, state="settling")
         stored = await journal.publish(
             held.record,
@@ -136,7 +140,7 @@ async def finish(storage: WritingVerbs, path: str) -> MetaRecord:
                 "original_storage_path": held.record.original_storage_path,
                 "places": (settling,),
                 "size": stored_info.size,
-                "content_type": held.record.content_type or info.content_type,
+                "content_type": kind,
             },
             lease=max(journal.lease_for([settling]) or 0.0, left + journal.settle),
         )
@@ -151,14 +155,20 @@ def _upload_of(record: MetaRecord) -> Place:
     return places[0]
 
 
-async def _copy(storage: WritingVerbs, backend: Backend, held: Any, upload: Place) -> ObjectInfo:
+def _type_of(name: str | None, declared: str | None = None) -> str:
+    return guess_content_type(name, b"", declared) or "application/octet-stream"
+
+
+async def _copy(storage: WritingVerbs, backend: Backend, held: Any, upload: Place, content_type: str) -> ObjectInfo:
     """Copy to the file's own key; where somebody else's object has it, to a token key."""
     for last in (False, True):
         record: MetaRecord = held.record
         key = record.original_storage_path
         held.check()
         try:
-            return await backend.copy(upload.key, key, token=record.token, durable=storage.journal._durable)
+            return await backend.copy(
+                upload.key, key, token=record.token, durable=storage.journal._durable, content_type=content_type
+            )
         except AlreadyExists:
             found = await backend.stat(key)
             if found.token == record.token:

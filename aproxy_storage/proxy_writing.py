@@ -296,9 +296,9 @@ class WritingVerbs(ReadingVerbs):
     ) -> DirectUpload:
         """Reserve a name for a file that a browser uploads straight to an original; return its path and the form.
 
-        The original, the first one that can unless `using` says which, refuses more than `max_bytes` bytes and, where
-        it is given, another `content_type`. There is no file until `finish_upload`; without that, reconcile undoes it
-        some time after `expires_in` seconds.
+        The original, the first one that can unless `using` says which, refuses more than `max_bytes` bytes and another
+        `content_type`, by default that of the name, else ``application/octet-stream``. There is no file until
+        `finish_upload`; without that, reconcile undoes it some time after `expires_in` seconds.
 
         Raises:
             NotSupported: the original takes no such uploads, or the caller is inside a transaction.

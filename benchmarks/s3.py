@@ -362,7 +362,7 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        self.grown = float(max(self._highest - self._start, 1 << 10))
+        self.grown = float(max(self._highest - self._start, MIB))  # below that it is noise
 
 
 def send_at_once() -> None:

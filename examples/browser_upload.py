@@ -54,7 +54,7 @@ document.getElementById("file").onchange = async event => {
   const file = event.target.files[0];
   progress.hidden = false;
   try {
-    const form = await ask("/begin", {name: file.name, type: file.type});
+    const form = await ask("/begin", {name: file.name});
     await send(form, file);
     const done = await ask("/finish", {secret: form.secret});
     said.innerHTML = `<a href="/files/${done.path.split("/").map(encodeURIComponent).join("/")}"></a>`;
@@ -70,12 +70,8 @@ async def page(request: Request) -> Response:
 
 async def begin(request: Request) -> Response:
     asked = await request.json()
-    upload = await storage.begin_upload(
-        asked["name"],
-        max_bytes=MAX_BYTES,
-        content_type=asked["type"] or "application/octet-stream",
-        expires_in=FORM_SECONDS,
-    )
+    # The content type is that of the name. What the browser says of it is not to be believed.
+    upload = await storage.begin_upload(asked["name"], max_bytes=MAX_BYTES, expires_in=FORM_SECONDS)
     secret, now = secrets.token_urlsafe(), time.monotonic()
     while begun and now - begun[oldest := next(iter(begun))][0] > KEPT_SECONDS:
         del begun[oldest]
@@ -92,7 +88,10 @@ async def finish(request: Request) -> Response:
 
 
 async def download(request: Request) -> Response:
-    return RedirectResponse(await storage.url(request.path_params["path"], expires_in=60))
+    path = request.path_params["path"]
+    # To be saved, not shown: what strangers upload may be a page with scripts.
+    url = await storage.url(path, expires_in=60, download_name=path.rpartition("/")[2])
+    return RedirectResponse(url)
 
 
 async def not_found(request: Request, error: Exception) -> Response:

@@ -60,6 +60,7 @@ DRIVERS = {
     "otel": {"opentelemetry"},
     "backends._s3_client": {"aiobotocore", "botocore"},
     "backends._s3_errors": {"aiohttp", "botocore"},
+    "backends._s3_sessions": {"aiobotocore", "botocore"},
     "backends._s3_times": {"botocore"},
     "backends._s3_urls": {"botocore", "cryptography"},
     "backends._obstore_errors": {"obstore"},

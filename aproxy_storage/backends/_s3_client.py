@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +24,21 @@ from ..timeouts import Alarm, IdleWatch
 
 try:
     from aiobotocore.config import AioConfig
-    from aiobotocore.session import AioSession
+    from botocore.exceptions import NoCredentialsError
     from botocore.handlers import add_expect_header
 except ImportError as error:
     raise MissingDependency.of("aiobotocore", "s3") from error
 
 from ._s3_endpoints import remember_endpoints
-from ._s3_errors import has_request_id, is_throttled, is_transient, map_error, was_never_sent
-from ._s3_times import read_times_quickly
+from ._s3_errors import (
+    has_request_id,
+    is_throttled,
+    is_transient,
+    map_error,
+    was_answered_out_of_order,
+    was_never_sent,
+)
+from ._s3_sessions import claim, loader_of, new_session
 
 __all__ = ["Body", "Connection", "ConnectionOptions", "Slot"]
 
@@ -43,6 +51,8 @@ _LONG_PATIENCE = 0.5  # seconds, likewise, where the service asks to slow down
 # `sock_read` of aiohttp, which is `idle` too, finds out that they cease to come.
 _WORKING = {"complete_multipart_upload", "copy_object", "upload_part_copy"}
 _WORKING_LIMIT = 900.0  # seconds for one of these requests
+
+_LOOK_AGAIN = 5.0  # seconds from finding no credentials to looking for them once more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +176,14 @@ class Connection:
         self._limit = options.connections
         self._slots = asyncio.Semaphore(self._limit)
         self._closed = False
+        self._look_again_at: float | None = None  # for credentials, which the clients that there are have not
         self.bucket_seen = False  # an answer has shown that the bucket exists
 
     async def client(self) -> Any:
         """Return the client of this loop."""
-        if self._client is None:
+        if self._client is None or self._look_again_at is not None:
             async with self._making:
+                await self._forget_clients_without_credentials()
                 if self._client is None:
                     self._refuse_closed()
                     self._client = self._options.client or await self._open(self._options.endpoint_url)
@@ -181,8 +193,9 @@ class Connection:
         """Return the client that signs URLs, with the endpoint that browsers see. It sends nothing."""
         if self._options.public_endpoint_url is None:
             return await self.client()
-        if self._signer is None:
+        if self._signer is None or self._look_again_at is not None:
             async with self._making:
+                await self._forget_clients_without_credentials()
                 if self._signer is None:
                     self._signer = await self._open(self._options.public_endpoint_url)
         return self._signer
@@ -191,7 +204,9 @@ class Connection:
         self._refuse_closed()
         options = self._options
         if self._session is None:
-            self._session = _new_session(options.profile)
+            self._session = new_session(options.profile)
+        elif self._session is options.session and options.access_key is None:
+            await claim(self._session)
         verify = options.verify
         if verify is None and (endpoint_url or "").startswith("http:"):
             verify = False  # nothing to verify, and reading the certificates takes 30 ms
@@ -210,11 +225,30 @@ class Connection:
         )
         # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
         client.meta.events.unregister("before-call.s3", add_expect_header)
-        remember_endpoints(client, _loader_of(self._session))
+        remember_endpoints(client, loader_of(self._session))
         if self._closed:  # meanwhile
             await self._stack.aclose()
             self._refuse_closed()
         return client
+
+    @contextlib.contextmanager
+    def noting_credentials(self) -> Iterator[None]:
+        """Let the credentials be looked for again, after a pause, if a client has found none when it was made: the
+        server that gives those of a machine's role may have been away for a moment."""
+        try:
+            yield
+        except NoCredentialsError:
+            if self._look_again_at is None and self._options.client is None:
+                self._look_again_at = asyncio.get_running_loop().time() + _LOOK_AGAIN
+            raise
+
+    async def _forget_clients_without_credentials(self) -> None:
+        if self._look_again_at is None or asyncio.get_running_loop().time() < self._look_again_at:
+            return
+        self._look_again_at = None
+        stack, self._stack = self._stack, AsyncExitStack()
+        self._client = self._signer = None
+        await stack.aclose()
 
     async def aclose(self) -> None:
         """End what is under way, and let nothing begin: who still has this one would make a client that nobody closes.
@@ -242,7 +276,7 @@ class Connection:
         """Send a request and return its parsed answer. It fails when nothing moves for `idle` seconds, or, where the
         service works by itself, when it is not ready in 15 minutes.
 
-        `again`: the request may be sent again when its answer was lost; without it only when it was not carried out.
+        `again`: the request may be sent again when its answer was lost; without it only when there was one.
 
         Raises:
             StorageError: ``outcome_unknown`` if any of the tries may have been, or may still be, carried out.
@@ -279,12 +313,14 @@ class Connection:
                 error.outcome_unknown = error.outcome_unknown or unsure
                 raise
             try:
-                answer = await getattr(client, operation)(**params)
+                with self.noting_credentials():
+                    answer = await getattr(client, operation)(**params)
                 self.bucket_seen = True
                 return answer
             except Exception as error:
                 mapped = map_error(error, what)
-                may_send_again = again or was_never_sent(error) or not mapped.outcome_unknown
+                answered = was_answered_out_of_order(error) or not mapped.outcome_unknown
+                may_send_again = again or answered or was_never_sent(error)
                 if not retries_left or not may_send_again or not is_transient(error):
                     mapped.outcome_unknown = mapped.outcome_unknown or unsure
                     raise mapped from error
@@ -342,7 +378,8 @@ class Connection:
         for retries_left in reversed(range(_RETRIES + 1)):
             slot = await self.slot(what)
             try:
-                answer = await getattr(client, operation)(**params)
+                with self.noting_credentials():
+                    answer = await getattr(client, operation)(**params)
                 self.bucket_seen = True
                 return answer, slot
             except BaseException as error:
@@ -382,7 +419,7 @@ class Connection:
         return slot
 
     async def _client_for(self, what: str) -> Any:
-        if self._client is not None:
+        if self._client is not None and self._look_again_at is None:
             return self._client
         try:
             return await self.client()
@@ -393,27 +430,6 @@ class Connection:
             if isinstance(error, ValueError):
                 mapped = ConfigurationError(f"could not {what}: {error}")  # "Invalid endpoint: …"
             raise mapped from error
-
-
-_loader: Any = None  # of botocore's descriptions of services
-
-
-def _new_session(profile: str | None) -> Any:
-    """Return a session. Each loop has its own, because fetched credentials are guarded by locks of their loop; but
-    what they read from the disk, which takes nearly all of the time, is shared."""
-    global _loader
-    session = AioSession(profile=profile)
-    if _loader is None:
-        _loader = session.get_component("data_loader")
-    else:
-        session.register_component("data_loader", _loader)
-    read_times_quickly(session)
-    return session
-
-
-def _loader_of(session: Any) -> Any:
-    """Return what gives botocore's descriptions of services; `session` is aiobotocore's, or aioboto3's."""
-    return getattr(session, "_session", session).get_component("data_loader")
 
 
 async def pause(number: int, *, throttled: bool = False) -> None:

@@ -25,7 +25,16 @@ from ..errors import (
     StorageError,
 )
 
-__all__ = ["BROKEN", "code_of", "has_request_id", "is_transient", "map_error", "was_never_sent"]
+__all__ = [
+    "BROKEN",
+    "code_of",
+    "has_request_id",
+    "is_throttled",
+    "is_transient",
+    "map_error",
+    "was_answered_out_of_order",
+    "was_never_sent",
+]
 
 #: What a request, or the body of an answer, raises when its connection breaks, or ends too early. aiobotocore calls a
 #: reset one EndpointConnectionError, as it does one that never was: `was_never_sent` tells them apart, so ask it first.
@@ -48,6 +57,8 @@ _THROTTLED = {
 }  # fmt: skip
 _SLOW_CLIENT = {"RequestTimeout"}
 _DAMAGED = {"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+_NO_DIRECTORY = {"XMinioObjectExistsAsDirectory", "XMinioParentIsObject"}
+_ARCHIVED = {"InvalidObjectState", "ObjectNotInActiveTierError"}
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"}
 _BAD_NAME = {"InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName"}
 _ELSEWHERE = {
@@ -68,6 +79,8 @@ _DENIED = {
     "RequestTimeTooSkewed": "this machine's clock and the service's differ by more than 15 minutes: set the clock",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key, or a proxy changes the requests",
     "TokenRefreshRequired": "the temporary credentials have to be renewed",
+    "Unauthorized": "the service does not take the request for signed: look at the credentials, and at proxies",
+    "401": "the service, or something in front of it, does not take the request for signed: look at the credentials",
     "403": "the credentials are wrong, or not good for this. Without the right to list the bucket, an object that "
     "does not exist is answered so too",
 }
@@ -80,7 +93,8 @@ def map_error(error: Exception, what: str) -> StorageError:
     if isinstance(error, botocore_errors.NoCredentialsError | botocore_errors.PartialCredentialsError):
         return ConfigurationError(
             f"could not {what}: there are no credentials, or only a part. Pass access_key and secret_key, or set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine"
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine. If it has one, the "
+            "server that gives its credentials has not answered; they are looked for again in some seconds"
         )
     if isinstance(error, botocore_errors.ProfileNotFound | botocore_errors.ConfigParseError):
         return ConfigurationError(f"could not {what}: the AWS profile or its file cannot be read")
@@ -131,7 +145,9 @@ def is_transient(error: Exception) -> bool:
     """Return whether the same request may well succeed a moment later."""
     if isinstance(error, _ClientError):
         code = code_of(error)
-        return code in _THROTTLED | _SLOW_CLIENT | _IN_THE_WAY or (_status(error) >= 500 and not _is_final(error, code))
+        if _is_throttled(error) or code in _SLOW_CLIENT | _IN_THE_WAY:
+            return True
+        return was_answered_out_of_order(error) and not _is_final(error, code)
     if isinstance(error, botocore_errors.SSLError | botocore_errors.ReadTimeoutError | ssl.SSLError):
         return False  # a timeout has cost as much time as there was
     if isinstance(error, aiohttp.ClientSSLError | aiohttp.InvalidURL):
@@ -151,7 +167,17 @@ def was_never_sent(error: BaseException) -> bool:
 
 def is_throttled(error: Exception) -> bool:
     """Return whether the service asks for patience."""
-    return isinstance(error, _ClientError) and (code_of(error) in _THROTTLED or _status(error) == 503)
+    return isinstance(error, _ClientError) and (_is_throttled(error) or _status(error) == 503)
+
+
+def was_answered_out_of_order(error: Exception) -> bool:
+    """Return whether somebody has answered that it did not work, and the request may have been carried out."""
+    return isinstance(error, _ClientError) and _status(error) >= 500
+
+
+def _is_throttled(error: Any) -> bool:
+    # A 503 may come from a balancer that has lost a request on its way: then it may have been carried out.
+    return code_of(error) in _THROTTLED or _status(error) == 429
 
 
 def _status(error: Any) -> int:
@@ -182,22 +208,30 @@ def _of_answer(error: Any, what: str) -> StorageError:
         return ConfigurationError(f"{failed}: the bucket is in another region ({way}); look at region= ({code})")
     if code in _DENIED:
         return AccessDenied(f"{failed}: {_DENIED[code]} ({code})")
-    if code in _FULL or status == 507:
+    if code in _FULL or status in (413, 507):
         return OutOfSpace(f"{failed}: no room, or too large ({code})")
     if code in _BAD_NAME:
         return InvalidPath(f"{failed}: the service does not take such a name ({code})")
+    if code in _NO_DIRECTORY:
+        return InvalidPath(f"{failed}: an object lies in the place of a directory, or a directory in its ({code})")
     if code in _DAMAGED:
         return BackendUnavailable(f"{failed}: the bytes were damaged on the way ({code})")
-    if code == "InvalidObjectState":
+    if code in _ARCHIVED:
         return BackendUnavailable(f"{failed}: the object is archived; restore it first", retryable=False)
     if code == "NotImplemented" or status == 501:
         return NotSupported(f"{failed}: the service cannot do that ({code}). See conditional_writes= in docs/s3.md")
-    if code in _THROTTLED:
+    if _is_throttled(error):
         return BackendUnavailable(f"{failed}: the service asks to slow down ({code})")
     if code in _SLOW_CLIENT:
         return BackendUnavailable(f"{failed}: the service has waited too long for the content ({code})")
-    if status == 403:
-        return AccessDenied(f"{failed}: access denied ({code or status})")
+    if status in (401, 403):
+        return AccessDenied(f"{failed}: {_DENIED['401'] if status == 401 else 'access denied'} ({code or status})")
+    if code == "400" and error.operation_name in _WITHOUT_BODY:
+        return BackendUnavailable(
+            f"{failed}: the service refused the request, and here it gives no reason (400). Have temporary credentials "
+            "expired, or is the region another one?",
+            retryable=False,
+        )
     if status == 404 and code in ("404", ""):
         return BackendUnavailable(
             f"{failed}: something answered 404 (not found) that does not speak S3. Look at endpoint_url, and at the "

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from email.errors import HeaderParseError
 from email.header import Header, decode_header, make_header
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import BackendUnavailable, ConfigurationError
 from ..records import ObjectInfo
 
-__all__ = ["TOKEN", "ObjectParameters", "described", "every_request_of", "info_of", "listed", "parameters_of"]
+__all__ = [
+    "TOKEN",
+    "ObjectParameters",
+    "described",
+    "every_request_of",
+    "info_of",
+    "listed",
+    "parameters_of",
+    "size_of",
+]
 
 #: Further parameters of PutObject for all objects, or for each by its key.
 ObjectParameters = Mapping[str, Any] | Callable[[str], Mapping[str, Any]]
@@ -65,12 +75,28 @@ def _allowed(params: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def metadata_of(metadata: Mapping[str, str], token: str) -> dict[str, str]:
     """Return the user-defined metadata of a new object. Values are headers, so that other than ASCII is encoded as
-    in those of mail (RFC 2047), as S3 itself answers it."""
+    in those of mail (RFC 2047), as S3 itself answers it; and what looks like that."""
     encoded = {
-        name: value if value.isascii() else Header(value, "utf-8", maxlinelen=100_000).encode()
+        name: value if value.isascii() and "=?" not in value else Header(value, "utf-8", maxlinelen=100_000).encode()
         for name, value in metadata.items()
     }
     return {**encoded, TOKEN: token}
+
+
+def size_of(answer: Mapping[str, Any], what: str) -> int:
+    """Return how many bytes the answer of HeadObject or GetObject is about.
+
+    Raises:
+        BackendUnavailable: it does not say.
+    """
+    try:
+        return int(answer["ContentLength"])
+    except KeyError:
+        raise BackendUnavailable(
+            f"could not {what}: the service does not tell the size (Content-Length). Look at proxies in front of it, "
+            "which must not compress, nor send in chunks",
+            retryable=False,
+        ) from None
 
 
 def info_of(key: str, answer: Mapping[str, Any], *, size: int | None = None) -> ObjectInfo:
@@ -80,7 +106,7 @@ def info_of(key: str, answer: Mapping[str, Any], *, size: int | None = None) -> 
     moment = answer.get("LastModified")
     return ObjectInfo(
         key,
-        size=answer["ContentLength"] if size is None else size,
+        size=size_of(answer, f"look at {key!r}") if size is None else size,
         modified_at=moment,
         changed_at=moment,  # no caller can set it
         etag=answer.get("ETag"),
@@ -95,7 +121,7 @@ def _decoded(value: str) -> str:
         return value
     try:
         return str(make_header(decode_header(value)))
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, HeaderParseError):
         return value
 
 

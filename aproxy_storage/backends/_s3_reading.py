@@ -13,6 +13,7 @@ from ..futures import outcome_of, seen
 from ..records import ByteRange, ObjectInfo
 from ._s3_client import Connection, Slot, pause
 from ._s3_errors import BROKEN, code_of
+from ._s3_objects import size_of
 from .base import Reader
 
 __all__ = ["Download", "DownloadReader", "ParallelDownload", "range_header"]
@@ -63,7 +64,11 @@ class Download:
         if etag is not None:
             params["IfMatch"] = etag
         await self._request(params)
-        length = int(self.answer["ContentLength"])
+        try:
+            length = size_of(self.answer, self._what)
+        except StorageError:
+            self.close()
+            raise
         if byte_range is None:
             self.size = length
             self._whole = True

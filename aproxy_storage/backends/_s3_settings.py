@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,12 @@ from ..errors import ConfigurationError
 from ..urls import URL, boolean, choice, optional
 from ._s3_urls import CloudFrontKey
 
-__all__ = ["configured_endpoint", "from_django_storages", "from_url"]
+__all__ = ["configured_endpoint", "from_django_storages", "from_url", "is_amazon"]
+
+# Not all hosts of Amazon's: on some of them its customers run services of their own.
+_AMAZON = re.compile(
+    r"(?:.+\.)?s3(?:-[a-z0-9-]+)?(?:\.dualstack)?(?:\.[a-z]{2}(?:-[a-z]+)+-\d+)?(?:\.vpce)?\.amazonaws\.com(?:\.cn)?"
+)
 
 # Argument -> names of the setting without its prefix, the first that is set counts.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -49,8 +55,12 @@ def configured_endpoint(endpoint_url: str | None, client: Any) -> str | None:
         return None
     else:
         found = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    host = urlsplit(found or "").hostname or ""
-    return None if host.endswith((".amazonaws.com", ".amazonaws.com.cn")) else found or None
+    return None if is_amazon(found) else found or None
+
+
+def is_amazon(endpoint_url: str | None) -> bool:
+    """Return whether an endpoint is one of Amazon's S3; None and nothing stand for one."""
+    return not endpoint_url or _AMAZON.fullmatch(urlsplit(endpoint_url).hostname or "") is not None
 
 
 def from_django_storages(settings: Any, prefix: str) -> dict[str, Any]:

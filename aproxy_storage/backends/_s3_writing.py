@@ -241,11 +241,13 @@ async def copy_parts(
         slots = asyncio.Semaphore(parts)
 
         async def send(number: int, start: int) -> None:
+            part: dict[str, Any] = {"CopySourceRange": f"bytes={start}-{min(start + part_bytes, size) - 1}"}
+            if size <= part_bytes:
+                part = {}  # of objects up to 5 MiB Amazon takes no range
             try:
                 answer = await target.connection.call(
                     "upload_part_copy", target.what, UploadId=upload_id, PartNumber=number,
-                    CopySource=source, CopySourceIfMatch=etag,
-                    CopySourceRange=f"bytes={start}-{min(start + part_bytes, size) - 1}", **target.at,
+                    CopySource=source, CopySourceIfMatch=etag, **part, **target.at,
                 )  # fmt: skip
                 sent.append(target.part(number, answer["CopyPartResult"]))
             finally:

@@ -218,15 +218,27 @@ class Backend(abc.ABC):
         self._need(self.capabilities.list, "list")
         return self._mapped_iterator("list", prefix, self._list(prefix, after=after, delimiter=delimiter))
 
-    async def copy(self, key: str, new_key: str, *, token: str | None = None, durable: bool = False) -> ObjectInfo:
+    async def copy(
+        self,
+        key: str,
+        new_key: str,
+        *,
+        token: str | None = None,
+        durable: bool = False,
+        content_type: str | None = None,
+    ) -> ObjectInfo:
         """Copy an object on the server, with the promises of `write`.
+
+        The copy has the content type of the original, or `content_type`, which only backends with
+        ``capabilities.upload_form`` have to take.
 
         Raises:
             NotSupported: see ``capabilities.server_copy``. NotFound, AlreadyExists, and as `write`.
         """
         self._need(self.capabilities.server_copy, "copy")
         self.check_key(new_key)
-        return await self._call("copy", key, self._copy(key, new_key, token=token, durable=durable), None)
+        options: dict[str, Any] = {} if content_type is None else {"content_type": content_type}
+        return await self._call("copy", key, self._copy(key, new_key, token=token, durable=durable, **options), None)
 
     async def url(self, key: str, *, expires_in: float | None = None, **options: Any) -> str:
         """Return a public URL, or a signed one valid for `expires_in` seconds.

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
+from email.errors import HeaderParseError
 from email.header import Header, decode_header, make_header
 from types import MappingProxyType
 from typing import Any, Self, cast
@@ -447,7 +448,9 @@ def _is_draft(part: str) -> bool:
 
 def _encoded(text: str) -> str:
     # Values are headers; what is not ASCII goes as in those of mail (RFC 2047), which is how S3 itself answers.
-    return text if text.isascii() else Header(text, "utf-8", maxlinelen=100_000).encode()
+    if text.isascii() and "=?" not in text:  # which would be taken for what is encoded
+        return text
+    return Header(text, "utf-8", maxlinelen=100_000).encode()
 
 
 def _decoded(text: str) -> str:
@@ -455,5 +458,5 @@ def _decoded(text: str) -> str:
         return text
     try:
         return str(make_header(decode_header(text)))
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, HeaderParseError):
         return text

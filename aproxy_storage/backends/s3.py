@@ -30,9 +30,9 @@ from ..timeouts import Timeouts
 from ._s3_client import Body, Connection, ConnectionOptions
 from ._s3_errors import code_of, map_error
 from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_uploads
-from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of
+from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of, size_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
-from ._s3_settings import configured_endpoint, from_django_storages, from_url
+from ._s3_settings import configured_endpoint, from_django_storages, from_url, is_amazon
 from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
@@ -61,7 +61,8 @@ class S3Backend(Backend):
     Args:
         bucket: its name, or the ARN of an access point. It has to exist.
         prefix: begins every key in the bucket, followed by a slash; keys of this backend are without it.
-        session: of aioboto3 or aiobotocore, to make clients from. By default one of aiobotocore with `profile`.
+        session: of aioboto3 or aiobotocore, to make clients from, in one event loop only if its credentials are renewed
+            (those of a role). By default one of aiobotocore with `profile` for each loop.
         client: a ready S3 client, borrowed: used in the loop that it belongs to, as it is configured, never closed.
         endpoint_url: of another service than AWS; by default that of the `client`, or of AWS_ENDPOINT_URL_S3 or
             AWS_ENDPOINT_URL.
@@ -225,7 +226,7 @@ class S3Backend(Backend):
         self._querystring_auth = querystring_auth
         self._expires_in = expires_in
         self._conditional_copies = (
-            endpoint_url is None and conditional_writes if conditional_copies is None else conditional_copies
+            is_amazon(endpoint_url) and conditional_writes if conditional_copies is None else conditional_copies
         )
         self._part_bytes = part_bytes
         self._parts = parts
@@ -309,17 +310,21 @@ class S3Backend(Backend):
             undo_within=self.timeouts.cleanup,
         )
 
-    async def _copy(self, key: str, new_key: str, *, token: str | None, durable: bool) -> ObjectInfo:
+    async def _copy(
+        self, key: str, new_key: str, *, token: str | None, durable: bool, content_type: str | None = None
+    ) -> ObjectInfo:
         what = f"copy {key!r} to {new_key!r} in {self}"
         source = self._at(key, what)
         connection = self._connections.get()
         found = await connection.head(what, **source)
+        if content_type is not None:
+            found = {**found, "ContentType": content_type}
         token = token or new_token()
         params = described(found, parameters_of(self._object_parameters, new_key, None, {}, token))
         target = self._target(what, new_key, token, params)
         try:
             with self._noting_failure(token):
-                answer = await self._copied(target, source, int(found["ContentLength"]), found["ETag"])
+                answer = await self._copied(target, source, size_of(found, what), found["ETag"])
         except AlreadyExists as error:
             # The same answer says that the original is not the one any more that we have looked at.
             if not await is_taken(target):
@@ -522,10 +527,12 @@ class S3Backend(Backend):
             params["ContentType"] = content_type
         if not public and seconds > MAX_EXPIRY:
             raise NotSupported(f"a URL cannot be signed for {seconds:g} seconds: {_TOO_LONG}")
-        signer = await self._connections.get().signer()
-        url = await signer.generate_presigned_url(
-            operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
-        )
+        connection = self._connections.get()
+        signer = await connection.signer()
+        with connection.noting_credentials():
+            url = await signer.generate_presigned_url(
+                operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
+            )
         return without_query(url) if public else url
 
     async def _upload_form(
@@ -541,11 +548,13 @@ class S3Backend(Backend):
             fields["Content-Type"] = content_type
         conditions: list[Any] = [*({name: value} for name, value in fields.items())]
         conditions.append(["content-length-range", 0, max_bytes])
-        signer = await self._connections.get().signer()
-        expires_at = datetime.now(UTC) + timedelta(seconds=expires_in)
-        answer = await signer.generate_presigned_post(
-            self.bucket, self.prefix + key, Fields=fields, Conditions=conditions, ExpiresIn=max(1, round(expires_in))
-        )
+        connection = self._connections.get()
+        signer = await connection.signer()
+        expires_at, lives = datetime.now(UTC) + timedelta(seconds=expires_in), max(1, round(expires_in))
+        with connection.noting_credentials():
+            answer = await signer.generate_presigned_post(
+                self.bucket, self.prefix + key, Fields=fields, Conditions=conditions, ExpiresIn=lives
+            )
         return UploadForm(answer["url"], answer["fields"], expires_at)
 
     # -- life

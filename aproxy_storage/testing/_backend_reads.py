@@ -125,7 +125,7 @@ class ReadTests(BackendHooks):
             assert (await backend.stat("copy")).token == "tokenOfCopy0"
 
     async def test_content_type_and_metadata_are_kept(self, backend: Any) -> None:
-        metadata = {"author": "x", "note": "plain text"}
+        metadata = {"author": "x", "note": "plain text", "word": "=?utf-8?q?x?="}  # as in a header of mail
         await backend.write("key", b"x", content_type="text/x-test", metadata=metadata)
         info = await backend.stat("key")
         if backend.capabilities.content_type:

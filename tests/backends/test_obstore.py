@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
+import pytest
 import pytest_asyncio
 from obstore.store import LocalStore, MemoryStore
 
@@ -92,3 +93,13 @@ class TestMemoryStore(BackendTests):
 
     async def list_behind(self, backend: Any) -> list[str]:
         return [entry["path"] for entry in await obstore.list(self.store).collect_async()]
+
+
+@pytest.mark.asyncio
+async def test_metadata_that_cannot_be_decoded_is_told_as_it_is() -> None:
+    store = MemoryStore()
+    obstore.put(store, "key", b"x", attributes={"title": "=?utf-8?b?A?="})
+    backend = ObstoreBackend(store)
+    assert (await backend.stat("key")).metadata == {"title": "=?utf-8?b?A?="}
+    async with backend.read("key") as reader:
+        assert reader.data == b"x"

@@ -438,6 +438,7 @@ ANSWER = (
         (ANSWER.format("MicrosoftAzure", "413", "<Code>RequestBodyTooLarge</Code>"), OutOfSpace),
         (ANSWER.format("MicrosoftAzure", "503", "<Code>ServerBusy</Code>"), BackendUnavailable),
         (ANSWER.format("S3", "400", "<Code>ExpiredToken</Code>"), AccessDenied),
+        (ANSWER.format("S3", "400", "<Code>XMinioParentIsObject</Code>"), InvalidPath),
         (ANSWER.format("S3", "403", "<Code>RequestTimeTooSkewed</Code>"), AccessDenied),
         (ANSWER.format("S3", "301", "<Code>PermanentRedirect</Code>"), ConfigurationError),
         (ANSWER.format("S3", "501", "<Code>NotImplemented</Code>"), NotSupported),

@@ -98,6 +98,9 @@ async def test_a_client_that_is_made_while_its_connection_is_closed_is_closed_to
         def get_component(self, name: str) -> Any:
             return Mock()
 
+        async def get_credentials(self) -> None:
+            return None
+
     backend = S3Backend("bucket", session=Session())
     looking = asyncio.ensure_future(backend.stat("key"))
     await begun.wait()

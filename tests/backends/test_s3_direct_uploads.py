@@ -33,12 +33,12 @@ async def storage(s3_service: S3Service, tmp_path: Path) -> AsyncIterator[ProxyS
         yield storage
 
 
-async def post(upload: DirectUpload, content: bytes) -> int:
+async def post(upload: DirectUpload, content: bytes, *, part_type: str | None = None, **changed: str) -> int:
     """Upload as a browser does; return the status."""
     data = aiohttp.FormData()
-    for name, value in upload.form.fields.items():
+    for name, value in {**upload.form.fields, **changed}.items():
         data.add_field(name, value)
-    data.add_field("file", content, filename="whatever.bin")
+    data.add_field("file", content, filename="whatever.bin", content_type=part_type)
     async with aiohttp.ClientSession() as browser, browser.post(upload.form.url, data=data) as answer:
         return answer.status
 
@@ -71,6 +71,35 @@ async def test_an_upload_becomes_a_file(storage: ProxyStorage, s3_service: S3Ser
     assert await content(storage, upload.path) == b"%PDF"
     assert await behind(s3_service) == ["cv.pdf"]
     assert await storage.finish_upload(upload.path) == await storage.get(upload.path), "a second time is the same"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("avatar.png", None, "image/png"),
+        ("avatar", None, "application/octet-stream"),
+        ("avatar.png", "image/webp", "image/webp"),
+    ],
+)
+async def test_the_uploader_does_not_choose_the_type(
+    name: str, given: str | None, expected: str, storage: ProxyStorage
+) -> None:
+    upload = await storage.begin_upload(name, max_bytes=100, content_type=given)
+    assert await post(upload, b"<script>", **{"Content-Type": "text/html"}) == 403
+    assert await post(upload, b"<script>", part_type="text/html") in (200, 204)
+    record = await storage.finish_upload(upload.path)
+    assert record.content_type == expected
+    assert (await storage.get_original("s3").stat(name)).content_type == expected
+
+
+@pytest.mark.parametrize(("said", "expected"), [("text/html", "application/octet-stream"), ("image/png", "image/png")])
+async def test_forms_that_said_no_type_make_no_pages(said: str, expected: str, storage: ProxyStorage) -> None:
+    """Such as were given by an earlier version."""
+    upload = await storage.begin_upload("avatar", max_bytes=100, content_type=said)
+    await post(upload, b"<script>")
+    await storage.meta.update(upload.path, {"content_type": None})
+    assert (await storage.finish_upload(upload.path)).content_type == expected
+    assert (await storage.get_original("s3").stat("avatar")).content_type == expected
 
 
 async def test_the_form_cannot_change_a_finished_file(storage: ProxyStorage, s3_service: S3Service) -> None:

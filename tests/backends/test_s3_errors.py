@@ -9,10 +9,13 @@ import pickle
 import socket
 import zlib
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import aiohttp
 import pytest
+from aiobotocore.credentials import AioCredentials, AioRefreshableCredentials
+from aiobotocore.session import AioSession
 from botocore.exceptions import EndpointConnectionError
 
 from aproxy_storage import Fallback, ProxyStorage
@@ -27,6 +30,7 @@ from aproxy_storage.errors import (
     Conflict,
     DeadlineExceeded,
     IntegrityError,
+    InvalidPath,
     NotFound,
     NotSupported,
     OutOfSpace,
@@ -110,6 +114,14 @@ def assert_no_secret(raised: StorageError) -> None:
         (error(507, "XMinioStorageFull"), OutOfSpace, "no room"),
         (error(501, "NotImplemented"), NotSupported, "conditional_writes="),
         (error(400, "SomethingNew"), BackendUnavailable, "SomethingNew"),
+        (error(429, "RateLimitExceeded"), BackendUnavailable, "slow down"),
+        (Answer(429, {}, b"<html>Too Many Requests</html>"), BackendUnavailable, "slow down"),
+        (error(401, "Unauthorized"), AccessDenied, "signed"),
+        (Answer(401, {}, b"<html>Unauthorized</html>"), AccessDenied, "signed"),
+        (error(400, "XMinioParentIsObject"), InvalidPath, "in the place of a directory"),
+        (error(409, "XMinioObjectExistsAsDirectory"), InvalidPath, "in the place of a directory"),
+        (error(403, "ObjectNotInActiveTierError"), BackendUnavailable, "archived"),
+        (Answer(413, {}, b"<html>Request Entity Too Large</html>"), OutOfSpace, "too large"),
     ],
     ids=lambda value: getattr(value, "status", "") if isinstance(value, Answer) else "",
 )
@@ -126,11 +138,18 @@ async def test_answers_become_errors(answer: Answer, expected: type[StorageError
 
 
 async def test_head_is_understood_by_its_status() -> None:
-    statuses = {403: AccessDenied, 400: BackendUnavailable, 500: BackendUnavailable, 503: BackendUnavailable}
-    for status, expected in statuses.items():
+    for status, expected, hint, retryable in (
+        (400, BackendUnavailable, "expired", False),  # AWS gives no reason here
+        (401, AccessDenied, "signed", False),
+        (403, AccessDenied, "right", False),
+        (429, BackendUnavailable, "slow down", True),
+        (500, BackendUnavailable, "out of order", True),
+        (503, BackendUnavailable, "out of order", True),
+    ):
         async with FakeS3(lambda asked, status=status: Answer(status)).backend() as backend:  # type: ignore[misc]
-            with pytest.raises(expected):
+            with pytest.raises(expected, match=hint) as caught:
                 await backend.stat("key")
+            assert caught.value.retryable == retryable
 
 
 @pytest.mark.parametrize("body", [b"default backend - 404", b"<html><body>Not Found</body></html>"])
@@ -170,7 +189,8 @@ async def test_services_that_do_not_number_their_answers_are_asked_for_the_bucke
 
 
 async def test_transient_errors_are_tried_again() -> None:
-    for answers in ([error(503, "SlowDown")], [error(500, "InternalError"), Answer(cut=-1)], [Answer(cut=-1)] * 3):
+    internal = error(500, "InternalError")
+    for answers in ([error(503, "SlowDown")], [Answer(429)], [internal, Answer(cut=-1)], [Answer(cut=-1)] * 3):
         script = iter([*answers, Answer(200, {"ETag": '"1"', "Content-Length": "0"})])
         fake = FakeS3(lambda asked, script=script: next(script))  # type: ignore[misc]
         async with fake.backend() as backend:
@@ -186,8 +206,9 @@ async def test_what_is_not_transient_is_asked_once() -> None:
     assert len(fake.asked) == 1
 
 
-async def test_tries_end() -> None:
-    fake = FakeS3(lambda asked: error(503, "SlowDown"))
+@pytest.mark.parametrize("answer", [error(503, "SlowDown"), error(429, "RateLimitExceeded"), Answer(429)])
+async def test_tries_end(answer: Answer) -> None:
+    fake = FakeS3(lambda asked: answer)
     async with fake.backend() as backend:
         with pytest.raises(BackendUnavailable) as caught:
             await backend.write("key", b"x")
@@ -271,6 +292,20 @@ async def test_upload_whose_beginning_was_lost_is_not_begun_again(cut: int) -> N
         with pytest.raises(BackendUnavailable):
             await backend.write("key", b"x" * (1 << 20))
     assert begun == 1
+
+
+@pytest.mark.parametrize("answer", [error(500, "InternalError"), error(503, "SlowDown"), Answer(502), Answer(429)])
+async def test_upload_whose_beginning_was_refused_is_begun_again(answer: Answer) -> None:
+    """At worst an upload without a part is left, and a large file is saved."""
+    service, refused = OneObject(0), [answer]
+
+    def once(asked: Asked) -> Answer:
+        return refused.pop() if refused and asked.query.startswith("uploads") else service(asked)
+
+    async with FakeS3(once).backend(multipart_bytes=1 << 16) as backend:
+        await backend.write("key", b"x" * (1 << 20), token="ours00000000")
+    assert not refused
+    assert (service.token, service.uploads) == ("ours00000000", 1)
 
 
 @ENDED
@@ -576,12 +611,85 @@ async def test_missing_bucket_is_not_a_missing_object(s3_server: S3Server) -> No
                 assert "bucket=" in str(raised)
 
 
-async def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
+
+
+@pytest.mark.usefixtures("no_credentials")
+@pytest.mark.parametrize("verb", ["stat", "read", "url", "url in public"])
+async def test_credentials_that_are_missing_for_a_moment(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the server that gives those of a role does not answer while a client is made."""
+    made = 0
+
+    async def opened(self: Any, endpoint_url: str | None) -> Any:
+        nonlocal made
+        made += 1
+        return await opening(self, endpoint_url)
+
+    opening = _s3_client.Connection._open
+    monkeypatch.setattr(_s3_client.Connection, "_open", opened)
+    options: dict[str, Any] = {"access_key": None, "secret_key": None, "session_token": None}
+    if verb == "url in public":
+        options["public_endpoint_url"] = "http://files.example.org"
+
+    async def ask(backend: S3Backend) -> None:
+        await {"stat": backend.stat, "read": lambda key: read(backend, key)}.get(verb, backend.url)("key")
+
+    async with FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}, b"x")).backend(**options) as backend:
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="has not answered"):
+                await ask(backend)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        with pytest.raises(ConfigurationError):
+            await ask(backend)
+        assert made == 1, "not with every request"
+        connection = backend._connections.get()
+        assert connection._look_again_at is not None, "never again"
+        connection._look_again_at = 0.0  # the pause is over
+        for _ in range(2):
+            await ask(backend)
+        assert made == 2
+
+
+async def test_renewed_credentials_are_those_of_one_loop() -> None:
+    def session(credentials: Any) -> AioSession:
+        made = AioSession()
+        made._credentials = credentials
+        return made
+
+    async def renew() -> Any:
+        raise AssertionError("they are good for long")
+
+    async def look(session: AioSession) -> None:
+        options = {"access_key": None, "secret_key": None, "session_token": None, "session": session}
+        async with S3Backend("bucket", **{**known, **options}) as backend:
+            await backend.stat("key")
+
+    moment = (datetime.now(UTC) + timedelta(hours=9)).isoformat()
+    data = {"access_key": "a", "secret_key": "b", "token": "c", "expiry_time": moment}
+    renewed = session(AioRefreshableCredentials.create_from_metadata(data, refresh_using=renew, method="x"))
+    fake = FakeS3(lambda asked: Answer(200, {"ETag": '"1"', "Content-Length": "0"}))
+    async with fake.backend():
+        known: dict[str, Any] = {"endpoint_url": f"http://127.0.0.1:{fake.port}", "region": "x"}
+        for _ in range(2):
+            await asyncio.to_thread(asyncio.run, look(renewed))  # their loops are closed
+        for _ in range(2):
+            await look(renewed)
+        with pytest.raises(ConfigurationError, match="another one"):
+            await asyncio.to_thread(asyncio.run, look(renewed))
+        fixed = session(AioCredentials("a", "b"))
+        await look(fixed)
+        await asyncio.to_thread(asyncio.run, look(fixed))
+
+
+@pytest.mark.usefixtures("no_credentials")
+async def test_no_credentials() -> None:
     async with S3Backend("bucket", endpoint_url="http://127.0.0.1:1", region="x") as backend:
         with pytest.raises(ConfigurationError, match="AWS_ACCESS_KEY_ID"):
             await backend.stat("key")

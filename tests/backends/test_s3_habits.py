@@ -27,6 +27,7 @@ class Objects:
 
     def __init__(self, **contents: bytes) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
+        self.closed = False  # the body of an answer
         self.asked: list[tuple[str, dict[str, Any]]] = []
         for key, content in contents.items():
             self._put(content, Key=key)
@@ -46,6 +47,12 @@ class Objects:
         except KeyError:
             raise refusal("HeadObject", "404", 404) from None
 
+    async def get_object(self, **params: Any) -> dict[str, Any]:
+        return {**await self.head_object(**params), "Body": self}
+
+    def close(self) -> None:
+        self.closed = True
+
     async def put_object(self, **params: Any) -> dict[str, Any]:
         self.asked.append(("put_object", params))
         return self._put(params["Body"].read(), **params)
@@ -59,7 +66,11 @@ class Objects:
         return {"UploadId": "1"}
 
     async def upload_part_copy(self, **params: Any) -> dict[str, Any]:
-        self.copied = self.content(params["CopySource"]["Key"])
+        self.asked.append(("upload_part_copy", params))
+        content = self.content(params["CopySource"]["Key"])
+        if "CopySourceRange" in params and len(content) <= 5 << 20:  # as Amazon has it
+            raise refusal("UploadPartCopy", "InvalidRequest", 400)
+        self.copied = content
         return {"CopyPartResult": {"ETag": "1"}}
 
     async def complete_multipart_upload(self, **params: Any) -> dict[str, Any]:
@@ -99,6 +110,51 @@ async def test_nothing_is_copied_onto_what_is_there() -> None:
 async def test_copies_are_not_conditional_where_writes_are_not() -> None:
     with pytest.raises(ConfigurationError, match="conditional_copies"):
         S3Backend("bucket", conditional_writes=False, conditional_copies=True)
+
+
+# -- copies
+
+
+async def test_small_objects_are_not_copied_in_ranges() -> None:
+    """Amazon takes ranges of more than 5 MiB only, however its endpoint is named."""
+    client = Objects(old=b"x")
+    backend = S3Backend("bucket", client=client, conditional_copies=False)
+    await backend.copy("old", "new")
+    assert client.content("new") == b"x"
+    backend._copy_part_bytes = 4 << 20
+    client._put(b"x" * (6 << 20), Key="large")
+    await backend.copy("large", "copy")
+    ranges = [params.get("CopySourceRange") for operation, params in client.asked if operation == "upload_part_copy"]
+    assert ranges == [None, "bytes=0-4194303", "bytes=4194304-6291455"]
+
+
+# -- answers that lack something
+
+
+@pytest.mark.parametrize("verb", ["read", "stat", "copy"])
+async def test_a_size_that_is_not_told_is_missed_by_name(verb: str) -> None:
+    """A proxy that sends in chunks, or compresses, takes it out."""
+    client = Objects(key=b"x")
+    del client.objects["key"]["ContentLength"]
+    backend = S3Backend("bucket", client=client)
+    with pytest.raises(BackendUnavailable, match="Content-Length") as caught:
+        if verb == "read":
+            async with backend.read("key"):
+                pass
+        else:
+            await (backend.stat("key") if verb == "stat" else backend.copy("key", "new"))
+    assert not caught.value.retryable
+    assert verb != "read" or client.closed
+
+
+# -- metadata
+
+
+async def test_metadata_that_cannot_be_decoded_is_told_as_it_is() -> None:
+    client = Objects(key=b"x")
+    client.objects["key"]["Metadata"] = {"title": "=?utf-8?b?A?="}
+    info = await S3Backend("bucket", client=client).stat("key")
+    assert info.metadata == {"title": "=?utf-8?b?A?="}
 
 
 # -- removing
@@ -245,6 +301,7 @@ class Elsewhere(Objects):
         ({"AWS_ENDPOINT_URL": "http://minio", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, {}, None),
         ({"AWS_ENDPOINT_URL": "https://s3.eu-west-1.amazonaws.com"}, {}, None),
         ({"AWS_ENDPOINT_URL": "http://minio"}, {"endpoint_url": "http://ceph"}, "http://ceph"),
+        ({"AWS_ENDPOINT_URL": "https://ec2-1.compute.amazonaws.com"}, {}, "https://ec2-1.compute.amazonaws.com"),
         ({"AWS_ENDPOINT_URL": "http://minio"}, {"client": Elsewhere("http://ceph")}, "http://ceph"),
         ({"AWS_ENDPOINT_URL": "http://minio"}, {"client": Elsewhere("https://s3.eu-west-1.amazonaws.com")}, None),
     ],
@@ -260,6 +317,32 @@ async def test_the_service_is_known_however_it_is_named(
     backend = S3Backend("bucket", **options)
     assert backend.endpoint == expected
     assert backend._conditional_copies == (expected is None)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_amazon"),
+    [
+        ("https://s3.amazonaws.com", True),
+        ("https://s3.eu-west-1.amazonaws.com/", True),
+        ("https://s3-us-west-2.amazonaws.com", True),
+        ("https://S3.dualstack.us-gov-west-1.amazonaws.com:443", True),
+        ("https://s3-accelerate.dualstack.amazonaws.com", True),
+        ("https://s3.cn-north-1.amazonaws.com.cn", True),
+        ("https://bucket.vpce-1a2b-3c4d.s3.us-east-1.vpce.amazonaws.com", True),
+        ("https://minio-12.eu-west-1.elb.amazonaws.com", False),
+        ("https://s3-minio-12.elb.eu-west-1.amazonaws.com", False),
+        ("https://s3.eu-west-1.elb.amazonaws.com", False),
+        ("https://ec2-1-2-3-4.eu-west-1.compute.amazonaws.com", False),
+        ("https://s3.amazonaws.com.example.org", False),
+        ("https://minio", False),
+    ],
+)
+async def test_amazon_is_known_by_its_endpoints(endpoint: str, is_amazon: bool) -> None:
+    """Others run their services on its machines."""
+    backend = S3Backend("bucket", endpoint_url=endpoint)
+    assert backend._conditional_copies == is_amazon
+    assert backend.endpoint == endpoint, "requests go there"
+    assert not S3Backend("bucket", endpoint_url=endpoint, conditional_writes=False)._conditional_copies
 
 
 async def test_access_points_are_named_like_buckets() -> None:
