@@ -52,7 +52,6 @@ _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 class WritingVerbs(ReadingVerbs):
     """What changes the files of a storage. Each verb is done wholly or not at all."""
 
-    keys: str
     timeouts: Timeouts
     checksum: str | None
     max_path_bytes: int
