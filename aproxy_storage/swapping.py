@@ -102,8 +102,9 @@ class Swapping:
         return place if place.state in ("good", "doubtful") or place.due is not None else replace(place, due=due)
 
     async def make_primary(self, record: MetaRecord, place: Place) -> MetaRecord:
-        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus."""
-        former = replace(record.primary, state="surplus")
+        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus, where
+        one copy is wanted."""
+        former = replace(record.primary, state="good" if self._storage.placement.limits.copies > 1 else "surplus")
         others = (other for other in record.places if other not in (place, record.primary))
         places = (former, *others)
         changes = {"original_storage_name": place.original, "original_storage_path": place.key, "places": places}
