@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from .attempts import spent_on
 from .content import Source
 from .direct_uploads import DirectUpload, begin, finish
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
@@ -248,10 +249,14 @@ class WritingVerbs(ReadingVerbs):
                             continue
                 try:
                     return await self._save(path, source, exact=True, extra=extra, **options)
-                except AlreadyExists:
+                except AlreadyExists as error:
+                    if exclusive:
+                        raise
                     # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
+                    if source.spent:
+                        raise spent_on(error)  # noqa: B904  it has its cause
                     # Where nobody has the path each time, its key is taken by something that has no record.
-                    if exclusive or tries == _MAX_TRIES or not await self._settles(path, until):
+                    if tries == _MAX_TRIES or not await self._settles(path, until):
                         raise
             raise AssertionError("the last try returns or raises")
         finally:

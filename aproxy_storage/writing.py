@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .attempts import Job, Placed
+from .attempts import Job, Placed, spent_on
 from .content import Source
 from .errors import AlreadyExists, NotFound, outcome_unknown
 from .leases import Held
@@ -207,10 +207,12 @@ class Writing(Swapping):
                 stored = await self._create_placed(record, placed, job, rename if once and not exact else None)
                 self._clear_losers(stored, job)
                 return stored
-            except AlreadyExists:
-                if exact:
+            except AlreadyExists as error:
+                if exact or source.spent:
                     await self._finish(self._discard_own(job, record), "removal of bytes without a record")
-                    raise
+                    if exact:
+                        raise
+                    raise spent_on(error)  # noqa: B904  it has its cause
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
