@@ -265,6 +265,42 @@ async def over_a_foreign_file(meta: MemoryMetaBackend, placement: Placement) -> 
 
 
 @PLACEMENTS
+async def test_content_that_is_there_only_once_is_not_begun_under_a_taken_key(
+    meta: TransactionalMeta, placement: Placement
+) -> None:
+    storage = await over_a_foreign_file(meta, placement)
+    content = iter([b"mine, ", b"whole"])
+    async with meta.atomic():
+        for exclusive in (True, False):
+            with pytest.raises(AlreadyExists):
+                await storage.write_to("x.txt", content, exclusive=exclusive)
+        path = await storage.save("x.txt", content)
+    assert path != "x.txt"
+    assert await read(storage, path) == b"mine, whole"
+    assert len((await storage.get(path)).good_places()) == placement.limits.copies
+    assert sorted(await keys(storage)) == sorted(["x.txt", path])
+
+
+@PLACEMENTS
+async def test_an_original_that_is_away_does_not_keep_content_from_the_others(
+    meta: TransactionalMeta, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise BackendUnavailable("out of order")
+
+    storage = await over_a_foreign_file(meta, placement)
+    for name in ("_stat", "_write"):
+        monkeypatch.setattr(storage.get_original("a"), name, fail)
+    saving = storage.save("y.txt", iter([b"mine"]))
+    async with meta.atomic():
+        if placement.limits.quorum == 1 and placement.limits.copies == 2:
+            assert await read(storage, await saving) == b"mine"
+        else:
+            with pytest.raises(BackendUnavailable):
+                await saving
+
+
+@PLACEMENTS
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
 @pytest.mark.parametrize("verb", ["save", "write_to"])
 async def test_content_that_is_spent_when_its_key_turns_out_to_be_taken_says_so(
