@@ -157,7 +157,8 @@ class Swapping:
             try:
                 return await journal.change(record, changes, lease=lease)
             except StorageError as error:
-                if not error.outcome_unknown and not isinstance(error, Conflict):
+                # A rule of the database's would refuse it again, whatever the record has become.
+                if not error.outcome_unknown and not (isinstance(error, Conflict) and error.retryable):
                     raise
                 lost = error
             try:
@@ -205,8 +206,9 @@ class Swapping:
                 left = (*others, *(replace(place, state="settling") for place in unsure))
                 await journal.change(current, {"places": left}, lease=journal.lease_for(left))
                 return
-            except Conflict:
-                continue
+            except Conflict as error:
+                if not error.retryable:
+                    raise
 
     async def _drop_after_commit(
         self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None
