@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .proxy_reading import ReadingVerbs
     from .proxy_writing import WritingVerbs
 
-__all__ = ["Attempt", "Attempts", "Job", "Placed", "Try", "note", "tell", "verdict_of"]
+__all__ = ["Attempt", "Attempts", "Job", "Placed", "Try", "note", "spent_on", "tell", "verdict_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -407,9 +407,11 @@ class Attempts:
             if not job.careful or not await backend.is_taken(one.place.key):
                 job.begin(one)
                 return await put(backend, one.place.key, job.token, source=source, movable=movable)
-        except AlreadyExists:
+        except AlreadyExists as error:
             if job.rekey is None or (source is not None and source.spent):
                 raise
+            if job.write.source.spent:
+                raise spent_on(error)  # noqa: B904  it has its cause
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.
         await self._rename(job, one, job.rekey, watch)
@@ -452,6 +454,16 @@ def note(error: StorageError, earlier: Sequence[StorageError]) -> StorageError:
         for other in earlier:
             error.add_note(f"tried before: {other}")
     return error
+
+
+def spent_on(error: AlreadyExists) -> ContentError:
+    """Return what `error` is to whoever has handed over content that can be read only once, and was read for it."""
+    spent = ContentError(
+        f"the content can be read only once, and while it was read something came to where it was to go ({error}); "
+        "save it again, or hand over bytes, a path or a file that can seek"
+    )
+    spent.__cause__ = error
+    return spent
 
 
 def tell(

@@ -160,7 +160,7 @@ class Journal:
         `settle` is over (`force`: it is): under another path, where nothing could make it a file again.
 
         Raises:
-            Conflict: it has moved on, and has not only stepped aside.
+            Conflict: it has moved on, and has not only stepped aside; or the database refuses to let it go.
         """
         record = marked.record
         places = record.all_places()
@@ -172,7 +172,9 @@ class Journal:
         if certain or settled:
             try:
                 await self.meta.delete(record.path, expect=record.revision)
-            except Conflict:
+            except Conflict as error:
+                if not error.retryable:  # a rule of the database's, which it would break again
+                    raise
                 if (aside := await self._find_aside(record, record.primary)) is None:
                     return "moved on"
                 try:
@@ -294,6 +296,9 @@ class Journal:
         `settle`), ``"failed"`` (an original could not be reached), ``"moved on"`` (somebody else was first).
         `force`: nothing else is alive, so that leases and settle times count as over. `early`: replaced bytes are not
         kept until they are due.
+
+        Raises:
+            Conflict: the database refuses the change. And as `MetaBackend.update`.
         """
         try:
             if record.state == STORED:
@@ -304,7 +309,9 @@ class Journal:
             marked = await self.mark(record, lease=max(self.settle, self.lease))
             done = await self.sweep(marked, certain=False, force=force)
             return verb if done == "gone" else done
-        except (Conflict, NotFound):
+        except (Conflict, NotFound) as error:
+            if isinstance(error, Conflict) and not error.retryable:
+                raise  # a rule of the database's, which it would break again
             return "moved on"
 
     async def _clear(self, record: MetaRecord, *, force: bool, early: bool, now: float = 0.0) -> str:

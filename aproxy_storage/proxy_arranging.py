@@ -62,7 +62,8 @@ class ArrangingVerbs(WritingVerbs):
     async def move(self, path: Path, using: str) -> MetaRecord:
         """Move the bytes of a file into the original `using`; the path stays. Return the new record.
 
-        Where `using` has a copy already, that becomes the one that the record names first, and no byte moves.
+        Where `using` has a copy already, that becomes the one that the record names first, and no byte moves. The
+        former one stays a copy where the placement wants several.
 
         Raises:
             NotFound, IntegrityError, Conflict (deleted or replaced meanwhile); the file is where it was then.

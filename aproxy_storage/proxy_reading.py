@@ -20,7 +20,7 @@ from .meta_backends.base import MetaBackend
 from .openings import Opened, in_read_order, open_bytes
 from .paths import shown
 from .placement import Placement
-from .records import STORED, ByteRange, CommonPrefix, MetaRecord, Place
+from .records import CHANGES_TO_REUSE, STORED, ByteRange, CommonPrefix, MetaRecord, Place
 
 __all__ = ["Path", "ReadingVerbs"]
 
@@ -33,6 +33,7 @@ class ReadingVerbs(abc.ABC):
 
     name: str
     prefix: str
+    keys: str
     chunk_bytes: int
     originals: Mapping[str, Backend]
     gates: Mapping[str, Gate]
@@ -85,8 +86,8 @@ class ReadingVerbs(abc.ABC):
         """Open a file: ``async with storage.open(path) as f``, or ``f = await storage.open(path)``.
 
         Given a record, reading is pinned to what it stands for, so that whoever has checked a permission by it gets
-        that file, or none. Where the original does not say whose object it has opened, the record is looked up once
-        more for that.
+        that file, or none. Where the original does not say whose object it has opened, or the key may have been used
+        again by the same file (``keys="path"``), the record is looked up once more for that.
 
         Args:
             mode: ``"rb"``; ``"wb"`` writes a new file or new bytes for the one there, ``"xb"`` a new file only.
@@ -96,7 +97,8 @@ class ReadingVerbs(abc.ABC):
 
         Raises (when awaited or entered):
             NotFound: there is no such file; the one of the record was deleted, and another may have its path.
-            Conflict: the file of the record has other bytes by now, and its own are gone: get the record again.
+            Conflict: the file of the record has other bytes by now, and its own are gone, or were replaced so often
+                that nothing tells them from later ones: get the record again.
             IntegrityError: its bytes are gone, or not as long as recorded.
             AlreadyExists: ``"xb"``, at the latest when it is closed.
         """
@@ -138,8 +140,10 @@ class ReadingVerbs(abc.ABC):
             reading, backend = opened.reading, opened.backend
             try:
                 differs = None not in (record.size, reading.info.size) and record.size != reading.info.size
-                # Deleted and saved anew since the record was read, the bytes may be those of the new file.
-                unsure = given is not None and not (given.token and given.token == reading.info.token)
+                # Deleted and saved anew since the record was read, the bytes may be those of the new file; replaced,
+                # with the key restored, those of the replacement, which has the token of the old ones.
+                tells = self.keys == "token" and reading.info.token
+                unsure = given is not None and not (tells and given.token == tells)
                 looked_up = differs or verify or unsure
                 current = await self._current(record, given, opened.place) if looked_up else record
                 if not current.has_bytes_of(record):
@@ -178,14 +182,15 @@ class ReadingVerbs(abc.ABC):
             raise NotFound(
                 f"the file of the record of {path!r} was deleted; another one has its path", operation="open", path=path
             )
-        if current.version == given.version or (
-            current.checksum == given.checksum if given.checksum else current.has_bytes_of(given)
-        ):
+        if current.checksum == given.checksum if given.checksum else current.has_bytes_of(given):
             return current
-        if place is not None and replace(place, state="surplus", due=None) in (
-            replace(each, due=None) for each in current.places
+        # One change more: what was swapped in there has to be replaced too, before the key is surplus once more.
+        if (
+            place is not None
+            and current.version - given.version < CHANGES_TO_REUSE + 1
+            and replace(place, state="surplus", due=None) in (replace(each, due=None) for each in current.places)
         ):
-            return given  # no other bytes come to a key that is still named
+            return given
         raise Conflict(
             f"{path!r} was replaced since its record was read; get the record again", operation="open", path=path
         )

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+from .attempts import spent_on
 from .content import Source
 from .direct_uploads import DirectUpload, begin, finish
 from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
@@ -52,7 +53,6 @@ _RECORD_FIELDS = frozenset(MetaRecord.__dataclass_fields__)
 class WritingVerbs(ReadingVerbs):
     """What changes the files of a storage. Each verb is done wholly or not at all."""
 
-    keys: str
     timeouts: Timeouts
     checksum: str | None
     max_path_bytes: int
@@ -235,7 +235,6 @@ class WritingVerbs(ReadingVerbs):
         """
         source = self._source(content, size)  # one for both: a hook or the placement may look into it before `replace`
         options: dict[str, Any] = {"using": using, "content_type": content_type}
-        until = time.monotonic() + _PATIENCE
         try:
             for tries in itertools.count(1):
                 if not exclusive and (found := await self._found(path)) is not None:
@@ -249,10 +248,14 @@ class WritingVerbs(ReadingVerbs):
                             continue
                 try:
                     return await self._save(path, source, exact=True, extra=extra, **options)
-                except AlreadyExists:
+                except AlreadyExists as error:
+                    if exclusive:
+                        raise
                     # Mostly raised by the reservation, before the content was read; else it is read again, or refused.
+                    if source.spent:
+                        raise spent_on(error)  # noqa: B904  it has its cause
                     # Where nobody has the path each time, its key is taken by something that has no record.
-                    if exclusive or tries == _MAX_TRIES or not await self._settles(path, until):
+                    if tries == _MAX_TRIES or not await self._settles(path):
                         raise
             raise AssertionError("the last try returns or raises")
         finally:
@@ -264,8 +267,13 @@ class WritingVerbs(ReadingVerbs):
         except NotFound:
             return None
 
-    async def _settles(self, path: str, until: float) -> bool:
-        """Wait until `path`, at which nothing could be saved, is a file of ours, or free; return whether it ever is."""
+    async def _settles(self, path: str) -> bool:
+        """Wait until `path`, at which nothing could be saved, is a file of ours, or free; return whether it ever is.
+
+        Raises:
+            Conflict: not while it was waited for.
+        """
+        until: float | None = None
         for pause in _pauses():
             try:
                 record = await self.meta.get(path)
@@ -273,10 +281,12 @@ class WritingVerbs(ReadingVerbs):
                 return True
             if record.proxy_storage_name != self.name or record.state == DELETING:
                 return False
-            if time.monotonic() >= until:
-                break
             if record.state == STORED:
                 return True
+            now = time.monotonic()
+            until = now + _PATIENCE if until is None else until
+            if now >= until:
+                break
             await asyncio.sleep(pause)
         raise Conflict(
             f"{path!r} is being saved by somebody else, or a save of it was killed; try again later",

@@ -38,6 +38,10 @@ PlaceState = Literal["good", "doubtful", "surplus", "settling"]
 #: The extra fields that say which object a file belongs to, named by django-proxy-storage. No copy has them.
 OWNER_FIELDS = ("content_type_id", "object_id", "field")
 
+#: Changes of a record that it takes at least until one of its keys has other bytes: others are swapped in, the key is
+#: forgotten, named anew by `restore_key`, and swapped in.
+CHANGES_TO_REUSE = 4
+
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -136,11 +140,16 @@ class MetaRecord(Mapping[str, Any]):
         return tuple(place for place in self.all_places() if place.state == "good")
 
     def has_bytes_of(self, other: MetaRecord) -> bool:
-        """Return whether both stand for the same bytes: the same place, given by the same reservation.
+        """Return whether both stand for the same bytes: the same place, given by the same reservation, and not reused.
 
-        A key alone does not say so: deleted and saved anew, a file may have the key of the one before.
+        A key alone does not say so: deleted and saved anew, a file may have the key of the one before; replaced, it
+        may have its own former one again. That tells the checksum; where there is none, few changes in between.
         """
-        return (self.token, self.primary) == (other.token, other.primary)
+        if (self.token, self.primary) != (other.token, other.primary):
+            return False
+        if self.checksum and other.checksum:
+            return self.checksum == other.checksum
+        return abs(self.version - other.version) < CHANGES_TO_REUSE
 
     def get_proxy_storage(self) -> ProxyStorage:
         """Return the registered storage that this record belongs to.

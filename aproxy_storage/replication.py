@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from .attempts import Attempts, Job, Placed, Try, note
+from .attempts import Attempts, Job, Placed, Try, note, spent_on
 from .content import Source
 from .errors import AlreadyExists, BackendUnavailable, ContentError, StorageError
 from .futures import outcome_of
@@ -98,7 +98,9 @@ class _Copies:
                 await self._pump(tee)
             await self._wait()
         except ContentError as error:
-            raise job.write.failure or error from error
+            if job.write.failure is None:
+                raise
+            raise job.write.failure from error
         written = await write.written()
         async with job.naming:  # none is cut short in the middle of a change of the record
             await self.stop()
@@ -131,9 +133,7 @@ class _Copies:
             await asyncio.wait(self._running, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             self._collect(still=True)
         if len(self._good) < self._limits.quorum:
-            errors = self._job.errors
-            last = errors.pop() if errors else self._too_late()
-            raise note(last, errors)
+            raise self._last() if self._job.errors else self._too_late()
 
     def _collect(self, *, still: bool) -> None:
         """Take note of the attempts that have ended; raise where the save cannot succeed any more."""
@@ -153,7 +153,14 @@ class _Copies:
                     extra={"original": one.place.original, "fallback": True},
                 )  # fmt: skip
         if still and len(self._good) + len(self._running) < self._limits.quorum:
-            raise note(job.errors.pop(), job.errors)
+            raise self._last()
+
+    def _last(self) -> StorageError:
+        job = self._job
+        last = job.errors.pop()
+        if isinstance(last, AlreadyExists) and job.rekey is not None and job.write.source.spent:
+            last = spent_on(last)
+        return note(last, job.errors)
 
     def _too_late(self) -> BackendUnavailable:
         return BackendUnavailable(

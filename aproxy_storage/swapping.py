@@ -107,8 +107,9 @@ class Swapping:
         return place if place.state in ("good", "doubtful") or place.due is not None else replace(place, due=due)
 
     async def make_primary(self, record: MetaRecord, place: Place) -> MetaRecord:
-        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus."""
-        former = replace(record.primary, state="surplus")
+        """Let reads and URLs of `record` go to `place`, one of its good ones; the former one becomes surplus, where
+        one copy is wanted."""
+        former = replace(record.primary, state="good" if self._storage.placement.limits.copies > 1 else "surplus")
         others = (other for other in record.places if other not in (place, record.primary))
         places = (former, *others)
         changes = {"original_storage_name": place.original, "original_storage_path": place.key, "places": places}
@@ -161,7 +162,8 @@ class Swapping:
             try:
                 return await journal.change(record, changes, lease=lease)
             except StorageError as error:
-                if not error.outcome_unknown and not isinstance(error, Conflict):
+                # A rule of the database's would refuse it again, whatever the record has become.
+                if not error.outcome_unknown and not (isinstance(error, Conflict) and error.retryable):
                     raise
                 lost = error
             try:
@@ -209,8 +211,9 @@ class Swapping:
                 left = (*others, *(replace(place, state="settling") for place in unsure))
                 await journal.change(current, {"places": left}, lease=journal.lease_for(left))
                 return
-            except Conflict:
-                continue
+            except Conflict as error:
+                if not error.retryable:
+                    raise
 
     async def _drop_after_commit(
         self, record: MetaRecord, surplus: Sequence[Place], until: float, clock: DatabaseTime | None

@@ -11,13 +11,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .attempts import Job, Placed
+from .attempts import Job, Placed, spent_on
 from .content import Source
-from .errors import AlreadyExists, NotFound, outcome_unknown
+from .errors import AlreadyExists, NotFound, StorageError, outcome_unknown
 from .leases import Held
 from .paths import new_token
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
 from .swapping import Swapping, no_lease
+from .timeouts import Alarm
 from .writes import Content, Transfer, Write
 
 __all__ = ["Writing"]
@@ -200,6 +201,11 @@ class Writing(Swapping):
                     raise AlreadyExists(f"there is a file {path!r} already", operation="save", path=path)
                 continue
             keys = await self._keys_without_owner(path, candidates)
+            if keys == "path" and not source.replayable and await self._is_key_taken(path, candidates, forced=forced):
+                if exact:
+                    raise AlreadyExists(f"something without a record has the key of {path!r}", path=path)
+                path = self.next_name(path, candidates, max_length)
+                continue
             record = self._reservation(path, new_token(), candidates[:1], fields, keys=keys)
             job = Job(write, record.token, no_lease, forced=forced)
             placed: Placed | None = None
@@ -207,10 +213,12 @@ class Writing(Swapping):
                 placed = await self._attempts.place(job, [self._place(record, name, keys) for name in candidates])
                 rename = partial(self.next_name, candidates=candidates, max_length=max_length)
                 stored = await self._create_placed(record, placed, job, rename if once and not exact else None)
-            except AlreadyExists:
-                if exact:
+            except AlreadyExists as error:
+                if exact or source.spent:
                     await self._undo(write, self._discard_own(job, record), "removal of bytes without a record")
-                    raise
+                    if exact:
+                        raise
+                    raise spent_on(error)  # noqa: B904  it has its cause
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
@@ -235,6 +243,23 @@ class Writing(Swapping):
                 if (await storage.meta.owners(name, [key])).get(key):
                     return "token"
         return storage.keys
+
+    async def _is_key_taken(self, path: str, candidates: Sequence[str], *, forced: bool) -> bool:
+        """Return whether the key of `path` is seen to be taken in one of the originals that are written to at first.
+
+        One that cannot be asked is left to the attempt at it, which may do without.
+        """
+        storage, key = self._storage, path[len(self._storage.prefix) :]
+        gates = [storage.gate_of(name) for name in candidates]
+        asked = [gate for gate in gates if forced or gate.allows("write")]
+        for gate in asked[: storage.placement.limits.copies]:
+            try:
+                with Alarm(gate.attempt_timeout):
+                    if await storage.get_original(gate.name).is_taken(key):
+                        return True
+            except (StorageError, TimeoutError):
+                continue
+        return False
 
     async def _create_placed(
         self, record: MetaRecord, placed: Placed, job: Job, rename: Callable[[str], str] | None

@@ -456,7 +456,8 @@ def test_replace_copy_move_delete_and_rename_of_a_replicated_file() -> None:
             assert await copies(world, "y") == ["a", "b"]
             writes = world.plan["b"].calls["write"]
             await world.storage.move("y", "b")  # a copy is there already: no byte moves
-            assert await copies(world, "y") == ["b"]
+            assert await copies(world, "y") == ["b", "a"]  # nor is one given up
+            assert (await world.storage.get("y")).lease is None
             assert world.plan["b"].calls["write"] == writes
             await world.storage.move("x", "c")
             assert await copies(world, "x") == ["c", "b"]
@@ -470,6 +471,20 @@ def test_replace_copy_move_delete_and_rename_of_a_replicated_file() -> None:
                 await world.storage.delete(path)
             await world.assert_clean()
             assert [await world.keys(name) for name in "abc"] == [[], [], []]
+
+    run(main())
+
+
+def test_a_move_to_a_copy_gives_the_former_place_up_where_one_copy_is_wanted() -> None:
+    async def main() -> None:
+        async with World(Replicate(2), "ab") as world:
+            await world.storage.save("x", b"1")
+            world.storage.placement = First()
+            await world.storage.move("x", "b")
+            assert await copies(world, "x") == ["b"]
+            await world.assert_clean()
+            assert await world.keys("a") == []
+            assert await content_of(world.storage, "x") == b"1"
 
     run(main())
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,14 @@ from aproxy_storage import (
     DeadlineExceeded,
     IntegrityError,
     InvalidPath,
+    MetaRecord,
     NotFound,
     NotSupported,
     ObjectInfo,
     ProxyStorage,
+    Route,
     Source,
+    by_content_type,
     proxy_writing,
 )
 from aproxy_storage.backends.base import Reader
@@ -291,6 +295,40 @@ async def test_a_writer_waits_for_a_save_of_its_name_only_so_long(monkeypatch: p
     backend.gate.set()
     assert await saving == "x"
     assert await content_of(storage, "x") == b"old"
+
+
+async def test_the_time_of_ones_own_content_is_not_counted_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, backend = gated()
+    storage.placement = Route(by_content_type({"image/*": "default"}))  # which looks at the content
+    saving: asyncio.Task[str] | None = None
+    now = 0.0
+
+    async def content(*, done: bool) -> AsyncIterator[bytes]:
+        nonlocal saving, now
+        saving = asyncio.create_task(storage.save("x", b"theirs"))
+        while not await storage.meta.count(state="pending"):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if done:
+            backend.gate.set()
+            await saving
+        now += 1000.0
+        yield b"mine"
+
+    async def get(path: str) -> MetaRecord:
+        record = await MemoryMetaBackend.get(storage.meta, path)
+        if record.state == "pending":
+            backend.gate.set()  # it is over soon after it was first seen
+        return record
+
+    monkeypatch.setattr(storage.meta, "get", get)
+    monkeypatch.setattr(proxy_writing, "time", SimpleNamespace(monotonic=lambda: now))
+    for done in (True, False):
+        backend.gate.clear()
+        await storage.write_to("x", content(done=done), exclusive=False)
+        assert saving is not None
+        assert await saving == "x"
+        assert await content_of(storage, "x") == b"mine"
+        await storage.delete("x")
 
 
 class _ThirdFails:

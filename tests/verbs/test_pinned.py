@@ -82,6 +82,26 @@ async def test_replaced_bytes_are_read_by_their_record_while_they_last(make: Mak
         assert await file.read() == ADAS.upper()
 
 
+@pytest.mark.parametrize("how", ["stream", "open", "range"])
+@pytest.mark.parametrize("checksum", ["sha256", None])
+@pytest.mark.parametrize("replaced_again", [False, True])
+async def test_a_record_never_reads_other_bytes_that_came_to_its_key(
+    make: Make, how: str, checksum: str | None, replaced_again: bool
+) -> None:
+    storage = make(keep_replaced=60.0, checksum=checksum)
+    record = await storage.get(await storage.save("cv.txt", ADAS))
+    await storage.replace("cv.txt", b"Bob's letter")
+    assert await read(storage, record, how) == ADAS
+    assert (await storage.restore_key("cv.txt")).primary == record.primary
+    if replaced_again:  # the key is one of replaced bytes once more, but not of Ada's
+        await storage.replace("cv.txt", b"Eve's letter")
+    with pytest.raises(Conflict, match="get the record again"):
+        await read(storage, record, how)
+    with pytest.raises(Conflict):
+        await storage.copy(record, "copy.txt")
+    assert await storage.meta.count() == 1
+
+
 class CountingMeta(MemoryMetaBackend):
     gets = 0
 
@@ -100,11 +120,13 @@ class Nameless(MemoryBackend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "by_record"), [(MemoryBackend, 0), (Nameless, 1)], ids=["with tokens", "without tokens"]
+    ("backend", "keys", "by_record"),
+    [(MemoryBackend, "token", 0), (MemoryBackend, "path", 1), (Nameless, "token", 1)],
+    ids=["keys that never come back", "keys that may", "without tokens"],
 )
-async def test_only_what_has_to_be_looked_up_is(backend: Callable[[], Any], by_record: int) -> None:
+async def test_only_what_has_to_be_looked_up_is(backend: Callable[[], Any], keys: str, by_record: int) -> None:
     meta = CountingMeta()
-    storage = ProxyStorage("media", originals=backend(), meta=meta)
+    storage = ProxyStorage("media", originals=backend(), meta=meta, keys=keys)
     record = await storage.get(await storage.save("x", b"abc"))
 
     async def lookups(opening: Any) -> int:

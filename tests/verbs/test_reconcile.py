@@ -18,6 +18,7 @@ from aproxy_storage import (
     BackendUnavailable,
     ByteRange,
     ConfigurationError,
+    Conflict,
     IntegrityError,
     MetaRecord,
     NotFound,
@@ -576,3 +577,54 @@ async def test_a_period_that_is_none_or_fails_leaves_the_verbs_alone(make: Make)
         patch.setattr(failing.meta, "list_unfinished", fails)
         assert await failing.save("x", b"") != "x"
         await failing.cleanup.drain(within=30.0)
+
+
+class RefusingMeta(MemoryMetaBackend):
+    """Has a rule that refuses changes of the record of ``x``, from the `after`-th on."""
+
+    after: int | None = None
+
+    async def _update(self, path: str, *args: Any) -> Any:
+        if self.after is not None and path == "x":
+            self.after -= 1
+            if self.after < 0:
+                raise Conflict("CHECK constraint files_places_ck failed", retryable=False)
+        return await super()._update(path, *args)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+async def test_a_rule_of_the_database_is_told_and_not_taken_for_somebody_else(after: int) -> None:
+    meta, original = RefusingMeta(), MemoryBackend()
+    storage = ProxyStorage("media", originals=original, meta=meta, keep_replaced=0.001)
+    await storage.save("x", b"old")
+    await storage.replace("x", b"new")
+    meta.after = after
+    with pytest.raises(Conflict, match="files_places_ck"):
+        await storage.replace("x", b"newer")
+    assert meta.after >= -2, "what is refused once is refused again"
+    assert await content_of(storage, "x") == b"new"
+    meta.after = 0
+    report = await reconcile(storage, dry_run=False, force=True)
+    assert report.counts == {"failed": 1}
+    assert "files_places_ck" in str(report.findings[0].error)
+    assert not report.clean
+    meta.after = None
+    await reconcile(storage, dry_run=False, force=True)
+    assert len(await keys_of(original)) == 1
+
+
+async def test_a_record_that_the_database_keeps_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*_: Any, **__: Any) -> Any:
+        raise Conflict("trigger files_keep", retryable=False)
+
+    meta = MemoryMetaBackend()
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+    await storage.save("x", b"abc")
+    with monkeypatch.context() as context:
+        context.setattr(meta, "delete", refuse)
+        await storage.delete("x")
+        report = await reconcile(storage, dry_run=False, force=True)
+        assert report.counts == {"failed": 1}
+        assert "files_keep" in str(report.findings[0].error)
+    assert (await reconcile(storage, dry_run=False, force=True)).counts == {"deleted": 1}
+    assert await meta.count() == 0

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from aproxy_storage import AlreadyExists, BackendUnavailable, MetaRecord, NotFound, ProxyStorage
+from aproxy_storage import (
+    AlreadyExists,
+    BackendUnavailable,
+    ContentError,
+    First,
+    MetaRecord,
+    NotFound,
+    Placement,
+    ProxyStorage,
+    Replicate,
+)
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
@@ -284,3 +294,73 @@ async def test_overwriting_in_a_transaction_gives_up_where_the_key_is_taken_with
         with pytest.raises(AlreadyExists):
             await storage.write_to("a.txt", b"x", exclusive=False)
     assert [info.key async for info in original.list()] == ["a.txt"]
+
+
+PLACEMENTS = pytest.mark.parametrize("placement", [First(), Replicate(2, 1), Replicate(2, 2)], ids=["1", "1 of 2", "2"])
+
+
+async def over_a_foreign_file(meta: MemoryMetaBackend, placement: Placement) -> ProxyStorage:
+    originals = {"a": MemoryBackend(), "b": MemoryBackend()}
+    await originals["a"].write("x.txt", b"somebody else's")
+    return ProxyStorage("m", originals=originals, meta=meta, placement=placement)
+
+
+@PLACEMENTS
+async def test_content_that_is_there_only_once_is_not_begun_under_a_taken_key(
+    meta: TransactionalMeta, placement: Placement
+) -> None:
+    storage = await over_a_foreign_file(meta, placement)
+    content = iter([b"mine, ", b"whole"])
+    async with meta.atomic():
+        for exclusive in (True, False):
+            with pytest.raises(AlreadyExists):
+                await storage.write_to("x.txt", content, exclusive=exclusive)
+        path = await storage.save("x.txt", content)
+    assert path != "x.txt"
+    assert await read(storage, path) == b"mine, whole"
+    assert len((await storage.get(path)).good_places()) == placement.limits.copies
+    assert sorted(await keys(storage)) == sorted(["x.txt", path])
+
+
+@PLACEMENTS
+async def test_an_original_that_is_away_does_not_keep_content_from_the_others(
+    meta: TransactionalMeta, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any, **__: Any) -> Any:
+        raise BackendUnavailable("out of order")
+
+    storage = await over_a_foreign_file(meta, placement)
+    for name in ("_stat", "_write"):
+        monkeypatch.setattr(storage.get_original("a"), name, fail)
+    saving = storage.save("y.txt", iter([b"mine"]))
+    async with meta.atomic():
+        if placement.limits.quorum == 1 and placement.limits.copies == 2:
+            assert await read(storage, await saving) == b"mine"
+        else:
+            with pytest.raises(BackendUnavailable):
+                await saving
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("verb", ["save", "write_to"])
+async def test_content_that_is_spent_when_its_key_turns_out_to_be_taken_says_so(
+    meta: TransactionalMeta, placement: Placement, inside: bool, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def is_taken(key: str) -> bool:
+        return False  # it comes to be just after the look
+
+    storage = await over_a_foreign_file(meta, placement)
+    monkeypatch.setattr(storage.get_original("a"), "is_taken", is_taken)
+    meta.callbacks = [] if inside else None
+    content = iter([b"mine"])
+    saving = storage.save("x.txt", content) if verb == "save" else storage.write_to("x.txt", content, exclusive=False)
+    if placement.limits.quorum < placement.limits.copies:
+        await saving  # the other original has it
+        return
+    with pytest.raises(ContentError, match="save it again") as caught:
+        await saving
+    assert isinstance(caught.value.__cause__, AlreadyExists)
+    assert await meta.count() == 0
+    assert await keys(storage) == ["x.txt"]
+    assert [info.key async for info in storage.get_original("b").list()] == []
