@@ -185,13 +185,13 @@ class Engine:
             BackendUnavailable: there is no file any more. It is not made anew: with none of its records, files would be
                 taken for absent.
         """
-        if not self._used:
+        if held.cursor is None and not self._used:
             return
         file = self._file()
         if held.cursor is not None and held.file != file:
             held.close()
             self.ready = False
-        if file is None:
+        if file is None and self._used:
             raise BackendUnavailable(
                 f"{self.path}: the file was moved or deleted while it was in use; put it back, or close the storage "
                 "and open it again to begin with an empty one"
@@ -285,7 +285,7 @@ class Engine:
         self._check_process()
         with self._lock:
             every = list(self._held)
-            self.ready = self._used = False
+            self.ready = False
         # The writer's last: the last one to close moves the log into the database and deletes it.
         for one in reversed(every):
             if not one.lock.acquire(timeout=max(0.0, until - time.monotonic())):
@@ -294,6 +294,8 @@ class Engine:
                 if one is self._writing and one.cursor is not None:
                     _optimize(one.cursor)
                 one.close()
+                if one is self._writing:  # not before: until here somebody may write
+                    self._used = False
             finally:
                 one.lock.release()
 

@@ -492,6 +492,31 @@ async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
 
 
 @pytest.mark.asyncio
+async def test_nothing_is_acknowledged_into_a_deleted_file_beside_aclose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    await meta.create(make_record("a"))
+    loop = asyncio.get_running_loop()
+    shared, close = meta._engine._shared, _sqlite_engine.Held.close
+    ended: list[type[BaseException] | None] = []
+
+    def close_late(held: _sqlite_engine.Held) -> None:
+        if held is shared and not ended:  # the writer's connection is still open
+            for path in tmp_path.iterdir():
+                path.unlink()
+            ended.extend(asyncio.run_coroutine_threadsafe(calls_of(meta, "b"), loop).result(10))
+        close(held)
+
+    monkeypatch.setattr(_sqlite_engine.Held, "close", close_late)
+    await meta.aclose()
+    assert ended == [BackendUnavailable] * 3
+    assert list(tmp_path.iterdir()) == []
+    assert await meta.create(make_record("b"))  # closed, it begins anew
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
 async def test_what_fails_for_many_is_the_error_of_each(tmp_path: Path) -> None:
     meta = SQLiteMetaBackend(tmp_path)  # a directory
     for operation, answers in (
