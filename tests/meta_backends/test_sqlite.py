@@ -476,6 +476,59 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_moved(
         assert await other.exists("d")
 
 
+@pytest.mark.parametrize("way", ["replaced", "moved", "deleted"])
+@pytest.mark.asyncio
+async def test_a_backup_is_not_opened_with_the_log_of_the_former_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(_sqlite_engine, "LOOK_EVERY", -1.0)
+    path, away = tmp_path / "meta.db", tmp_path / "away.db"
+    wal, shm = tmp_path / "meta.db-wal", tmp_path / "meta.db-shm"
+    async with SQLiteMetaBackend(path) as meta:
+        await meta.create_many([make_record("a")])
+        with behind(path) as live, behind(tmp_path / "backup.db") as copy:
+            live.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        assert await meta.create(make_record("b"))
+        if way != "deleted":  # there, nothing that reads keeps the file open
+            assert await meta.get_many(["a"])
+            assert meta.look_here("a")
+        backup, inode = (tmp_path / "backup.db").read_bytes(), path.stat().st_ino
+        if way != "replaced":
+            path.rename(away) if way == "moved" else path.unlink()
+            with pytest.raises(BackendUnavailable, match=f"removing {wal} and {shm}"):
+                meta.look_here("a")
+            assert await calls_of(meta, "c") == [BackendUnavailable] * 3
+            copies = [tmp_path / f"copy{number}" for number in range(30)]
+            for each in copies:
+                each.write_bytes(backup)
+            # A file system gives the inodes of files that are gone to others soon.
+            max(copies, key=lambda each: each.stat().st_ino == inode).rename(path)
+        else:
+            path.rename(away)
+            (tmp_path / "backup.db").rename(path)
+        for _ in range(2):
+            assert await calls_of(meta, "c") == [BackendUnavailable] * 3
+            with pytest.raises(BackendUnavailable, match=f"remove {wal} and {shm}"):
+                meta.look_here("a")
+        assert path.read_bytes() == backup
+        if away.exists():
+            away.rename(path)
+            assert await calls_of(meta, "d") == [None, None, None]
+            assert [await meta.exists(name) for name in "abcd"] == [True, True, False, True]
+            path.rename(away)
+            path.write_bytes(backup)
+            assert await calls_of(meta, "e") == [BackendUnavailable] * 3
+        wal.unlink()
+        with pytest.raises(BackendUnavailable, match=f"remove {shm}"):
+            await meta.create(make_record("e"))
+        shm.unlink()
+        assert await calls_of(meta, "e") == [None, None, None]
+        assert [await meta.exists(name) for name in "abcde"] == [True, False, False, False, True]
+        with behind(path) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
 @pytest.mark.asyncio
 async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
