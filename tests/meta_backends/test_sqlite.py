@@ -22,11 +22,14 @@ import pytest_asyncio
 from aproxy_storage import ProxyStorage, threads
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.errors import (
+    AlreadyExists,
     BackendUnavailable,
     ConfigurationError,
+    Conflict,
     DeadlineExceeded,
     IntegrityError,
     NotFound,
+    NotSupported,
     OutOfSpace,
     StorageError,
 )
@@ -34,7 +37,7 @@ from aproxy_storage.meta_backends import _sqlite_engine
 from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.paths import new_token
-from aproxy_storage.records import PENDING, MetaRecord, Place
+from aproxy_storage.records import PENDING, MetaRecord, Place, Revision
 from aproxy_storage.testing.meta_backends import MetaBackendTests, make_record
 from aproxy_storage.timeouts import Timeouts
 
@@ -430,6 +433,39 @@ async def test_the_table_is_dropped(tmp_path: Path) -> None:
         with behind(meta.path) as connection:
             connection.execute("DROP TABLE aproxy_files")
         await refused(meta, ConfigurationError, reads=False)
+
+
+@pytest.mark.parametrize("what", ["INSERT", "UPDATE", "DELETE"])
+@pytest.mark.asyncio
+async def test_a_trigger_that_swallows_a_write_is_named(tmp_path: Path, what: str) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        there = await meta.create(make_record("a"))
+        with behind(meta.path) as connection:
+            connection.execute(f"CREATE TRIGGER t BEFORE {what} ON aproxy_files BEGIN SELECT RAISE(IGNORE); END")
+        new, other = make_record("b"), Revision("another", 1)
+        calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "INSERT": lambda: meta.create(new),
+            "UPDATE": lambda: meta.update("a", {"size": 7}, expect=there.revision),
+            "DELETE": lambda: meta.delete("a", expect=there.revision),
+        }
+        with pytest.raises(NotSupported, match="a trigger"):
+            await calls[what]()
+        if what == "INSERT":
+            with pytest.raises(NotSupported, match="a trigger"):
+                await meta.reserve(new, lease=1.0, spare=new)
+            with pytest.raises(AlreadyExists):
+                await meta.create(make_record("a", token="another"))
+        if what == "DELETE":
+            with pytest.raises(NotSupported, match="a trigger"):
+                await meta.delete("a")
+            with pytest.raises(Conflict):
+                await meta.delete("a", expect=other)
+            with pytest.raises(NotFound):
+                await meta.delete("absent")
+            many = await meta.delete_many([("a", None), ("a", other)])
+            assert [type(answer) for answer in many] == [NotSupported, Conflict]
+        assert await meta.get("a") == there
+        assert not await meta.exists("b")
 
 
 async def calls_of(meta: SQLiteMetaBackend, name: str) -> list[type[BaseException] | None]:
