@@ -8,7 +8,6 @@ late lies at a key that is discarded once more when the form is no good any long
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from .errors import AlreadyExists, ConfigurationError, Conflict, NotFound, NotSu
 from .paths import new_token
 from .records import PENDING, STORED, MetaRecord, ObjectInfo, Place, UploadForm
 from .sniffing import guess_content_type
+from .timeouts import elapsed
 
 if TYPE_CHECKING:
     from .proxy_writing import WritingVerbs
@@ -126,7 +126,7 @@ async def finish(storage: WritingVerbs, path: str) -> MetaRecord:
         raise NotFound(f"nothing has been uploaded for {path!r}", operation="finish_upload", path=path) from error
     # The browser may be at it again until then.
     left = 0.0 if record.lease is None else max(0.0, (record.lease - datetime.now(UTC)).total_seconds())
-    since = asyncio.get_running_loop().time()
+    since = elapsed()
     # Whoever moves the version is the one who finishes.
     taken = await journal.change(record, {"places": record.places}, lease=left + journal.lease)
     # The same as one of the usual length that is taken `left` seconds later: not renewed, and so shortened, before.

@@ -11,6 +11,7 @@ from .errors import Conflict, NotFound, StorageError
 from .loops import PerLoop
 from .meta_backends.base import MetaBackend
 from .records import STORED, MetaRecord
+from .timeouts import elapsed
 
 __all__ = ["DatabaseTime", "Held", "Leases"]
 
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 class DatabaseTime(NamedTuple):
     """What time it is by the database's clock, as the answer to a statement has shown: `shown` seconds since 1970, at
-    some moment between `since` and `until` by the clock of the event loop."""
+    some moment between `since` and `until` by `timeouts.elapsed`."""
 
     shown: float
     since: float
@@ -30,15 +31,15 @@ class DatabaseTime(NamedTuple):
         """Return what `record` shows, which was given a lease of `seconds` by a statement sent at `since`."""
         if record.lease is None or seconds is None:
             return None
-        return cls(record.lease.timestamp() - seconds, since, asyncio.get_running_loop().time())
+        return cls(record.lease.timestamp() - seconds, since, elapsed())
 
     def earliest(self) -> float:
         """Return a moment that is not later than now."""
-        return self.shown + asyncio.get_running_loop().time() - self.until
+        return self.shown + elapsed() - self.until
 
     def latest(self) -> float:
         """Return a moment that is not earlier than now."""
-        return self.shown + asyncio.get_running_loop().time() - self.since
+        return self.shown + elapsed() - self.since
 
 
 class Leases:
@@ -53,7 +54,7 @@ class Leases:
     def hold(self, record: MetaRecord, *, since: float, follow: bool = False) -> Held:
         """Return a context manager that keeps the lease of `record` alive.
 
-        `since`: the loop's time before the statement that took the lease was sent. `follow`: whatever others make
+        `since`: `timeouts.elapsed` before the statement that took the lease was sent. `follow`: whatever others make
         of the record meanwhile, as long as it is stored and the same file.
         """
         return Held(self._rounds.get(), self, record, since, follow, self._meta._database_asked())
@@ -66,7 +67,7 @@ class Leases:
             round_.timer = None
             return
         self.start(round_)
-        now = asyncio.get_running_loop().time()
+        now = elapsed()
         due: dict[str | None, list[Held]] = {}
         for held in round_.held:
             if now - held.since >= self.seconds / 3 and not held.renewing:
@@ -77,7 +78,7 @@ class Leases:
             self._cleanup.start(self._renew(some), name="renewal of leases", context=context)
 
     async def _renew(self, due: list[Held]) -> None:
-        begun = asyncio.get_running_loop().time()
+        begun = elapsed()
         try:
             answers = await self._meta.update_many(
                 [(held.record.path, {}, held.record.revision) for held in due], lease=self.seconds
@@ -131,7 +132,7 @@ class Held:
     def check(self) -> None:
         """Raise Conflict if the lease has run out (this process was stopped, or cannot reach the meta-backend):
         somebody else may have undone the save by now, and its keys may be theirs."""
-        if asyncio.get_running_loop().time() - self.since >= self._leases.seconds:
+        if elapsed() - self.since >= self._leases.seconds:
             raise Conflict(f"the save of {self.record.path!r} lost its lease of {self._leases.seconds} seconds")
 
     def __enter__(self) -> Held:

@@ -59,7 +59,7 @@ class Swapping:
         new = [Place(name, key or self._token_key(record.path, new_token(), name), "doubtful") for name in candidates]
         for place in new:
             storage.get_original(place.original).check_key(place.key)
-        since = asyncio.get_running_loop().time()
+        since = elapsed()
         named = await self._with_latest(record, pinned, lambda now: {"places": (*now.places, *new)})
         clock = DatabaseTime.of(named, journal.lease_for(named.places), since)
         made: list[Place] = []  # what this swap makes surplus
@@ -127,7 +127,7 @@ class Swapping:
         """
         journal = self._storage.journal
         new = Place(original, self._token_key(record.path, new_token(), original), "doubtful")
-        since = asyncio.get_running_loop().time()
+        since = elapsed()
         named = await self._with_latest(record, True, lambda now: {"places": (*now.places, new)})
         with journal.leases.hold(named, since=since) as held:
             job = Job(write, named.token, held.check, forced=True)

@@ -5,7 +5,6 @@ Which original gets it is the affair of `attempts` and `replication`; here is wh
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from .leases import Held
 from .paths import new_token
 from .records import DELETING, PENDING, STORED, MetaRecord, Place
 from .swapping import Swapping, no_lease
-from .timeouts import Alarm
+from .timeouts import Alarm, elapsed
 from .writes import Content, Transfer, Write
 
 __all__ = ["Writing"]
@@ -58,7 +57,7 @@ class Writing(Swapping):
             spare = record
             if storage.keys != "token":
                 spare = self._reservation(path, token, named, fields, keys="token")
-            since = asyncio.get_running_loop().time()
+            since = elapsed()
             try:
                 reserved = await storage.meta.reserve(record, lease=storage.lease, spare=spare)
             except AlreadyExists:

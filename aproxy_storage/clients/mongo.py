@@ -55,6 +55,8 @@ T = TypeVar("T")
 #: What answered writes survive: the loss of any minority of the servers, and of the power of all.
 JOURNALLED = WriteConcern(w="majority", j=True)
 
+_INDEX_CONFLICT = (85, 86)  # IndexOptionsConflict, IndexKeySpecsConflict
+_WHICH = ("partialFilterExpression", "collation")  # what says for which documents, and which texts, one is unique
 _CONNECT = 10.0  # seconds for one connection
 
 _WAY_OUT = (
@@ -205,26 +207,40 @@ async def ensure_indexes(collection: Any, indexes: Sequence[IndexModel], what: s
     nothing to the server.
 
     Raises:
-        ConfigurationError: one that has to be unique is there and is not, or documents are in the way of it. `what`
-            says of which collection.
+        ConfigurationError: one that has to be unique is there and is not, or documents or another index are in the
+            way of it. `what` says of which collection.
     """
     there = await collection.index_information()
     missing = []
+    in_the_way: set[str] = set()
     for index in indexes:
         wanted = index.document
         fields = list(wanted["key"].items())
-        # One may be beside ours that has the same fields, and is not unique, or not for the same documents.
-        found = [one for one in there.values() if [tuple(field) for field in one["key"]] == fields]
-        if not found:
-            missing.append(index)
-        elif wanted.get("unique") and not any(one.get("unique") for one in found):
-            names = ", ".join(wanted["key"])
-            raise ConfigurationError(f"{what} has an index on {names} that is not unique; drop it, and it is made anew")
+        # Others may have the same fields, and not be unique, or not for the same documents.
+        found = {name: one for name, one in there.items() if [tuple(field) for field in one["key"]] == fields}
+        if wanted.get("unique"):
+            alike = [one for one in found.values() if all(one.get(each) == wanted.get(each) for each in _WHICH)]
+            if any(one.get("unique") for one in alike):
+                continue
+            if alike:
+                names = ", ".join(wanted["key"])
+                raise ConfigurationError(
+                    f"{what} has an index on {names} that is not unique; drop it, and it is made anew"
+                )
+        elif found:
+            continue
+        missing.append(index)
+        in_the_way |= found.keys() | ({wanted["name"]} & there.keys())
     if not missing:
         return
     try:
         await collection.create_indexes(missing)
     except native.OperationFailure as error:
+        if error.code in _INDEX_CONFLICT:
+            raise ConfigurationError(
+                f"{what} cannot have its index beside {', '.join(sorted(in_the_way))}, which is another; drop that, or "
+                "make it anew under another name"
+            ) from error
         if error.code != DUPLICATE_KEY:
             raise
         twice = (error.details or {}).get("keyValue", "")

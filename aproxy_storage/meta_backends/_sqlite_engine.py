@@ -10,7 +10,8 @@ Four rules keep it safe:
   help: the counts are kept per file.) So every connection is closed before a fork, in the parent, and both sides
   open theirs again when they need one.
 * A write is answered after its COMMIT.
-* A connection whose file is not at its path any more is left. Writes would be acknowledged, and gone.
+* A connection whose file is not at its path any more is left. Writes would be acknowledged, and gone. Another file
+  there is not opened beside the log of the former one: SQLite would apply that, and destroy it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..blocking import blocking_loop
-from ..errors import BackendUnavailable, ConfigurationError, from_os_error
+from ..errors import BackendUnavailable, ConfigurationError
 from ._sqlite_errors import code_of
+from ._sqlite_files import Database, File, file_at, logs_of
 from ._sqlite_threads import Readers, Writer
 
 __all__ = ["Engine", "Held"]
@@ -44,9 +46,6 @@ LOOK_EVERY = (
 _FORK_WAIT = 5.0  # seconds that a fork waits for a statement under way
 
 
-_File = tuple[int, int] | None  # device and inode; None: there is none
-
-
 class Held:
     """One connection, or the place for one."""
 
@@ -55,7 +54,7 @@ class Held:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cursor: sqlite3.Cursor | None = None
-        self.file: _File = None  # which one was opened
+        self.file: File = None  # which one was opened
         self.seen = -math.inf  # when it was last seen at its path, by the monotonic clock
         self.broken = False
 
@@ -106,6 +105,7 @@ class Engine:
         self._hooked = False
         self._of_parents: list[object] = []
         self._used = False  # since the start or the last `close`, by this process or one that it was forked from
+        self._last: Database | None = None  # the one that was opened last for writing
         self._fresh()
 
     def _fresh(self) -> None:
@@ -158,17 +158,18 @@ class Engine:
             except BaseException:
                 held.close()
                 raise
-            held.file = self._file()
+            self._last = Database(self.path)
+            held.file = self._last.file
             self._used = self.ready = True
         return held.cursor
 
     def open_reading(self, held: Held) -> sqlite3.Cursor:
         """Return the cursor of a reading connection, opened now if need be."""
-        if time.monotonic() - held.seen > LOOK_EVERY:  # not for each: it costs a look-up a tenth
+        if held.cursor is None or time.monotonic() - held.seen > LOOK_EVERY:  # not for each: it costs a look-up a tenth
             self._leave_moved(held)
             held.seen = time.monotonic()
         if held.cursor is None:
-            held.file = self._file()
+            held.file = file_at(self.path)
             # Not mode=ro: whoever comes first after a crash recovers the log, and that is a write.
             held.cursor = cursor = self._connect("rw")
             try:
@@ -183,28 +184,27 @@ class Engine:
 
         Raises:
             BackendUnavailable: there is no file any more. It is not made anew: with none of its records, files would be
-                taken for absent.
+                taken for absent. Or there is another, and beside it the log of the former one.
         """
-        if not self._used:
+        if held.cursor is None and not self._used:
             return
-        file = self._file()
+        file = file_at(self.path)
         if held.cursor is not None and held.file != file:
             held.close()
             self.ready = False
-        if file is None:
+        if file is None and self._used:
             raise BackendUnavailable(
-                f"{self.path}: the file was moved or deleted while it was in use; put it back, or close the storage "
-                "and open it again to begin with an empty one"
+                f"{self.path}: the file was moved or deleted while it was in use; put it back (a backup only after "
+                f"removing {' and '.join(logs_of(self.path))}), or close the storage and open it again to begin with "
+                "an empty one"
             )
-
-    def _file(self) -> _File:
-        try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise from_os_error(error, f"find {self.path}") from error
-        return found.st_dev, found.st_ino
+        if held.cursor is None and self._last is not None and file != self._last.file:
+            left = self._last.left_beside(self.path)
+            if left:
+                raise BackendUnavailable(
+                    f"{self.path} is another file than before, with the log of the former one beside it, which SQLite "
+                    f"would apply to it: put the former file back, or stop what uses it and remove {' and '.join(left)}"
+                )
 
     def _connect(self, mode: str) -> sqlite3.Cursor:
         # check_same_thread: `close` and a fork close from another thread, with the lock held.
@@ -285,7 +285,7 @@ class Engine:
         self._check_process()
         with self._lock:
             every = list(self._held)
-            self.ready = self._used = False
+            self.ready = False
         # The writer's last: the last one to close moves the log into the database and deletes it.
         for one in reversed(every):
             if not one.lock.acquire(timeout=max(0.0, until - time.monotonic())):
@@ -294,6 +294,8 @@ class Engine:
                 if one is self._writing and one.cursor is not None:
                     _optimize(one.cursor)
                 one.close()
+                if one is self._writing:  # not before: until here somebody may write
+                    self._used, self._last = False, None
             finally:
                 one.lock.release()
 

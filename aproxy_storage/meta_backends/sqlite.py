@@ -70,7 +70,7 @@ class SQLiteMetaBackend(MetaBackend):
         IntegrityError: the file is damaged.
         AccessDenied: the file or its directory is not writable.
         OutOfSpace: the disk is full.
-        NotSupported: a value that SQLite or JSON cannot keep.
+        NotSupported: a value that SQLite or JSON cannot keep, or a trigger that keeps a record from being written.
     """
 
     keeps_deadlines: ClassVar[bool] = True
@@ -175,6 +175,8 @@ class SQLiteMetaBackend(MetaBackend):
         if cursor.execute(self._sql.insert, row).rowcount:
             return to_record(row)
         taken = cursor.execute(self._sql.get, (record.path,)).fetchone()
+        if taken is None:
+            raise self._swallowed("take the record of", record.path)
         if record.token and taken[_TOKEN] == record.token:
             return to_record(taken)
         raise AlreadyExists(f"{self} holds a record of {record.path!r} already", path=record.path)
@@ -257,17 +259,22 @@ class SQLiteMetaBackend(MetaBackend):
             new[_LEASE] = None if lease is None else transaction.now + lease
             columns.append("lease")
         try:
-            cursor.execute(self._sql.update(tuple(columns)), (*values_of(new, columns), path))
+            done = cursor.execute(self._sql.update(tuple(columns)), (*values_of(new, columns), path))
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode not in (sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE):
                 raise
             raise AlreadyExists(f"{self} holds a record of {new[_PATH]!r} already", path=new[_PATH]) from error
+        if not done.rowcount:
+            raise self._swallowed("change the record of", path)
         return to_record(new)
 
     def _absent(self, path: str, expect: Revision | None) -> StorageError:
         if expect is not None:
             return Conflict(f"the record of {path!r} is gone or has changed", path=path)
         return NotFound(f"{self} holds no record of {path!r}", path=path)
+
+    def _swallowed(self, what: str, path: str) -> StorageError:
+        return NotSupported(f"{self} does not {what} {path!r}: a trigger of the table keeps it from that", path=path)
 
     async def _delete(self, path: str, expect: Revision | None) -> bool:
         return await self._write(self._remove, path, expect)
@@ -280,7 +287,12 @@ class SQLiteMetaBackend(MetaBackend):
                 done = transaction.cursor.execute(self._sql.delete_expected, (path, *expect))
         except UnicodeEncodeError:
             return False
-        return done.rowcount > 0
+        if done.rowcount:
+            return True
+        row = transaction.cursor.execute(self._sql.get, (path,)).fetchone()
+        if row is not None and (expect is None or (row[_TOKEN], row[_VERSION]) == expect):
+            raise self._swallowed("delete the record of", path)
+        return False
 
     # -- many records
 

@@ -21,7 +21,7 @@ from aproxy_storage import AccessDenied, BackendUnavailable, Conflict, ProxyStor
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.gridfs import GridFSBackend
 from aproxy_storage.config import meta_backend_from_url, original_from_url
-from aproxy_storage.errors import ConfigurationError
+from aproxy_storage.errors import AlreadyExists, ConfigurationError
 from aproxy_storage.meta_backends import _mongo_clock
 from aproxy_storage.meta_backends._mongo_clock import ServerClock
 from aproxy_storage.meta_backends.mongo import MongoMetaBackend
@@ -311,12 +311,40 @@ async def test_collections_that_cannot_be_used(mongo_url: str, mongo_database: A
         assert "unique index that is not ours" in str(told)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unique": True, "partialFilterExpression": {"public": True}},
+        {"unique": True, "collation": {"locale": "en", "strength": 2}},
+        {"partialFilterExpression": {"public": True}},
+    ],
+    ids=["partial", "collation", "not unique"],
+)
+@pytest.mark.asyncio
+async def test_an_index_for_other_documents_is_not_taken_for_ours(
+    mongo_url: str, mongo_database: Any, options: dict[str, Any]
+) -> None:
+    url = in_database(mongo_url, mongo_database.name)
+    await mongo_database["beside"].create_index([("path", 1)], name="theirs", **options)
+    await mongo_database["named"].create_index([("path", 1)], name="path_1", **options)
+    async with MongoMetaBackend(url, "beside") as meta:
+        await meta.create(make_record("a"))
+    async with MongoMetaBackend(url, "beside") as meta:  # with both
+        with pytest.raises(AlreadyExists):
+            await meta.create(make_record("a", token="another"))
+    with pytest.raises(ConfigurationError, match="beside path_1"):
+        async with MongoMetaBackend(url, "named"):
+            pass
+
+
 @pytest.mark.asyncio
 async def test_an_index_beside_ours(mongo_url: str, mongo_database: Any) -> None:
     url = in_database(mongo_url, mongo_database.name)
+    await mongo_database["fs.files"].create_index([("filename", 1)])
     async with GridFSBackend(url) as files:
         await files.write("a", b"1")
-    await mongo_database["fs.files"].create_index([("filename", 1)])
+        with pytest.raises(AlreadyExists):
+            await files.write("a", b"2")
     async with GridFSBackend(url) as files:
         assert (await files.stat("a")).size == 1
 

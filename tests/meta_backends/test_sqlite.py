@@ -22,11 +22,14 @@ import pytest_asyncio
 from aproxy_storage import ProxyStorage, threads
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.errors import (
+    AlreadyExists,
     BackendUnavailable,
     ConfigurationError,
+    Conflict,
     DeadlineExceeded,
     IntegrityError,
     NotFound,
+    NotSupported,
     OutOfSpace,
     StorageError,
 )
@@ -34,7 +37,7 @@ from aproxy_storage.meta_backends import _sqlite_engine
 from aproxy_storage.meta_backends._sqlite_threads import Writer
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from aproxy_storage.paths import new_token
-from aproxy_storage.records import PENDING, MetaRecord, Place
+from aproxy_storage.records import PENDING, MetaRecord, Place, Revision
 from aproxy_storage.testing.meta_backends import MetaBackendTests, make_record
 from aproxy_storage.timeouts import Timeouts
 
@@ -432,6 +435,39 @@ async def test_the_table_is_dropped(tmp_path: Path) -> None:
         await refused(meta, ConfigurationError, reads=False)
 
 
+@pytest.mark.parametrize("what", ["INSERT", "UPDATE", "DELETE"])
+@pytest.mark.asyncio
+async def test_a_trigger_that_swallows_a_write_is_named(tmp_path: Path, what: str) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        there = await meta.create(make_record("a"))
+        with behind(meta.path) as connection:
+            connection.execute(f"CREATE TRIGGER t BEFORE {what} ON aproxy_files BEGIN SELECT RAISE(IGNORE); END")
+        new, other = make_record("b"), Revision("another", 1)
+        calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+            "INSERT": lambda: meta.create(new),
+            "UPDATE": lambda: meta.update("a", {"size": 7}, expect=there.revision),
+            "DELETE": lambda: meta.delete("a", expect=there.revision),
+        }
+        with pytest.raises(NotSupported, match="a trigger"):
+            await calls[what]()
+        if what == "INSERT":
+            with pytest.raises(NotSupported, match="a trigger"):
+                await meta.reserve(new, lease=1.0, spare=new)
+            with pytest.raises(AlreadyExists):
+                await meta.create(make_record("a", token="another"))
+        if what == "DELETE":
+            with pytest.raises(NotSupported, match="a trigger"):
+                await meta.delete("a")
+            with pytest.raises(Conflict):
+                await meta.delete("a", expect=other)
+            with pytest.raises(NotFound):
+                await meta.delete("absent")
+            many = await meta.delete_many([("a", None), ("a", other)])
+            assert [type(answer) for answer in many] == [NotSupported, Conflict]
+        assert await meta.get("a") == there
+        assert not await meta.exists("b")
+
+
 async def calls_of(meta: SQLiteMetaBackend, name: str) -> list[type[BaseException] | None]:
     """Return how a write, a look-up and a listing end."""
     ended: list[type[BaseException] | None] = []
@@ -476,6 +512,59 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_moved(
         assert await other.exists("d")
 
 
+@pytest.mark.parametrize("way", ["replaced", "moved", "deleted"])
+@pytest.mark.asyncio
+async def test_a_backup_is_not_opened_with_the_log_of_the_former_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(_sqlite_engine, "LOOK_EVERY", -1.0)
+    path, away = tmp_path / "meta.db", tmp_path / "away.db"
+    wal, shm = tmp_path / "meta.db-wal", tmp_path / "meta.db-shm"
+    async with SQLiteMetaBackend(path) as meta:
+        await meta.create_many([make_record("a")])
+        with behind(path) as live, behind(tmp_path / "backup.db") as copy:
+            live.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        assert await meta.create(make_record("b"))
+        if way != "deleted":  # there, nothing that reads keeps the file open
+            assert await meta.get_many(["a"])
+            assert meta.look_here("a")
+        backup, inode = (tmp_path / "backup.db").read_bytes(), path.stat().st_ino
+        if way != "replaced":
+            path.rename(away) if way == "moved" else path.unlink()
+            with pytest.raises(BackendUnavailable, match=f"removing {wal} and {shm}"):
+                meta.look_here("a")
+            assert await calls_of(meta, "c") == [BackendUnavailable] * 3
+            copies = [tmp_path / f"copy{number}" for number in range(30)]
+            for each in copies:
+                each.write_bytes(backup)
+            # A file system gives the inodes of files that are gone to others soon.
+            max(copies, key=lambda each: each.stat().st_ino == inode).rename(path)
+        else:
+            path.rename(away)
+            (tmp_path / "backup.db").rename(path)
+        for _ in range(2):
+            assert await calls_of(meta, "c") == [BackendUnavailable] * 3
+            with pytest.raises(BackendUnavailable, match=f"remove {wal} and {shm}"):
+                meta.look_here("a")
+        assert path.read_bytes() == backup
+        if away.exists():
+            away.rename(path)
+            assert await calls_of(meta, "d") == [None, None, None]
+            assert [await meta.exists(name) for name in "abcd"] == [True, True, False, True]
+            path.rename(away)
+            path.write_bytes(backup)
+            assert await calls_of(meta, "e") == [BackendUnavailable] * 3
+        wal.unlink()
+        with pytest.raises(BackendUnavailable, match=f"remove {shm}"):
+            await meta.create(make_record("e"))
+        shm.unlink()
+        assert await calls_of(meta, "e") == [None, None, None]
+        assert [await meta.exists(name) for name in "abcde"] == [True, False, False, False, True]
+        with behind(path) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
 @pytest.mark.asyncio
 async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -488,6 +577,31 @@ async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
     assert await calls_of(meta, "b") == [BackendUnavailable] * 3
     await meta.aclose()
     assert await calls_of(meta, "b") == [None, None, None]
+    await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_acknowledged_into_a_deleted_file_beside_aclose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = SQLiteMetaBackend(tmp_path / "meta.db")
+    await meta.create(make_record("a"))
+    loop = asyncio.get_running_loop()
+    shared, close = meta._engine._shared, _sqlite_engine.Held.close
+    ended: list[type[BaseException] | None] = []
+
+    def close_late(held: _sqlite_engine.Held) -> None:
+        if held is shared and not ended:  # the writer's connection is still open
+            for path in tmp_path.iterdir():
+                path.unlink()
+            ended.extend(asyncio.run_coroutine_threadsafe(calls_of(meta, "b"), loop).result(10))
+        close(held)
+
+    monkeypatch.setattr(_sqlite_engine.Held, "close", close_late)
+    await meta.aclose()
+    assert ended == [BackendUnavailable] * 3
+    assert list(tmp_path.iterdir()) == []
+    assert await meta.create(make_record("b"))  # closed, it begins anew
     await meta.aclose()
 
 

@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -23,8 +25,10 @@ from aproxy_storage import (
 from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.content import Source
+from aproxy_storage.leases import DatabaseTime
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.records import Revision
+from aproxy_storage.timeouts import elapsed
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.test_transactions import TransactionalMeta, read
 
@@ -240,15 +244,75 @@ async def read_all(file: AsyncIterator[bytes]) -> Iterable[bytes]:
     return [chunk async for chunk in file]
 
 
-@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="no clock here goes on while the machine sleeps")
+sleeps = pytest.mark.skipif(
+    not hasattr(time, "CLOCK_BOOTTIME"), reason="no clock here goes on while the machine sleeps"
+)
+
+
+def sleep_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    since_boot = time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: since_boot(clock) + 3600)  # and time.monotonic stood still
+
+
+@sleeps
 async def test_a_removal_is_not_begun_after_the_machine_has_slept_past_its_lease(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend())
     path = await storage.save("a.txt", b"1")
     marked = await storage.journal.mark(await storage.get(path))
-    since_boot = time.clock_gettime
-    monkeypatch.setattr(time, "clock_gettime", lambda clock: since_boot(clock) + 3600)  # and time.monotonic stood still
+    sleep_an_hour(monkeypatch)
     assert await storage.journal.sweep(marked) == "failed"
     assert (await storage.get_original("default").stat("a.txt")).size == 1, "it may be another's by now"
     await storage.aclose()
+
+
+@sleeps
+async def test_no_bytes_are_written_after_the_machine_has_slept_past_the_lease_of_the_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meta = MemoryMetaBackend()
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=meta)
+    reserve = meta.reserve
+
+    async def reserve_and_sleep(*args: Any, **options: Any) -> MetaRecord | None:
+        reserved = await reserve(*args, **options)
+        sleep_an_hour(monkeypatch)
+        return reserved
+
+    monkeypatch.setattr(meta, "reserve", reserve_and_sleep)
+    writes = AsyncMock()
+    monkeypatch.setattr(storage.get_original("default"), "write", writes)
+    with pytest.raises(Conflict, match="lost its lease"):
+        await storage.save("a.txt", b"1")
+    assert not writes.called, "the key may be another's by now"
+    await storage.aclose()
+
+
+@sleeps
+async def test_a_lease_is_renewed_when_the_machine_has_slept_for_a_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = ProxyStorage("media", originals=MemoryBackend(), meta=MemoryMetaBackend(), lease=7200.0)
+    leases, renewed = storage.journal.leases, []
+
+    async def content() -> AsyncIterator[bytes]:
+        (held,) = leases._rounds.get().held
+        sleep_an_hour(monkeypatch)
+        held.check()
+        then = held.since
+        leases._tick(leases._rounds.get())
+        await storage.cleanup.drain(within=20)
+        renewed.append(held.since - then)
+        yield b"1"
+
+    await storage.save("a.txt", content())
+    assert renewed[0] >= 3600
+    await storage.aclose()
+
+
+@sleeps
+async def test_the_time_of_the_database_goes_on_while_the_machine_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = MetaRecord(path="a", lease=datetime.fromtimestamp(1000.0, UTC))
+    shown = DatabaseTime.of(record, 60.0, elapsed())
+    assert shown is not None
+    sleep_an_hour(monkeypatch)
+    assert 940.0 + 3600 <= shown.earliest() <= shown.latest()
