@@ -214,7 +214,11 @@ class Rows:
         """Return the row of `path`, or none where it is not as expected; nobody changes it, or begins to refer to it,
         before the transaction ends."""
         wanted = {"path": path} if expect is None else {"path": path, "token": expect[0], "version": expect[1]}
-        rows = all_rows(self.table(connection).model, connection.alias)
+        table = self.table(connection)
+        if connection.vendor == "sqlite":
+            with connection.cursor() as cursor:
+                cursor.execute(table.lock)
+        rows = all_rows(table.model, connection.alias)
         return list(rows.select_for_update().filter(**wanted))
 
     def remove_or_raise(self, connection: Any, path: str, expect: Revision | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -426,6 +427,36 @@ async def test_a_rule_that_no_file_may_be_deleted(make: Make, tmp_path: Path, da
         assert written(tmp_path) == ["a.txt"]
     finally:
         await sync_to_async(do)(remove)
+
+
+async def test_writers_beside_a_deletion_on_sqlite_wait_for_it(tmp_path: Path, django_database: Path) -> None:
+    """Without IMMEDIATE, a transaction that reads first may not write after another one has written."""
+    storage = ProxyStorage(
+        "media", originals=FileSystemBackend(tmp_path), meta=ORMMetaBackend(Document), keep_replaced=0
+    )
+    path = await storage.save("a.txt", b"1")
+    other = sqlite3.connect(django_database, isolation_level=None, timeout=0, check_same_thread=False)
+    other.execute("PRAGMA journal_mode=wal")
+    refused = []
+
+    def write_beside(execute: Callable[..., Any], *args: Any) -> Any:
+        found = execute(*args)
+        try:
+            other.execute("INSERT INTO shelf_shelf (title) VALUES ('another')")
+        except sqlite3.OperationalError as error:
+            refused.append(str(error))
+        return found
+
+    def delete() -> None:
+        with connections["default"].execute_wrapper(write_beside):
+            async_to_sync(storage.delete)(path)
+
+    await sync_to_async(delete)()
+    assert set(refused) == {"database is locked"}
+    assert other.execute("SELECT count(*) FROM shelf_shelf").fetchone() != (0,)
+    assert other.execute("SELECT count(*) FROM shelf_document").fetchone() == (0,)
+    other.close()
+    await storage.aclose()
 
 
 async def test_a_foreign_key_that_is_wrong_is_the_error_of_its_item(make: Make) -> None:
