@@ -4,10 +4,9 @@ import asyncio
 import io
 import os
 import pickle
-import shutil
 import unittest
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -567,15 +566,6 @@ def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
     copy.file = None
     copy.save()
     assert not default.exists(first)
-
-
-@pytest.fixture
-def archive(default: BridgeStorage, migrated_sqlite: Path, tmp_path: Path) -> Iterator[str]:
-    """A second database, with the same tables."""
-    shutil.copy(migrated_sqlite, tmp_path / "archive.sqlite3")
-    add_database("archive", sqlite_settings(tmp_path / "archive.sqlite3"))
-    yield "archive"
-    remove_database("archive")
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
