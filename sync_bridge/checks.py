@@ -123,7 +123,9 @@ def _check_database(meta: MetaBackend, where: str, field: Any = None) -> Iterato
     model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
     if model is None or not isinstance(meta, ORMMetaBackend):
         return
-    alias = meta.using or router.db_for_write(model)
+    alias = _database_of(meta, model)
+    if alias is None:
+        return
     try:
         connection = connections[alias]
     except ConnectionDoesNotExist:
@@ -178,7 +180,7 @@ def _check_places(made: Mapping[str, ProxyStorage]) -> Iterator[CheckMessage]:
 def _table_of(meta: MetaBackend) -> object:
     """Return what is equal for meta-backends that keep their records in the same table."""
     if isinstance(meta, ORMMetaBackend) and (model := _model_of(meta)) is not None:
-        return model._meta.label, meta.using or router.db_for_write(model)
+        return model._meta.label, _database_of(meta, model)
     # SQLite by its file, PostgreSQL by database and table; of others it cannot be told.
     return str(meta) if hasattr(meta, "path") or hasattr(meta, "table") else meta
 
@@ -237,8 +239,8 @@ def check_tables(app_configs: Any = None, databases: Sequence[str] | None = None
         model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
         if model is None:
             continue
-        database = meta.using or router.db_for_write(model)
-        if database not in databases:
+        database = _database_of(meta, model)
+        if database is None or database not in databases:
             continue
         if model._meta.db_table not in connections[database].introspection.table_names():
             found.append(
@@ -281,6 +283,14 @@ def _model_of(meta: ORMMetaBackend) -> type[models.Model] | None:
     try:
         return apps.get_model(meta.model) if isinstance(meta.model, str) else meta.model
     except (LookupError, ValueError):
+        return None
+
+
+def _database_of(meta: ORMMetaBackend, model: type[models.Model]) -> str | None:
+    """Return the database of the records, None where no router can say: some ask the request, and here is none."""
+    try:
+        return meta.using or str(router.db_for_write(model))
+    except Exception:
         return None
 
 

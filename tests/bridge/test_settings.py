@@ -249,6 +249,29 @@ def test_records_in_a_database_that_cannot_keep_them(using: str, message: str, u
         assert "sync_bridge.E009" in ids(check_storages())
 
 
+class OfNoRequest:
+    """A router that knows a database only during a request."""
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        raise RuntimeError("outside of a request")
+
+    db_for_read = db_for_write
+
+
+def test_a_router_that_names_no_database_when_the_checks_run(default: BridgeStorage, tmp_path: Path) -> None:
+    aliases = {
+        alias: {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}
+        for alias, options in (("default", {}), ("second", {"location": f"{tmp_path}/second", "name": "second"}))
+    }
+    with override_settings(STORAGES=aliases, DATABASE_ROUTERS=[OfNoRequest()]):
+        found = checks.run_checks(databases=["default"])
+    # What needs no database is looked at all the same.
+    assert [id for id in ids(found) if id.startswith("sync_bridge")] == ["sync_bridge.W006"]
+    storage = ProxyStorage("cv", originals=MemoryBackend(), meta=ORMMetaBackend("shelf.Document"))
+    with setting(cv=storage), override_settings(DATABASE_ROUTERS=[OfNoRequest()]):
+        assert check_storages() == []
+
+
 LOCAL = {"location": "{tmp}/private", "name": "private"}
 
 
