@@ -119,9 +119,21 @@ def _check_one(alias: str, storage: ConfiguredStorage, proxy: ProxyStorage) -> I
 
 
 def _check_database(meta: MetaBackend, where: str, field: Any = None) -> Iterator[CheckMessage]:
-    """Look whether the ORM can keep records in the database that it would keep them in; connects nothing."""
+    """Look whether the ORM can keep records in that model, and in its database; connects nothing."""
+    from .models import ProxyStorageModelBase  # which can be imported when all apps are known
+
     model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
     if model is None or not isinstance(meta, ORMMetaBackend):
+        return
+    missing = [column.name for column in ProxyStorageModelBase._meta.fields if not _has(model, column.name)]
+    if missing:
+        yield Error(
+            f"{where} keeps its records in a model that cannot hold any: {model._meta.label} has no column"
+            f" {', '.join(missing)}.",
+            hint="Let it inherit from sync_bridge.models.ProxyStorageModelBase, then makemigrations and migrate.",
+            obj=field,
+            id="sync_bridge.E010",
+        )
         return
     alias = _database_of(meta, model)
     if alias is None:
