@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from .attempts import Attempt
 from .backends.base import DEFAULT_CHUNK_BYTES, Backend
 from .cleanup import Cleanup
+from .digest import hash_constructor
 from .errors import ConfigurationError, StorageError
 from .fallback import Original
 from .gates import Gate
@@ -30,6 +31,20 @@ __all__ = ["Health", "Path", "ProxyStorage"]
 _log = logging.getLogger(__name__)
 
 _LONGEST = 10 * 365 * 86_400.0  # seconds that a lease, or what goes by one, may take: databases have an end of time
+
+#: What arguments are, where a wrong one would be found out by a save only.
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "prefix": (str, "text"),
+    "placement": (Placement, "a Placement, such as Fallback()"),
+    "timeouts": (Timeouts, "a Timeouts, such as Timeouts(operation=5)"),
+    "chunk_bytes": (int, "a whole number of bytes"),
+    "max_path_bytes": (int, "a whole number of bytes"),
+    "lease": (int | float, "a number of seconds"),
+    "settle": (int | float, "a number of seconds"),
+    "keep_replaced": (int | float, "a number of seconds"),
+    "tidy_every": (int | float | None, "a number of seconds, or None for never"),
+    "on_attempt": (Callable | None, "a function, or None"),
+}
 
 Originals = Backend | Original | Mapping[str, Backend | Original] | Iterable[tuple[str, Backend | Original]]
 
@@ -100,6 +115,19 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError("a ProxyStorage needs a name, at least one original and a meta-backend")
         self.meta = meta
         self.placement = placement if placement is not None else self.placement
+        self.timeouts = timeouts or Timeouts()
+        _check_kinds(
+            prefix=prefix,
+            placement=self.placement,
+            timeouts=self.timeouts,
+            chunk_bytes=chunk_bytes,
+            max_path_bytes=max_path_bytes,
+            lease=lease,
+            settle=settle,
+            keep_replaced=keep_replaced,
+            tidy_every=tidy_every,
+            on_attempt=on_attempt,
+        )
         self.gates = {name: self._gate(name, original) for name, original in rules.items()}
         self.on_attempt = on_attempt
         if prefix:
@@ -112,6 +140,10 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError(f"durability='power' needs a durable meta-backend; give {meta} durability='power'")
         if lease <= 0 or settle < 0 or keep_replaced < 0 or chunk_bytes < 1:
             raise ConfigurationError("lease and chunk_bytes must be positive, settle and keep_replaced not negative")
+        if max_path_bytes < 1:
+            raise ConfigurationError(f"max_path_bytes={max_path_bytes}: bytes, at least 1")
+        if checksum is not None:
+            hash_constructor(checksum)
         if not all(seconds <= _LONGEST for seconds in (lease, settle, keep_replaced)):  # nor NaN
             raise ConfigurationError("lease, settle and keep_replaced are seconds, and at most ten years")
         if fixed := NOT_FOR_HOOKS.intersection(self.hook_may_set):
@@ -120,7 +152,6 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError(f"tidy_every={tidy_every}: seconds, more than 0, or None for never")
         self.prefix = prefix
         self.keys = keys
-        self.timeouts = timeouts or Timeouts()
         self.checksum = checksum
         self.chunk_bytes = chunk_bytes
         self.durable = durability == "power"
@@ -242,6 +273,13 @@ class ProxyStorage(ArrangingVerbs):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _check_kinds(**given: Any) -> None:
+    for name, value in given.items():
+        kind, instead = _KINDS[name]
+        if not isinstance(value, kind):
+            raise ConfigurationError(f"{name}={value!r}: give {instead}")
 
 
 def _named(originals: Originals | None) -> dict[str, Original]:

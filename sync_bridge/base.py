@@ -119,6 +119,8 @@ class ConfiguredStorage(Storage):
             options = {"name": name_of_location(location), **options}
         self.options = Options(storage if storage is not None else self.storage, options)
         local = {"location", "file_permissions_mode", "directory_permissions_mode"} & self._given.keys()
+        if base_url is not None and not hasattr(base_url, "endswith"):  # a lazy text is no str
+            raise ImproperlyConfigured(f"base_url={base_url!r}: give text")
         if local and not self.options.is_local:
             raise ImproperlyConfigured(
                 f"{', '.join(sorted(local))}: only for a storage in a directory of its own, not with storage=, "

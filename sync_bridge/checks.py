@@ -119,11 +119,25 @@ def _check_one(alias: str, storage: ConfiguredStorage, proxy: ProxyStorage) -> I
 
 
 def _check_database(meta: MetaBackend, where: str, field: Any = None) -> Iterator[CheckMessage]:
-    """Look whether the ORM can keep records in the database that it would keep them in; connects nothing."""
+    """Look whether the ORM can keep records in that model, and in its database; connects nothing."""
+    from .models import ProxyStorageModelBase  # which can be imported when all apps are known
+
     model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
     if model is None or not isinstance(meta, ORMMetaBackend):
         return
-    alias = meta.using or router.db_for_write(model)
+    missing = [column.name for column in ProxyStorageModelBase._meta.fields if not _has(model, column.name)]
+    if missing:
+        yield Error(
+            f"{where} keeps its records in a model that cannot hold any: {model._meta.label} has no column"
+            f" {', '.join(missing)}.",
+            hint="Let it inherit from sync_bridge.models.ProxyStorageModelBase, then makemigrations and migrate.",
+            obj=field,
+            id="sync_bridge.E010",
+        )
+        return
+    alias = _database_of(meta, model)
+    if alias is None:
+        return
     try:
         connection = connections[alias]
     except ConnectionDoesNotExist:
@@ -178,7 +192,7 @@ def _check_places(made: Mapping[str, ProxyStorage]) -> Iterator[CheckMessage]:
 def _table_of(meta: MetaBackend) -> object:
     """Return what is equal for meta-backends that keep their records in the same table."""
     if isinstance(meta, ORMMetaBackend) and (model := _model_of(meta)) is not None:
-        return model._meta.label, meta.using or router.db_for_write(model)
+        return model._meta.label, _database_of(meta, model)
     # SQLite by its file, PostgreSQL by database and table; of others it cannot be told.
     return str(meta) if hasattr(meta, "path") or hasattr(meta, "table") else meta
 
@@ -237,8 +251,8 @@ def check_tables(app_configs: Any = None, databases: Sequence[str] | None = None
         model = _model_of(meta) if isinstance(meta, ORMMetaBackend) else None
         if model is None:
             continue
-        database = meta.using or router.db_for_write(model)
-        if database not in databases:
+        database = _database_of(meta, model)
+        if database is None or database not in databases:
             continue
         if model._meta.db_table not in connections[database].introspection.table_names():
             found.append(
@@ -281,6 +295,14 @@ def _model_of(meta: ORMMetaBackend) -> type[models.Model] | None:
     try:
         return apps.get_model(meta.model) if isinstance(meta.model, str) else meta.model
     except (LookupError, ValueError):
+        return None
+
+
+def _database_of(meta: ORMMetaBackend, model: type[models.Model]) -> str | None:
+    """Return the database of the records, None where no router can say: some ask the request, and here is none."""
+    try:
+        return meta.using or str(router.db_for_write(model))
+    except Exception:
         return None
 
 

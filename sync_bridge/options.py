@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
@@ -233,8 +234,10 @@ def _described(options: Options, local: Mapping[str, Any], stand_in: bool) -> Pr
     if options.is_local:
         from aproxy_storage.backends.filesystem import FileSystemBackend
 
-        # As FileSystemStorage does; the backend itself makes no directory above its root.
-        os.makedirs(os.path.dirname(os.path.abspath(local["root"])), exist_ok=True)
+        # As FileSystemStorage does; the backend itself makes no directory above its root. Where it cannot be made here,
+        # as where an image is built, the first use says so.
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(os.path.abspath(local["root"])), exist_ok=True)
         originals = FileSystemBackend(**local)
     elif "originals" in given:
         several = given.pop("originals")

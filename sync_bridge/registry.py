@@ -46,7 +46,7 @@ def get_content_object(record: Mapping[str, Any], *, using: str | None = None) -
     and field: an authorisation view asks the object, and ``record["field"]`` says which field it is about. An object is
     returned only while the field of that name holds the path of the record, in the storage of the record. So None
     too where the object is gone or has another file by now, where another one has its key, and where the key in the
-    record is not one of its model.
+    record is not one of its model, or ``content_type_id`` is no number.
 
     Args:
         using: the database to look in; by default that of the model, as its router says. The record does not name it.
@@ -58,7 +58,13 @@ def get_content_object(record: Mapping[str, Any], *, using: str | None = None) -
     if kind is None or key is None:
         return None
     try:
-        model = ContentType.objects.get_for_id(int(kind)).model_class()
+        number = int(kind)
+    except (TypeError, ValueError, OverflowError):
+        where = os.fspath(record["path"])
+        _log.warning("the record of %r names an object %r of a content type %r, which is no number", where, key, kind)
+        return None
+    try:
+        model = ContentType.objects.get_for_id(number).model_class()
     except ContentType.DoesNotExist:
         return None
     if model is None:

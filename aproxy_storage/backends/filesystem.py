@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
-from ..errors import BackendUnavailable, ContentError, InvalidPath, NotSupported, StorageError
+from ..errors import BackendUnavailable, ConfigurationError, ContentError, InvalidPath, NotSupported, StorageError
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
@@ -103,6 +103,10 @@ class FileSystemBackend(Backend):
         self.root = os.path.abspath(root)
         self.base_url = base_url if base_url is None or base_url.endswith("/") else base_url + "/"
         super().__init__(timeouts=timeouts)
+        modes: dict[str, Any] = {"file_mode": file_mode, "directory_mode": directory_mode}
+        for name, given in modes.items():
+            if not isinstance(given, int | None):
+                raise ConfigurationError(f"{name}={given!r}: give a number, such as 0o644, or None")
         if base_url is not None:
             self.capabilities = replace(self.capabilities, url=True)
         self._tree = Tree(self.root, create=create_root, file_mode=file_mode, directory_mode=directory_mode)

@@ -8,18 +8,19 @@ from itertools import islice
 from typing import Any
 
 from django.db import IntegrityError
-from django.db.models import DO_NOTHING
+from django.db.models import DO_NOTHING, QuerySet
 from django.db.models.deletion import Collector
 
 from ..errors import AccessDenied
 
-__all__ = ["check_deletable", "refusal", "relations_to"]
+__all__ = ["all_rows", "check_deletable", "refusal", "relations_to"]
 
 _NAMED = 3  # rows that a message names
+_PART = 100  # rows that are looked up among others in one statement
 
 _ENFORCED = (
     "SELECT 1 FROM pg_constraint AS c JOIN pg_attribute AS a ON a.attrelid = c.conrelid AND a.attnum = ANY(c.conkey)"
-    " WHERE c.contype = 'f' AND c.confdeltype IN ('a', 'r') AND c.conrelid = %s::regclass AND a.attname = %s"
+    " WHERE c.contype = 'f' AND c.confdeltype IN ('a', 'r') AND c.conrelid = to_regclass(%s) AND a.attname = %s"
 )
 
 
@@ -28,6 +29,11 @@ def relations_to(meta: Any) -> Iterator[Any]:
     for relation in meta.get_fields(include_hidden=True):
         if relation.auto_created and not relation.concrete and (relation.one_to_one or relation.one_to_many):
             yield relation
+
+
+def all_rows(model: type[Any], using: str) -> QuerySet:
+    """Return the rows of `model`, whatever its managers hide."""
+    return QuerySet(model, using=using)
 
 
 def check_deletable(connection: Any, rows: Sequence[Any], path: str) -> None:
@@ -52,16 +58,26 @@ def check_deletable(connection: Any, rows: Sequence[Any], path: str) -> None:
                 continue
             batches = collector.get_del_batches(found, [field]) if isinstance(found, list) else [found]
             for batch in batches:
-                referring = collector.related_objects(relation.related_model, [field], batch).only("pk").iterator()
-                gone_too = collector.data.get(relation.related_model, ())
-                left = list(islice((each for each in referring if each not in gone_too), _NAMED + 1))
+                referring = all_rows(relation.related_model, connection.alias).filter(**{f"{field.name}__in": batch})
+                left = list(islice(_staying(referring, collector), _NAMED + 1))
                 if left:
                     raise AccessDenied(_told(left, path), path=path)
 
 
+def _staying(rows: QuerySet, collector: Collector) -> Iterator[Any]:
+    """Yield those of `rows` that are not among what `collector` would delete."""
+    going = collector.data.get(rows.model, ())
+    fast = [queryset for queryset in collector.fast_deletes if queryset.model is rows.model]
+    staying = (row for row in rows.only("pk").iterator() if row not in going)
+    while part := list(islice(staying, _PART)):
+        keys = [row.pk for row in part]
+        gone = {key for queryset in fast for key in queryset.filter(pk__in=keys).values_list("pk", flat=True)}
+        yield from (row for row in part if row.pk not in gone)
+
+
 def _is_enforced(connection: Any, field: Any) -> bool:
     """Return whether the database refuses to delete what `field` refers to. It may have an ON DELETE of its own."""
-    if not field.db_constraint:
+    if not getattr(field, "db_constraint", False):  # a ForeignObject has none
         return False
     table = connection.ops.quote_name(field.model._meta.db_table)
     with connection.cursor() as cursor:

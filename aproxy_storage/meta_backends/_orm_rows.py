@@ -16,7 +16,7 @@ from django.db import DataError, IntegrityError, router, transaction
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..paths import successor
 from ..records import DELETING, MetaRecord, Revision, State
-from ._orm_dependents import check_deletable, refusal
+from ._orm_dependents import all_rows, check_deletable, refusal
 from ._orm_table import NewRow, Table
 from .base import UNCHANGED, Unchanged
 
@@ -195,7 +195,7 @@ class Rows:
                 with transaction.atomic(using=connection.alias):
                     # Django selects first and deletes afterwards, so the row is held meanwhile.
                     found = self._held(connection, path, expect)
-                    rows = table.model._base_manager.using(connection.alias)
+                    rows = all_rows(table.model, connection.alias)
                     gone = rows.filter(pk__in=[row.pk for row in found]).delete()[1] if found else {}
                     return bool(gone.get(table.label))
             text = table.delete
@@ -214,7 +214,11 @@ class Rows:
         """Return the row of `path`, or none where it is not as expected; nobody changes it, or begins to refer to it,
         before the transaction ends."""
         wanted = {"path": path} if expect is None else {"path": path, "token": expect[0], "version": expect[1]}
-        rows = self.table(connection).model._base_manager.using(connection.alias)
+        table = self.table(connection)
+        if connection.vendor == "sqlite":
+            with connection.cursor() as cursor:
+                cursor.execute(table.lock)
+        rows = all_rows(table.model, connection.alias)
         return list(rows.select_for_update().filter(**wanted))
 
     def remove_or_raise(self, connection: Any, path: str, expect: Revision | None) -> None:

@@ -173,6 +173,9 @@ class Table:
         self.get = f"SELECT {self.columns} FROM {t} WHERE {path} = %s"
         self.exists = f"SELECT {column['state']}, {column['proxy_storage_name']} FROM {t} WHERE {path} = %s"
         self.delete = f"DELETE FROM {t} WHERE {path} = %s"
+        #: Changes nothing. A transaction on SQLite that begins with it waits its turn; one that reads first, and
+        #: writes then, is refused at once where another one writes.
+        self.lock = f"UPDATE {t} SET {self._path} = {self._path} WHERE 0"
         self.expecting = f" AND {column['token']} = %s AND {column['version']} = %s"
         # In the words of the partial indexes of `sync_bridge.models`, or SQLite would not see that it may use them.
         self.unfinished = (

@@ -1,6 +1,7 @@
 """Django for the tests of the bridge: a database and a media directory of each test's own."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.django_support.setup import (
     migrated_sqlite,  # noqa: F401
     postgres_settings,
     remove_database,
+    sqlite_settings,
 )
 
 configure()
@@ -80,3 +82,12 @@ def default(media: Path, request: pytest.FixtureRequest) -> object:
     from django.core.files.storage import default_storage
 
     return default_storage
+
+
+@pytest.fixture
+def archive(django_database: Path, migrated_sqlite: Path, tmp_path: Path) -> Iterator[str]:  # noqa: F811
+    """A second database, with the same tables."""
+    shutil.copy(migrated_sqlite, tmp_path / "archive.sqlite3")
+    add_database("archive", sqlite_settings(tmp_path / "archive.sqlite3"))
+    yield "archive"
+    remove_database("archive")

@@ -418,15 +418,21 @@ def test_a_copy_that_was_made_without_its_owner_gets_it(staging: Callable[..., B
     assert target.get("letter.txt")["shelf"] == 3
 
 
+@pytest.mark.parametrize("database", ["default", "archive"])
 @pytest.mark.parametrize("still", [True, False])
-def test_a_copied_file_of_several_rows_keeps_its_owner(still: bool, staging: Callable[..., BridgeStorage]) -> None:
+def test_a_copied_file_of_several_rows_keeps_its_owner(
+    still: bool, database: str, staging: Callable[..., BridgeStorage], archive: str
+) -> None:
     first, second = letter(), Message(text="forwarded")
     second.attach = first.attach.name
     second.save()  # which owns it now
     if not still:
         Message.objects.filter(pk=second.pk).update(attach="")
+    if database != "default":
+        Message.objects.using(database).bulk_create(list(Message.objects.all()))
+        Message.objects.update(attach="")
     target = staging()
-    assert run("proxystorage_copy", "default", "staging")[1] == ""
+    assert run("proxystorage_copy", "default", "staging", database=database)[1] == ""
     assert owner_in(target.get("letter.txt")) == (second if still else first)
 
 

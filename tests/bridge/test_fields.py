@@ -4,10 +4,9 @@ import asyncio
 import io
 import os
 import pickle
-import shutil
 import unittest
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -168,13 +167,17 @@ def test_fixtures(default: BridgeStorage, caplog: pytest.LogCaptureFixture, tmp_
     assert not caplog.records
 
 
-def test_an_owner_that_is_gone_is_none(default: BridgeStorage) -> None:
+def test_an_owner_that_is_gone_is_none(default: BridgeStorage, caplog: pytest.LogCaptureFixture) -> None:
     message = Message.objects.create(attach=file())
     record = default.get(message.attach.name)
     message.delete()
     assert get_content_object(record) is None
     assert get_content_object({**record, "object_id": "not a number"}) is None
     assert get_content_object({**record, "content_type_id": 987654}) is None
+    caplog.clear()
+    for kind in ("desk.message", "1.0", [1], float("inf"), 10**40):
+        assert get_content_object({**record, "content_type_id": kind}) is None
+    assert "of a content type 'desk.message', which is no number" in caplog.messages[0]
     assert get_content_object({"path": "a"}) is None
     assert default.exists(record.path), "deleting a row does not delete the file, unless it is asked for"
 
@@ -567,15 +570,6 @@ def test_delete_on_replace(default: BridgeStorage, person: Person) -> None:
     copy.file = None
     copy.save()
     assert not default.exists(first)
-
-
-@pytest.fixture
-def archive(default: BridgeStorage, migrated_sqlite: Path, tmp_path: Path) -> Iterator[str]:
-    """A second database, with the same tables."""
-    shutil.copy(migrated_sqlite, tmp_path / "archive.sqlite3")
-    add_database("archive", sqlite_settings(tmp_path / "archive.sqlite3"))
-    yield "archive"
-    remove_database("archive")
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted"])

@@ -197,6 +197,18 @@ def with_default(**options: Any) -> Any:
         ({"storage": "no.such"}, ["sync_bridge.E001"], "cannot be imported"),
         ({"original": "gopher://x"}, ["sync_bridge.E001"], "gopher"),
         ({"meta": "no.Model"}, ["sync_bridge.E001"], "no.Model"),
+        ({"meta": "shelf.Shelf"}, ["sync_bridge.E010"], "shelf.Shelf has no column path, proxy_storage_name"),
+        ({"prefix": 3}, ["sync_bridge.E001"], "prefix=3"),
+        ({"base_url": 3}, ["sync_bridge.E001"], "base_url=3"),
+        ({"file_permissions_mode": "0644"}, ["sync_bridge.E001"], "file_mode='0644': give a number, such as 0o644"),
+        ({"placement": "fallback"}, ["sync_bridge.E001"], "placement='fallback': give a Placement"),
+        ({"timeouts": {"operation": 5}}, ["sync_bridge.E001"], "timeouts={'operation': 5}: give a Timeouts"),
+        ({"checksum": "nope"}, ["sync_bridge.E001"], "checksum='nope'"),
+        ({"max_path_bytes": 0}, ["sync_bridge.E001"], "max_path_bytes=0"),
+        ({"lease": "60"}, ["sync_bridge.E001"], "lease='60': give a number"),
+        ({"keep_replaced": None}, ["sync_bridge.E001"], "keep_replaced=None: give a number"),
+        ({"on_attempt": 3}, ["sync_bridge.E001"], "on_attempt=3"),
+        ({"location": "/dev/null/no/media", "name": "nowhere"}, [], ""),
         ({"location": "{tmp}/x"}, ["sync_bridge.W002"], "no name"),
         ({"location": "{tmp}/static/x", "name": "x"}, ["sync_bridge.E004"], "inside STATIC_ROOT"),
         ({"location": "", "name": "x"}, ["sync_bridge.E003"], "working directory"),
@@ -245,6 +257,29 @@ def test_records_in_a_database_that_cannot_keep_them(using: str, message: str, u
     storage = ProxyStorage("cv", originals=MemoryBackend(), meta=ORMMetaBackend("shelf.Document", using))
     with setting(cv=storage):
         assert "sync_bridge.E009" in ids(check_storages())
+
+
+class OfNoRequest:
+    """A router that knows a database only during a request."""
+
+    def db_for_write(self, model: Any, **hints: Any) -> str:
+        raise RuntimeError("outside of a request")
+
+    db_for_read = db_for_write
+
+
+def test_a_router_that_names_no_database_when_the_checks_run(default: BridgeStorage, tmp_path: Path) -> None:
+    aliases = {
+        alias: {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}
+        for alias, options in (("default", {}), ("second", {"location": f"{tmp_path}/second", "name": "second"}))
+    }
+    with override_settings(STORAGES=aliases, DATABASE_ROUTERS=[OfNoRequest()]):
+        found = checks.run_checks(databases=["default"])
+    # What needs no database is looked at all the same.
+    assert [id for id in ids(found) if id.startswith("sync_bridge")] == ["sync_bridge.W006"]
+    storage = ProxyStorage("cv", originals=MemoryBackend(), meta=ORMMetaBackend("shelf.Document"))
+    with setting(cv=storage), override_settings(DATABASE_ROUTERS=[OfNoRequest()]):
+        assert check_storages() == []
 
 
 LOCAL = {"location": "{tmp}/private", "name": "private"}

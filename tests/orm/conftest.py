@@ -38,7 +38,10 @@ def migrated_postgres(postgres_url: str) -> Iterator[str]:
 def postgres_database(migrated_postgres: str) -> str:
     """The same, with empty tables."""
     tables = [
-        model._meta.db_table for label in ("sync_bridge", "shelf") for model in apps.get_app_config(label).get_models()
+        model._meta.db_table
+        for label in ("sync_bridge", "shelf")
+        for model in apps.get_app_config(label).get_models()
+        if model._meta.managed
     ]
     with connections[migrated_postgres].cursor() as cursor:
         cursor.execute(f"TRUNCATE {', '.join(tables)} RESTART IDENTITY")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -35,13 +36,17 @@ from sync_bridge.models import StoredFile
 from tests.django_support.setup import forget_connections
 from tests.django_support.shelf.models import (
     Document,
+    Hidden,
     Invoice,
     Loose,
     Mark,
+    Named,
     NamedFile,
     Note,
+    Pin,
     PlainFile,
     Receipt,
+    Reply,
     Shelf,
     Stamped,
     Ticket,
@@ -258,12 +263,24 @@ def referring(kind: str, using: str, document_id: int) -> Any:
         return Receipt.objects.using(using).create(document_id=document_id)
     if kind == "by the database":
         return Ticket.objects.using(using).create(document_id=document_id)
+    if kind == "by the database, beside what goes along":
+        Reply.objects.using(using).create(document_id=document_id, quoted_id=document_id)
+        return Reply.objects.using(using).create(quoted_id=document_id)
     note = Note.objects.using(using).create(document_id=document_id)
     return Ticket.objects.using(using).create(note=note)
 
 
 @pytest.mark.parametrize("in_transaction", [False, True])
-@pytest.mark.parametrize("kind", ["protected", "restricted", "by the database", "by the database, of what goes along"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "protected",
+        "restricted",
+        "by the database",
+        "by the database, of what goes along",
+        "by the database, beside what goes along",
+    ],
+)
 async def test_a_file_whose_record_cannot_go_keeps_its_bytes(
     make: Make, tmp_path: Path, kind: str, in_transaction: bool
 ) -> None:
@@ -305,10 +322,26 @@ async def test_what_refers_to_a_file_without_keeping_it(make: Make, tmp_path: Pa
     # Restricted, but it goes along with the note.
     await Receipt.objects.using(database).acreate(document_id=document_id, note=note)
     await Loose.objects.using(database).acreate(document_id=document_id)
+    await Named.objects.using(database).acreate(path=path)
+    # Kept by the database, but it goes along by another foreign key.
+    await Reply.objects.using(database).acreate(document_id=document_id, quoted_id=document_id)
     await storage.delete(path)
     assert written(tmp_path) == []
-    counts = [await model.objects.using(database).acount() for model in (Document, Note, Receipt, Loose)]
-    assert counts == [0, 0, 0, 1]
+    counts = [await model.objects.using(database).acount() for model in (Document, Note, Receipt, Reply, Loose, Named)]
+    assert counts == [0, 0, 0, 0, 1, 1]
+
+
+async def test_a_manager_that_hides_the_row_of_a_file(make: Make, tmp_path: Path, database: str) -> None:
+    storage = make(Hidden, keep_replaced=0)
+    path = await storage.save("a.txt", b"1")
+    pin = await Pin.objects.using(database).acreate(file_id=(await storage.get(path))["id"])
+    with pytest.raises(AccessDenied, match=r"shelf\.Pin"):
+        await storage.delete(path)
+    assert written(tmp_path) == ["a.txt"]
+    await pin.adelete()
+    await storage.delete(path)
+    assert written(tmp_path) == []
+    assert not await storage.meta.exists(path)
 
 
 @pytest.fixture
@@ -394,6 +427,36 @@ async def test_a_rule_that_no_file_may_be_deleted(make: Make, tmp_path: Path, da
         assert written(tmp_path) == ["a.txt"]
     finally:
         await sync_to_async(do)(remove)
+
+
+async def test_writers_beside_a_deletion_on_sqlite_wait_for_it(tmp_path: Path, django_database: Path) -> None:
+    """Without IMMEDIATE, a transaction that reads first may not write after another one has written."""
+    storage = ProxyStorage(
+        "media", originals=FileSystemBackend(tmp_path), meta=ORMMetaBackend(Document), keep_replaced=0
+    )
+    path = await storage.save("a.txt", b"1")
+    other = sqlite3.connect(django_database, isolation_level=None, timeout=0, check_same_thread=False)
+    other.execute("PRAGMA journal_mode=wal")
+    refused = []
+
+    def write_beside(execute: Callable[..., Any], *args: Any) -> Any:
+        found = execute(*args)
+        try:
+            other.execute("INSERT INTO shelf_shelf (title) VALUES ('another')")
+        except sqlite3.OperationalError as error:
+            refused.append(str(error))
+        return found
+
+    def delete() -> None:
+        with connections["default"].execute_wrapper(write_beside):
+            async_to_sync(storage.delete)(path)
+
+    await sync_to_async(delete)()
+    assert set(refused) == {"database is locked"}
+    assert other.execute("SELECT count(*) FROM shelf_shelf").fetchone() != (0,)
+    assert other.execute("SELECT count(*) FROM shelf_document").fetchone() == (0,)
+    other.close()
+    await storage.aclose()
 
 
 async def test_a_foreign_key_that_is_wrong_is_the_error_of_its_item(make: Make) -> None:

@@ -56,13 +56,13 @@ class Command(StorageCommand):
 
     def handle(self, *, source: str, target: str, **options: Any) -> None:
         self._source, self._target = storage_of_alias(source), storage_of_alias(target)
-        self._dry = options["dry_run"]
+        self._dry, self._database = options["dry_run"], options["database"]
         self._counts = {"copied": 0, "there already": 0}
         self._dropped: set[str] = set()
         self._names: set[str] = set()  # that are being copied
         self._changed = threading.Condition()
         fields = [file_field(label) for label in options["field"] or ()] or list(self._fields())
-        items = self._items(fields, options["database"])
+        items = self._items(fields, self._database)
         for item, answer in self._copied(items, options["concurrency"]):
             if isinstance(answer, Exception):
                 self.failed(str(item), answer)
@@ -190,7 +190,7 @@ class Command(StorageCommand):
         Where several rows name the file its owner stays who it is, if that is one of them, and else is the row.
         """
         extra = dict(record.extra) if record is not None else {}
-        if not (item.owner and record is not None and _is_of_its_owner(record, item)):
+        if not (item.owner and record is not None and _is_of_its_owner(record, item, self._database)):
             extra.update(item.owner)
         kept = {key: value for key, value in extra.items() if self._can_keep(key, value)}
         for key in extra.keys() - kept.keys() - self._dropped:
@@ -221,8 +221,9 @@ class Command(StorageCommand):
         return len(sums) == 1 or None in sums
 
 
-def _is_of_its_owner(record: MetaRecord, item: Item) -> bool:
-    """Return whether the object that `record` names has this file too."""
+def _is_of_its_owner(record: MetaRecord, item: Item, database: str) -> bool:
+    """Return whether the object that `record` names has this file too, in `database`."""
     if not has_owner(record) or all(str(record.get(key)) == str(value) for key, value in item.owner.items()):
         return False
-    return bool(getattr(get_content_object(record), str(record.get("field")), None) == item.name)
+    owner = get_content_object(record, using=database)
+    return bool(getattr(owner, str(record.get("field")), None) == item.name)

@@ -79,3 +79,50 @@ class Loose(models.Model):
     """What may refer to a document that is gone."""
 
     document = models.ForeignKey(Document, on_delete=models.DO_NOTHING, db_constraint=False)
+
+
+class Reply(models.Model):
+    """What goes with the document it is about, and keeps the one that it quotes, which may be the same."""
+
+    document = models.ForeignKey(Document, null=True, on_delete=models.CASCADE)
+    quoted = models.ForeignKey(Document, on_delete=models.DO_NOTHING, related_name="+")
+
+
+class Legacy(models.Model):
+    """A table of another program, which is not in every database."""
+
+    document = models.ForeignKey(Document, on_delete=models.DO_NOTHING)
+
+    class Meta:
+        managed = False
+
+
+class Named(models.Model):
+    """What knows its document by the path, without a constraint."""
+
+    path = models.CharField(max_length=1024)
+    document = models.ForeignObject(
+        Document, on_delete=models.DO_NOTHING, from_fields=["path"], to_fields=["path"], related_name="+"
+    )
+
+
+class NoRows(models.Manager):
+    """Hides what was deleted, say."""
+
+    def get_queryset(self) -> models.QuerySet:
+        return super().get_queryset().none()
+
+
+class Hidden(ProxyStorageModelBase):
+    """Files whose rows no manager shows."""
+
+    objects = NoRows()
+
+    class Meta(ProxyStorageModelBase.Meta):
+        base_manager_name = "objects"
+
+
+class Pin(models.Model):
+    """What keeps such a file."""
+
+    file = models.ForeignKey(Hidden, on_delete=models.PROTECT)
