@@ -49,7 +49,7 @@ class Source:
 
     __slots__ = (
         "_begun", "_checksum", "_chunk_bytes", "_head", "_live", "_new_hash", "_seen_size", "_spool",
-        "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "path", "replayable",
+        "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "opens", "path", "replayable",
         "size", "temporary_path", "timeout",
     )  # fmt: skip
 
@@ -71,6 +71,7 @@ class Source:
         self.timeout = timeout
         self.begin: Callable[[int, bool], Feed] | None = None  # (chunk_bytes, ahead) -> a pass from the start
         self.look: Callable[[], int] | None = None  # at a file of the disk, in a worker thread: its size just now
+        self.opens = False  # each pass opens a file of its own
         self._spool: Spool | None = None  # of one-shot content, whether it is kept or not
         self._begun = False
         self._live: Feed | None = None
@@ -94,7 +95,7 @@ class Source:
         """Return the source for `content`; nothing is read yet.
 
         Args:
-            content: bytes-like, text, a path object (opened and closed here, never moved), a synchronous or
+            content: bytes-like, text, a path object (opened and closed here, never moved; no FIFO), a synchronous or
                 asynchronous file, a Django File, a Starlette UploadFile, an iterable or asynchronous iterable of
                 bytes, or a Source, which is returned as it is.
             size: bytes that the content has to have.
@@ -304,8 +305,8 @@ class Source:
     async def aclose(self, *, within: float = SETTLE) -> None:
         """Release the spool and end a pass under way; idempotent. The caller's file stays open.
 
-        Waits at most `within` seconds for a read of a file that can seek: until that is over its position is not the
-        caller's. A later save of the same file waits for it too, as long as for any content.
+        Waits at most `within` seconds for a read of an open file that can seek: until that is over its position is not
+        the caller's. What was given as a path has no such position, and is not waited for. A later save of the same file waits for it too, as long as for any content.
         """
         live, self._live = self._live, None
         spool, self._spool = self._spool, None
@@ -315,7 +316,8 @@ class Source:
         try:
             if live is not None:
                 await live.aclose()
-                if (job := live.under_way()) is not None and not job.done():
+                job = None if self.opens else live.under_way()
+                if job is not None and not job.done():
                     await asyncio.wait((job,), timeout=within)
         finally:
             if spool is not None:

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +112,14 @@ def _path(source: Source, content: os.PathLike[Any]) -> None:
     source.name = os.path.basename(os.fsdecode(where)) or None
 
     source.look = lambda: os.stat(where).st_size
+    source.opens = True
     _threaded(source, lambda limit: _pieces_of(where, limit))
 
 
 def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
+    mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # opening it may wait for ever; and each pass would read the rest
+        raise ContentError(f"{os.fsdecode(path)!r} is no regular file; open it and hand over the open file")
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(limit):
             yield piece
@@ -143,6 +148,7 @@ def _django_file(source: Source, content: Any) -> None:
     path = source.temporary_path
     if path is not None and closed:
         source.look = lambda: os.stat(path).st_size
+        source.opens = True
         _threaded(source, lambda limit: _pieces_of(path, limit))
         return
     # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.

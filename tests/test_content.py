@@ -12,6 +12,7 @@ import io
 import mmap
 import os
 import pathlib
+import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers, UploadFile
 
-from aproxy_storage import feeds, spool
+from aproxy_storage import feeds, kinds, spool
 from aproxy_storage.content import Source
 from aproxy_storage.digest import hash_workers
 from aproxy_storage.errors import ConfigurationError, ContentError
@@ -673,6 +674,42 @@ async def test_missing_file_is_a_content_error(directory: pathlib.Path) -> None:
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     with pytest.raises(ContentError):
         await Source.of(directory / "missing").peek()
+
+
+@pytest.mark.asyncio
+async def test_pipe_or_socket_with_a_name_is_refused(directory: pathlib.Path) -> None:
+    os.mkfifo(directory / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(directory / "socket"))
+        for name in ("fifo", "socket"):  # each pass would read what the one before, such as a peek, has left
+            for read in (Source.peek, drain):
+                with pytest.raises(ContentError, match=f"{name}' is no regular file; open it and"):
+                    await read(Source.of(directory / name, timeout=5))
+
+
+@pytest.mark.asyncio
+async def test_a_path_that_hangs_is_not_waited_for_at_the_end(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "a").write_bytes(b"data")
+    back, over = threading.Event(), threading.Event()
+
+    def hung(*args: Any, **options: Any) -> Any:
+        back.wait(60)
+        over.set()
+        return open(*args, **options)
+
+    monkeypatch.setattr(kinds, "open", hung, raising=False)
+    source = Source.of(directory / "a", timeout=0.05)
+    try:
+        with pytest.raises(ContentError, match="gave nothing"):
+            await drain(source)
+        async with asyncio.timeout(5):
+            await source.aclose(within=60)
+        assert not over.is_set()
+    finally:
+        back.set()
+    assert over.wait(10)
 
 
 @pytest.mark.asyncio
