@@ -10,6 +10,7 @@ import pytest
 
 from aproxy_storage import (
     AlreadyExists,
+    BackendUnavailable,
     ByteRange,
     Conflict,
     ContentError,
@@ -239,6 +240,63 @@ async def test_a_cancelled_write_adds_nothing_or_publishes_nothing() -> None:
     with pytest.raises(ContentError, match="half-way"):
         await file.aclose()
     assert not await storage.exists("y")
+
+
+@pytest.mark.parametrize("way", ["aclose", "with"])
+@pytest.mark.parametrize("end", ["stored", "fails", "cancelled", "aborted", "too late"])
+async def test_who_closes_a_writer_while_another_task_does_is_told_the_outcome(
+    make: Make, monkeypatch: pytest.MonkeyPatch, end: str, way: str
+) -> None:
+    storage = make()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    publish = storage.journal.publish
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        if end == "too late":
+            record = await publish(*args, **options)
+        begun.set()
+        try:
+            await go_on.wait()
+        except asyncio.CancelledError:
+            if end != "too late":
+                raise
+            return record
+        if end == "fails":
+            raise Conflict("somebody else was faster")
+        return await publish(*args, **options)
+
+    monkeypatch.setattr(storage.journal, "publish", slow)
+    file = await storage.open("a", "wb")
+    await file.write(b"data")
+    first = asyncio.create_task(file.aclose())
+    await begun.wait()
+    second, gone = (
+        asyncio.create_task(file.aclose() if way == "aclose" else file.__aexit__(None, None, None)) for _ in range(2)
+    )
+    await asyncio.sleep(0)
+    assert not second.done()
+    gone.cancel()
+    await asyncio.wait((gone,))
+    assert gone.cancelled()
+    assert not first.done(), "who only waits does not end it"
+    if end == "aborted":
+        await file.abort()
+    elif end in ("cancelled", "too late"):
+        first.cancel()
+    else:
+        go_on.set()
+    outcomes = await asyncio.gather(first, second, return_exceptions=True)
+    expected = {
+        "stored": (None, None),
+        "fails": (Conflict, Conflict),
+        "cancelled": (asyncio.CancelledError, BackendUnavailable),
+        "aborted": (BackendUnavailable, BackendUnavailable),
+        "too late": (asyncio.CancelledError, None),
+    }[end]
+    assert [outcome and type(outcome) for outcome in outcomes] == list(expected)
+    await file.aclose()  # delivered already
+    stored = end in ("stored", "too late")
+    assert (file.record is not None) is await storage.exists("a") is stored
 
 
 async def test_a_writer_belongs_to_its_loop() -> None:
