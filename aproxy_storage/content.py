@@ -106,7 +106,7 @@ class Source:
             spool_bytes: how much of it is kept in memory before a temporary file is used.
 
         Raises:
-            ContentError: it is none of these, or is known not to have `size` bytes.
+            ContentError: it is none of these, a path that no file can have, or is known not to have `size` bytes.
             ConfigurationError: hashlib knows no such checksum of a fixed length.
         """
         if isinstance(content, Source):

@@ -37,7 +37,7 @@ def recognise(source: Source, content: Any) -> None:
     """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
 
     Raises:
-        ContentError: it is nothing that can be read, or text with lone surrogates.
+        ContentError: it is nothing that can be read, a path that no file can have, or text with lone surrogates.
     """
     read = getattr(content, "read", None)
     if isinstance(content, str):
@@ -108,12 +108,22 @@ def _in_memory(file: Any) -> bytes | None:
 def _path(source: Source, content: os.PathLike[Any]) -> None:
     path = content
     where = os.fspath(content)
+    if not _possible(where):
+        raise ContentError(f"{where!r} cannot be the path of a file")
     source.path = path
     source.name = os.path.basename(os.fsdecode(where)) or None
 
     source.look = lambda: os.stat(where).st_size
     source.opens = True
     _threaded(source, lambda limit: _pieces_of(where, limit))
+
+
+def _possible(path: str | bytes) -> bool:
+    """Return whether a file system could be asked for `path`, which else fails with a ValueError."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
@@ -141,7 +151,7 @@ def _django_file(source: Source, content: Any) -> None:
             # What the caller has written to it must be in the file before somebody reads or moves it by name.
             with contextlib.suppress(Exception):
                 content.flush()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 source.size = os.stat(where).st_size
                 source.temporary_path = where
     closed = getattr(content, "closed", False)

@@ -363,6 +363,18 @@ def test_anything_else_is_refused_before_any_io(content: Any) -> None:
         Source.of(content)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_path_that_no_file_can_have_is_refused_before_any_io(path: str) -> None:
+    with pytest.raises(ContentError, match="cannot be the path of a file"):
+        Source.of(pathlib.Path(path))
+
+    class Upload(File):
+        def temporary_file_path(self) -> str:
+            return path
+
+    assert Source.of(Upload(io.BytesIO(b"data"))).temporary_path is None
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("pieces", [[b"ok", 7], (n for n in [1, 2])])
 async def test_pieces_must_be_bytes_or_text(pieces: Any) -> None:
