@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from aproxy_storage import (
 from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.openings import Opened
 from aproxy_storage.testing.faults import Fail, Fault, Hang
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.conftest import Make, content_of, keys_of
@@ -450,3 +452,74 @@ async def test_a_verified_file_is_still_verified_after_a_failure(fails_once: Fai
         for _ in range(2):
             with pytest.raises(IntegrityError, match="differ"):
                 await file.read()
+
+
+class Watched(MemoryBackend):
+    """Knows which readings are open; the second one waits until it may begin."""
+
+    def __init__(self, etags: bool) -> None:
+        super().__init__()
+        self.etags = etags
+        self.count = 0
+        self.broken = False
+        self.open: list[Reader] = []
+        self.waits, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+        self.count += 1
+        if self.count == 2 and self.etags:
+            await self.wait()
+        reader = await super()._read(key, byte_range, chunk_bytes)
+        info = reader.info if self.etags else replace(reader.info, etag=None)
+        backend = self
+
+        class Noted(Reader):
+            async def __anext__(self) -> bytes:
+                if backend.broken:
+                    raise BackendUnavailable("broken off")
+                return await super().__anext__()
+
+            async def aclose(self) -> None:
+                backend.open.remove(self)
+
+        noted = Noted(info, reader._chunks, data=reader.data or b"")
+        self.open.append(noted)
+        return noted
+
+    async def wait(self) -> None:
+        self.waits.set()
+        await self.go_on.wait()
+
+
+@pytest.mark.parametrize("where", ["reopened", "the record is asked", "another copy"])
+async def test_a_file_closed_while_it_opens_anew_keeps_nothing_open(where: str) -> None:
+    backend = Watched(etags=where != "the record is asked")
+    storage = ProxyStorage("media", originals=backend, meta=MemoryMetaBackend(), chunk_bytes=4)
+    await storage.save("x", SIXTEEN)
+    file = await storage.open("x")
+    assert await file.read(2) == SIXTEEN[:2]
+    if where == "another copy":
+        place = file._place
+        backend.broken = True
+
+        async def elsewhere(failed: Any, rest: ByteRange) -> Opened:
+            return Opened(place, backend, await backend.read("x", byte_range=rest, chunk_bytes=4).__aenter__())
+
+        file._elsewhere = elsewhere
+    else:
+        await file.seek(9)
+        if where == "the record is asked":
+
+            async def still_at(place: Any) -> bool:
+                await backend.wait()
+                return True
+
+            file._still_at = still_at
+    read = asyncio.create_task(file.read(5))
+    await asyncio.wait_for(backend.waits.wait(), 10)
+    await file.aclose()
+    backend.go_on.set()
+    with pytest.raises(BackendUnavailable, match="was closed while it was read"):
+        await read
+    assert backend.open == []
+    assert backend.count == 2
