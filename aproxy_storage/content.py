@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError, DeadlineExceeded
-from .feeds import SETTLE, Feed, InlineFeed, lookers, silent
+from .feeds import SETTLE, Feed, InlineFeed, lookers, looks, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
@@ -160,26 +160,42 @@ class Source:
         return self._checksum
 
     async def likely_size(self) -> int | None:
-        """Return `size`, or else how large a file of the disk is just now: it may change until it has been read."""
+        """Return `size`, or else how large a file of the disk is just now: it may change until it has been read.
+
+        Raises:
+            ContentError: too many looks into its directory hang.
+        """
         if self.size is None and self.look is not None:
             with contextlib.suppress(OSError, ValueError):
-                return await lookers.call(self.look, timeout=self.timeout)
+                return await self._look(self.look)
         return self.size
+
+    def _look(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        path = self.temporary_path or self.path
+        if path is None:
+            return lookers.call(function, *args, timeout=self.timeout)
+        looks.check(path)
+        return lookers.call(looks.at, path, function, *args, timeout=self.timeout)
 
     async def ask(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function`, which looks at a file of the caller's, in a worker thread of the content's, and return its
         result. As with a chunk, whoever consumes the content is not blamed for the time, nor for his disk.
 
         Raises:
-            ContentError: there is no answer within the timeout. And what `function` raises.
+            ContentError: there is no answer, or no thread, within the timeout; or too many looks into the directory of
+                the file hang, so that it is not tried. And what `function` raises.
         """
         watch = self._watch
         if watch is not None:
             watch.pause()
         try:
-            return await lookers.call(function, *args, timeout=self.timeout)
+            return await self._look(function, *args)
         except DeadlineExceeded as error:
-            raise silent(self.timeout) from error
+            if error.outcome_unknown:
+                raise silent(self.timeout) from error
+            raise ContentError(
+                f"no thread was free to look at the content for {self.timeout:g} seconds: those of other content hang"
+            ) from error
         finally:
             if watch is not None:
                 watch.go_on()
@@ -306,7 +322,8 @@ class Source:
         """Release the spool and end a pass under way; idempotent. The caller's file stays open.
 
         Waits at most `within` seconds for a read of an open file that can seek: until that is over its position is not
-        the caller's. What was given as a path has no such position, and is not waited for. A later save of the same file waits for it too, as long as for any content.
+        the caller's. What was given as a path has no such position, and is not waited for. A later save of the same
+        open file waits for it too, as long as for any content.
         """
         live, self._live = self._live, None
         spool, self._spool = self._spool, None

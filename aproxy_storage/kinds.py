@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentError
-from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded
+from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded, looks
 
 if TYPE_CHECKING:
     from .content import Source
@@ -127,11 +127,12 @@ def _possible(path: str | bytes) -> bool:
 
 
 def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
-    mode = os.stat(path).st_mode
+    looks.check(path)
+    mode = looks.at(path, os.stat, path).st_mode
     if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # opening it may wait for ever; and each pass would read the rest
         raise ContentError(f"{os.fsdecode(path)!r} is no regular file; open it and hand over the open file")
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(limit):
+    with looks.at(path, lambda: open(path, "rb", buffering=0)) as file:
+        while piece := looks.at(path, file.read, limit):
             yield piece
 
 

@@ -26,10 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers, UploadFile
 
-from aproxy_storage import feeds, kinds, spool
+from aproxy_storage import content as content_module
+from aproxy_storage import feeds, kinds, looks, spool
 from aproxy_storage.content import Source
 from aproxy_storage.digest import hash_workers
 from aproxy_storage.errors import ConfigurationError, ContentError
+from aproxy_storage.threads import Workers
 from tests.django_support.setup import configure
 
 configure()
@@ -985,6 +987,63 @@ async def test_silent_content_fails(kind: str) -> None:
         free.set()
         other.close()
         await hash_workers.call(bool, timeout=5)
+
+
+@pytest.mark.asyncio
+async def test_paths_that_hang_are_in_nobody_elses_way(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "HUNG", 0.0)  # as if the clock had gone on
+    for pool in ("lookers", "readers"):
+        workers = Workers(f"t-{pool}", 1, share=1, hung=feeds.looks.hung)
+        monkeypatch.setattr(feeds, pool, workers)
+        if pool == "lookers":
+            monkeypatch.setattr(content_module, pool, workers)
+    for name in ("dead", "well"):
+        (directory / name).mkdir()
+        (directory / name / "file").write_bytes(b"data")
+    dead, well = (directory / name / "file" for name in ("dead", "well"))
+    free = threading.Event()
+    begun: list[int] = []
+
+    def hang(*_: Any) -> None:
+        begun.append(threading.get_ident())
+        free.wait(60)
+
+    try:
+        hung = []
+        for count in range(1, looks.MOST_GIVEN_UP + 1):
+            hung.append(asyncio.create_task(Source.of(dead, timeout=60).ask(hang)))
+            async with asyncio.timeout(10):
+                while len(begun) < count:  # noqa: ASYNC110  in other threads
+                    await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):
+            assert await Source.of(dead).likely_size() == 4, "they may only be slow"
+            monkeypatch.setattr(looks, "GIVEN_UP", 0.0)
+            for look in (Source.likely_size, Source.peek, drain, lambda source: source.ask(os.stat, dead)):
+                with pytest.raises(ContentError, match="dead/file' was not read: 4 looks at files of its directory"):
+                    await look(Source.of(dead))
+            assert await Source.of(well).likely_size() == await Source.of(well).ask(int, 4) == 4
+            assert await drain(Source.of(well)) == b"data"
+    finally:
+        free.set()
+        await asyncio.gather(*hung)
+    assert await drain(Source.of(dead)) == b"data"
+
+
+@pytest.mark.asyncio
+async def test_waiting_for_a_thread_is_told_from_silence(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content_module, "lookers", Workers("t-busy", 1, share=1))
+    free = threading.Event()
+    busy = content_module.lookers.call(free.wait, 60, timeout=None)
+    try:
+        with pytest.raises(ContentError, match=r"no thread was free to look at the content for 0\.05 seconds"):
+            await Source.of(directory / "a", timeout=0.05).ask(os.stat, directory)
+    finally:
+        free.set()
+        await busy
 
 
 @pytest.mark.asyncio
