@@ -199,8 +199,11 @@ def test_paths_of_databases(url: str, path: str, tmp_path: Path) -> None:
     assert meta.path == path.format(cwd=tmp_path)
 
 
-@pytest.mark.parametrize("url", ["file://media/x", "file://u@localhost/x", "file:", "file:a#b", "file:a%00b"])
-def test_wrong_paths_are_refused(url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    ["file://media/x", "file://u@localhost/x", "file:", "file:a#b", "file:a%00b", "file:a?max_workers=0"],
+)
+def test_what_a_directory_cannot_be_made_of_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="file:"):
         original_from_url(url)
 
