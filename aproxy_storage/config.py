@@ -177,7 +177,12 @@ def _from_url(kind: str, table: Mapping[str, str], base: type[T], url: str) -> T
     cls = _resolve(kind, table, scheme, url)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ConfigurationError(f"{redacted(url)}: {cls!r}, which answers to {scheme!r}, is no {base.__name__}")
-    return cast(T, cast(Any, cls).from_url(url))
+    try:
+        return cast(T, cast(Any, cls).from_url(url))
+    except StorageError:
+        raise
+    except ValueError as error:  # of a constructor, whose text names the argument
+        raise ConfigurationError(f"{redacted(url)}: {error}") from error
 
 
 def _resolve(kind: str, table: Mapping[str, str], scheme: str, url: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from .digest import INLINE_BYTES, Digest, digest_inline, hash_constructor, hash_workers
 from .errors import ContentError, DeadlineExceeded
-from .feeds import SETTLE, Feed, InlineFeed, lookers, silent
+from .feeds import SETTLE, Feed, InlineFeed, lookers, looks, silent
 from .kinds import recognise
 from .sniffing import guess_content_type
 from .spool import Spool, SpoolFeed
@@ -61,7 +61,7 @@ class Source:
 
     __slots__ = (
         "_begun", "_checksum", "_chunk_bytes", "_head", "_live", "_new_hash", "_seen_size", "_spool",
-        "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "path", "replayable",
+        "_watch", "algorithm", "begin", "content_type", "data", "look", "name", "opens", "path", "replayable",
         "size", "taken", "temporary_path", "timeout",
     )  # fmt: skip
 
@@ -84,6 +84,7 @@ class Source:
         self.timeout = timeout
         self.begin: Callable[[int, bool], Feed] | None = None  # (chunk_bytes, ahead) -> a pass from the start
         self.look: Callable[[], int] | None = None  # at a file of the disk, in a worker thread: its size just now
+        self.opens = False  # each pass opens a file of its own
         self._spool: Spool | None = None  # of one-shot content, whether it is kept or not
         self._begun = False
         self._live: Feed | None = None
@@ -107,7 +108,7 @@ class Source:
         """Return the source for `content`; nothing is read yet.
 
         Args:
-            content: bytes-like, text, a path object (opened and closed here, never moved), a synchronous or
+            content: bytes-like, text, a path object (opened and closed here, never moved; no FIFO), a synchronous or
                 asynchronous file, a Django File, a Starlette UploadFile, an iterable or asynchronous iterable of
                 bytes, or a Source, which is returned as it is.
             size: bytes that the content has to have.
@@ -118,7 +119,7 @@ class Source:
             spool_bytes: how much of it is kept in memory before a temporary file is used.
 
         Raises:
-            ContentError: it is none of these, or is known not to have `size` bytes.
+            ContentError: it is none of these, a path that no file can have, or is known not to have `size` bytes.
             ConfigurationError: hashlib knows no such checksum of a fixed length.
         """
         if isinstance(content, Source):
@@ -172,26 +173,42 @@ class Source:
         return self._checksum
 
     async def likely_size(self) -> int | None:
-        """Return `size`, or else how large a file of the disk is just now: it may change until it has been read."""
+        """Return `size`, or else how large a file of the disk is just now: it may change until it has been read.
+
+        Raises:
+            ContentError: too many looks into its directory hang.
+        """
         if self.size is None and self.look is not None:
             with contextlib.suppress(OSError, ValueError):
-                return await lookers.call(self.look, timeout=self.timeout)
+                return await self._look(self.look)
         return self.size
+
+    def _look(self, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        path = self.temporary_path or self.path
+        if path is None:
+            return lookers.call(function, *args, timeout=self.timeout)
+        looks.check(path)
+        return lookers.call(looks.at, path, function, *args, timeout=self.timeout)
 
     async def ask(self, function: Callable[..., T], *args: Any) -> T:
         """Call `function`, which looks at a file of the caller's, in a worker thread of the content's, and return its
         result. As with a chunk, whoever consumes the content is not blamed for the time, nor for his disk.
 
         Raises:
-            ContentError: there is no answer within the timeout. And what `function` raises.
+            ContentError: there is no answer, or no thread, within the timeout; or too many looks into the directory of
+                the file hang, so that it is not tried. And what `function` raises.
         """
         watch = self._watch
         if watch is not None:
             watch.pause()
         try:
-            return await lookers.call(function, *args, timeout=self.timeout)
+            return await self._look(function, *args)
         except DeadlineExceeded as error:
-            raise silent(self.timeout) from error
+            if error.outcome_unknown:
+                raise silent(self.timeout) from error
+            raise ContentError(
+                f"no thread was free to look at the content for {self.timeout:g} seconds: those of other content hang"
+            ) from error
         finally:
             if watch is not None:
                 watch.go_on()
@@ -317,8 +334,9 @@ class Source:
     async def aclose(self, *, within: float = SETTLE) -> None:
         """Release the spool and end a pass under way; idempotent. The caller's file stays open.
 
-        Waits at most `within` seconds for a read of a file that can seek: until that is over its position is not the
-        caller's. A later save of the same file waits for it too, as long as for any content.
+        Waits at most `within` seconds for a read of an open file that can seek: until that is over its position is not
+        the caller's. What was given as a path has no such position, and is not waited for. A later save of the same
+        open file waits for it too, as long as for any content.
         """
         live, self._live = self._live, None
         spool, self._spool = self._spool, None
@@ -328,7 +346,8 @@ class Source:
         try:
             if live is not None:
                 await live.aclose()
-                if (job := live.under_way()) is not None and not job.done():
+                job = None if self.opens else live.under_way()
+                if job is not None and not job.done():
                     await asyncio.wait((job,), timeout=within)
         finally:
             if spool is not None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 from .errors import ContentError
 from .futures import seen
+from .looks import Looks
 from .threads import Workers
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "encoded",
     "failed",
     "lookers",
+    "looks",
     "readers",
     "silent",
     "to_bytes",
@@ -45,10 +47,13 @@ SMALL = 64 * 1024  # bytes; smaller pieces are put together, larger ones passed 
 HOLD = 0.25  # seconds for which pieces are held back at most, once more of them have to be waited for
 SETTLE = 10.0  # seconds that closing the caller's generators may take
 
+looks = Looks()
+os.register_at_fork(after_in_child=looks.fresh)
+
 # One blocked source takes one thread. Nothing is ever refused: each pass has one job at most.
-readers = Workers("aproxy_storage-content", 32, max_waiting=1 << 30, share=1)
+readers = Workers("aproxy_storage-content", 32, max_waiting=1 << 30, share=1, hung=looks.hung)
 # What is over in microseconds, unless a disk hangs: one thread does it all until then.
-lookers = Workers("aproxy_storage-paths", 32, max_waiting=1 << 30)
+lookers = Workers("aproxy_storage-paths", 32, max_waiting=1 << 30, hung=looks.hung)
 
 
 def to_bytes(piece: Any) -> bytes:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .errors import ContentError, IntegrityError, NotSupported
-from .futures import outcome_of
+from .futures import outcome_of, seen
 from .records import MetaRecord
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class AsyncWriter:
         self._torn = False  # of some write a part was passed on, and the rest never came
         self._turn = asyncio.Lock()  # held while a write is passed on, and by `aclose`
         self._loop = asyncio.get_running_loop()
+        self._closing: asyncio.Future[None] | None = None  # while a task is in `aclose`
         self._moved = asyncio.Event()  # something was put, taken or ended
         self._written = 0
         self._task = storage.cleanup.start(
@@ -81,17 +82,48 @@ class AsyncWriter:
         """Publish the file, once the writes under way are over; idempotent. A cancellation here publishes nothing,
         unless it comes too late for that.
 
+        While another task is closing it, waits for that and raises the same, but when cancelled leaves it alone. Does
+        nothing once that is over, or after `abort`.
+
         Raises:
             ContentError: a write was cancelled half-way. NotSupported: this is another event loop; nothing is done.
+            BackendUnavailable: the storage was closed, or the other task that was closing the file was cancelled.
             Whatever `ProxyStorage.save` or `replace` raises.
         """
+        if (closing := self._closing) is not None:
+            self._check_loop()
+            await asyncio.wait((closing,))
+            return closing.result()
         if self.closed:
             return
         self._check_loop()
+        closing = self._closing = self._loop.create_future()
+        closing.add_done_callback(seen)
+        try:
+            await self._publish()
+        except Exception as error:
+            closing.set_exception(error)
+            raise
+        except BaseException:
+            self._task.add_done_callback(lambda _: self._tell(closing))
+            raise
+        else:
+            closing.set_result(None)
+        finally:
+            self._closing = None
+
+    def _tell(self, closing: asyncio.Future[None]) -> None:
+        """Tell those who wait for a task that was closing the file, and was cancelled, what has come of it."""
+        try:
+            self.record = outcome_of(self._task)
+        except Exception as error:
+            closing.set_exception(error)
+        else:
+            closing.set_result(None)
+
+    async def _publish(self) -> None:
         try:
             async with self._turn:
-                if self._ended:
-                    return  # another task was faster
                 self._check_writable()
                 if self._pending:
                     await self._room()

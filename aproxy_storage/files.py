@@ -203,7 +203,7 @@ class AsyncFile:
     async def _next_chunk(self) -> bytes:
         """Return the next non-empty bytes at `_position`; called only where the size says that there are some."""
         if self.closed:
-            raise BackendUnavailable(f"{self.name!r} was closed while it was read", retryable=False)
+            raise self._closed_meanwhile()
         if self._reading is None or self._at != self._position:
             await self._read_from(self._position)
         assert self._reading is not None
@@ -254,6 +254,7 @@ class AsyncFile:
         self._failed.append(opened.place)
         self._backend, self._place = opened.backend, opened.place
         self._reading, self._etag, self._at = opened.reading, opened.reading.info.etag, self._position
+        await self._check_reading()
         return True
 
     async def _read_from(self, position: int) -> None:
@@ -265,10 +266,18 @@ class AsyncFile:
         except NotFound as error:
             raise self._vanished() from error
         self._reading, self._at = reading, position
+        await self._check_reading()
         etag = reading.info.etag
         if etag != self._etag or (etag is None and not await self._still_at(self._place)):
             await self._stop_reading()
             raise self._vanished()
+        await self._check_reading()
+
+    async def _check_reading(self) -> None:
+        """End the reading that was just begun, if the file was closed meanwhile; nobody else would."""
+        if self.closed:
+            await self._stop_reading()
+            raise self._closed_meanwhile()
 
     async def _stop_reading(self) -> None:
         reading, self._reading = self._reading, None
@@ -283,6 +292,9 @@ class AsyncFile:
         return Conflict(
             f"{self.name!r} was replaced or deleted while it was read; open it again", operation="read", path=self.name
         )
+
+    def _closed_meanwhile(self) -> BackendUnavailable:
+        return BackendUnavailable(f"{self.name!r} was closed while it was read", retryable=False)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -6,11 +6,12 @@ import contextlib
 import inspect
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .errors import ContentError
-from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded
+from .feeds import AsyncFeed, AsyncFilePieces, InlineFeed, ThreadFeed, encoded, looks
 
 if TYPE_CHECKING:
     from .content import Source
@@ -36,7 +37,7 @@ def recognise(source: Source, content: Any) -> None:
     """Fill in `source` for `content`: what it declares, and how a pass over it is begun.
 
     Raises:
-        ContentError: it is nothing that can be read, or text with lone surrogates.
+        ContentError: it is nothing that can be read, a path that no file can have, or text with lone surrogates.
     """
     read = getattr(content, "read", None)
     if isinstance(content, str):
@@ -126,16 +127,31 @@ def _module_of(cls: type, name: str) -> str | None:
 def _path(source: Source, content: os.PathLike[Any]) -> None:
     path = content
     where = os.fspath(content)
+    if not _possible(where):
+        raise ContentError(f"{where!r} cannot be the path of a file")
     source.path = path
     source.name = os.path.basename(os.fsdecode(where)) or None
 
     source.look = lambda: os.stat(where).st_size
+    source.opens = True
     _threaded(source, lambda limit: _pieces_of(where, limit))
 
 
+def _possible(path: str | bytes) -> bool:
+    """Return whether a file system could be asked for `path`, which else fails with a ValueError."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+
+
 def _pieces_of(path: Any, limit: int) -> Iterator[bytes]:
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(limit):
+    looks.check(path)
+    mode = looks.at(path, os.stat, path).st_mode
+    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):  # opening it may wait for ever; and each pass would read the rest
+        raise ContentError(f"{os.fsdecode(path)!r} is no regular file; open it and hand over the open file")
+    with looks.at(path, lambda: open(path, "rb", buffering=0)) as file:
+        while piece := looks.at(path, file.read, limit):
             yield piece
 
 
@@ -152,13 +168,14 @@ def _django_file(source: Source, content: Any) -> None:
             # What the caller has written to it must be in the file before somebody reads or moves it by name.
             with contextlib.suppress(Exception):
                 content.flush()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 source.size = os.stat(where).st_size
                 source.temporary_path = where
     closed = getattr(content, "closed", False)
     path = source.temporary_path
     if path is not None and closed:
         source.look = lambda: os.stat(path).st_size
+        source.opens = True
         _threaded(source, lambda limit: _pieces_of(path, limit))
         return
     # A closed file may open itself again (FieldFile does), but whether it can seek then is unknown.

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, ParamSpec, TypeVar
 
 from .blocking import blocking_loop
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _PATIENCE = 0.01  # seconds that a batch of small jobs takes at most, while nothing waits for a disk or a network
 _TICK = 0.05  # seconds between two looks at deadlines and stuck batches, while anything is under way
+_SPARE = 7  # times `max_workers`: threads that may be started in the place of hung ones
 _IDLE = 10.0  # seconds after which a worker without work ends
 
 _OVER: concurrent.futures.Future[Any] = concurrent.futures.Future()  # in the place of one that has its answer
@@ -167,6 +168,8 @@ class Workers(concurrent.futures.Executor):
         max_workers: threads; a job that hangs takes one out of service, so a hung disk starves only its owner.
         max_waiting: jobs that may wait; more raise BackendUnavailable at once.
         share: jobs that one worker takes in one go at most.
+        hung: returns the threads, of whatever pool, that are known to hang. Up to seven times `max_workers` of ours do
+            not count as workers, so that others take their places.
 
     Also a ``concurrent.futures.Executor``, for libraries that take one, such as aiofiles.
 
@@ -176,13 +179,22 @@ class Workers(concurrent.futures.Executor):
     only threads that live may be counted, and a job that nobody would look at is not left in the queue.
     """
 
-    def __init__(self, name: str, max_workers: int, *, max_waiting: int = 10_000, share: int = 16) -> None:
+    def __init__(
+        self,
+        name: str,
+        max_workers: int,
+        *,
+        max_waiting: int = 10_000,
+        share: int = 16,
+        hung: Callable[[], Set[int]] = frozenset,
+    ) -> None:
         if max_workers < 1 or share < 1:
             raise ValueError("max_workers and share must be at least 1")
         self._name = name
         self._max_workers = max_workers
         self._max_waiting = max_waiting
         self._share = share
+        self._hung = hung
         self._answers: PerLoop[_Answers] = PerLoop(lambda: _Answers(self))
         self._pid = 0
         self._fresh()
@@ -273,7 +285,7 @@ class Workers(concurrent.futures.Executor):
             # The one that worked last: its memory is warm. Passing on big chunks takes half the time that it takes
             # with the workers in turn, which is what a condition variable would do.
             self._sleepers.pop().signal.release()
-        elif self._count < self._max_workers:
+        elif self._count < self._max_workers or self._count < self._max_workers + self._count_hung():
             self._serial += 1
             thread = threading.Thread(target=self._serve, name=f"{self._name}-{self._serial}", daemon=True)
             self._count += 1
@@ -283,6 +295,9 @@ class Workers(concurrent.futures.Executor):
                 self._count -= 1
                 if self._count == 0:
                     raise BackendUnavailable(f"{self._name}: no worker thread could be started: {error}") from error
+
+    def _count_hung(self) -> int:
+        return min(len(self._hung() & self._running.keys()), self._max_workers * _SPARE)
 
     # -- the worker side
 

@@ -216,6 +216,8 @@ def redacted(text: str) -> str:
     head, question, query = address.partition("?")
     names = "&".join(_without_value(pair) for pair in query.split("&")) if query else ""
     before, slashes, rest = head.partition("//")
+    if before.lower() != f"{scheme}:":  # these slashes begin no authority
+        before, slashes, rest = head, "", ""
     authority, slash, path = rest.partition("/")
     user, at, hosts = authority.rpartition("@")
     if not slashes or not authority:

@@ -18,7 +18,7 @@ NAMES = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removes
 PURE = [
     {"errors", "records", "paths"},
     {"timeouts", "loops", "futures", "cleanup", "blocking", "threads", "sniffing", "urls"},
-    {"digest", "feeds", "kinds", "spool", "content"},
+    {"digest", "feeds", "kinds", "looks", "spool", "content"},
     {"placement", "breaker", "fallback", "replicate"},
 ]
 BASES = {"backends.base", "meta_backends.base"}

@@ -131,6 +131,12 @@ def test_a_mode_that_could_be_decimal_is_refused(text: str) -> None:
             for scheme in ("s3", "obstore+s3", "gs", "mongodb", "mongodb+srv", "gridfs+mongodb", "postgres", "nothing")
             for slashes in ("", "/", "///", "////")
         ),
+        *(
+            f"{scheme}:{slash}u:{password}@h/db"
+            for scheme in ("postgresql", "S3", "mongodb")
+            for slash in ("", "/")
+            for password in (f"{SECRET}//x", f"x//{SECRET}", f"x//{SECRET}/y")
+        ),
         *(f"{scheme}://h/db?timeouts.idle={SECRET}&part_bytes={SECRET}" for scheme in ("s3", "mongodb", "postgres")),
         f"file:x?max_workers={SECRET}",
         f"sqlite:x?readers={SECRET}",
@@ -155,6 +161,8 @@ def test_what_is_not_secret_is_shown() -> None:
     assert redacted("postgresql://u:p@h:5/db") == "postgresql://u:***@h:5/db"
     assert redacted("mongodb://u:p@[::1]:5,h:6,i/db?w=1") == "mongodb://u:***@[::1]:5,h:6,i/db?w=***"
     assert redacted("s3:bucket") == "s3:bucket"
+    assert redacted("POSTGRESQL://u:p@h/db") == "POSTGRESQL://u:***@h/db"
+    assert redacted("sqlite:a//b:c@d?readers=3") == "sqlite:a//b:c@d?readers=***"
 
 
 # -- backends
@@ -191,8 +199,11 @@ def test_paths_of_databases(url: str, path: str, tmp_path: Path) -> None:
     assert meta.path == path.format(cwd=tmp_path)
 
 
-@pytest.mark.parametrize("url", ["file://media/x", "file://u@localhost/x", "file:", "file:a#b", "file:a%00b"])
-def test_wrong_paths_are_refused(url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    ["file://media/x", "file://u@localhost/x", "file:", "file:a#b", "file:a%00b", "file:a?max_workers=0"],
+)
+def test_what_a_directory_cannot_be_made_of_is_refused(url: str) -> None:
     with pytest.raises(ConfigurationError, match="file:"):
         original_from_url(url)
 

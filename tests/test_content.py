@@ -12,6 +12,7 @@ import io
 import mmap
 import os
 import pathlib
+import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,10 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers, UploadFile
 
-from aproxy_storage import feeds, spool
+from aproxy_storage import content as content_module
+from aproxy_storage import feeds, kinds, looks, spool
 from aproxy_storage.content import Source
 from aproxy_storage.digest import hash_workers
 from aproxy_storage.errors import ConfigurationError, ContentError
+from aproxy_storage.threads import Workers
 from tests.django_support.setup import configure
 
 configure()
@@ -400,6 +403,18 @@ def test_anything_else_is_refused_before_any_io(content: Any) -> None:
         Source.of(content)
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_a_path_that_no_file_can_have_is_refused_before_any_io(path: str) -> None:
+    with pytest.raises(ContentError, match="cannot be the path of a file"):
+        Source.of(pathlib.Path(path))
+
+    class Upload(File):
+        def temporary_file_path(self) -> str:
+            return path
+
+    assert Source.of(Upload(io.BytesIO(b"data"))).temporary_path is None
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("pieces", [[b"ok", 7], (n for n in [1, 2])])
 async def test_pieces_must_be_bytes_or_text(pieces: Any) -> None:
@@ -715,6 +730,42 @@ async def test_missing_file_is_a_content_error(directory: pathlib.Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_pipe_or_socket_with_a_name_is_refused(directory: pathlib.Path) -> None:
+    os.mkfifo(directory / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(directory / "socket"))
+        for name in ("fifo", "socket"):  # each pass would read what the one before, such as a peek, has left
+            for read in (Source.peek, drain):
+                with pytest.raises(ContentError, match=f"{name}' is no regular file; open it and"):
+                    await read(Source.of(directory / name, timeout=5))
+
+
+@pytest.mark.asyncio
+async def test_a_path_that_hangs_is_not_waited_for_at_the_end(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "a").write_bytes(b"data")
+    back, over = threading.Event(), threading.Event()
+
+    def hung(*args: Any, **options: Any) -> Any:
+        back.wait(60)
+        over.set()
+        return open(*args, **options)
+
+    monkeypatch.setattr(kinds, "open", hung, raising=False)
+    source = Source.of(directory / "a", timeout=0.05)
+    try:
+        with pytest.raises(ContentError, match="gave nothing"):
+            await drain(source)
+        async with asyncio.timeout(5):
+            await source.aclose(within=60)
+        assert not over.is_set()
+    finally:
+        back.set()
+    assert over.wait(10)
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemExit(3)])
 async def test_cancellation_and_exit_pass_through(error: BaseException) -> None:
     async def pieces() -> AsyncIterator[bytes]:
@@ -975,6 +1026,63 @@ async def test_silent_content_fails(kind: str) -> None:
         free.set()
         other.close()
         await hash_workers.call(bool, timeout=5)
+
+
+@pytest.mark.asyncio
+async def test_paths_that_hang_are_in_nobody_elses_way(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looks, "HUNG", 0.0)  # as if the clock had gone on
+    for pool in ("lookers", "readers"):
+        workers = Workers(f"t-{pool}", 1, share=1, hung=feeds.looks.hung)
+        monkeypatch.setattr(feeds, pool, workers)
+        if pool == "lookers":
+            monkeypatch.setattr(content_module, pool, workers)
+    for name in ("dead", "well"):
+        (directory / name).mkdir()
+        (directory / name / "file").write_bytes(b"data")
+    dead, well = (directory / name / "file" for name in ("dead", "well"))
+    free = threading.Event()
+    begun: list[int] = []
+
+    def hang(*_: Any) -> None:
+        begun.append(threading.get_ident())
+        free.wait(60)
+
+    try:
+        hung = []
+        for count in range(1, looks.MOST_GIVEN_UP + 1):
+            hung.append(asyncio.create_task(Source.of(dead, timeout=60).ask(hang)))
+            async with asyncio.timeout(10):
+                while len(begun) < count:  # noqa: ASYNC110  in other threads
+                    await asyncio.sleep(0.001)
+        async with asyncio.timeout(10):
+            assert await Source.of(dead).likely_size() == 4, "they may only be slow"
+            monkeypatch.setattr(looks, "GIVEN_UP", 0.0)
+            for look in (Source.likely_size, Source.peek, drain, lambda source: source.ask(os.stat, dead)):
+                with pytest.raises(ContentError, match="dead/file' was not read: 4 looks at files of its directory"):
+                    await look(Source.of(dead))
+            assert await Source.of(well).likely_size() == await Source.of(well).ask(int, 4) == 4
+            assert await drain(Source.of(well)) == b"data"
+    finally:
+        free.set()
+        await asyncio.gather(*hung)
+    assert await drain(Source.of(dead)) == b"data"
+
+
+@pytest.mark.asyncio
+async def test_waiting_for_a_thread_is_told_from_silence(
+    directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content_module, "lookers", Workers("t-busy", 1, share=1))
+    free = threading.Event()
+    busy = content_module.lookers.call(free.wait, 60, timeout=None)
+    try:
+        with pytest.raises(ContentError, match=r"no thread was free to look at the content for 0\.05 seconds"):
+            await Source.of(directory / "a", timeout=0.05).ask(os.stat, directory)
+    finally:
+        free.set()
+        await busy
 
 
 @pytest.mark.asyncio

@@ -251,6 +251,35 @@ async def test_no_more_threads_than_allowed_and_a_second_job_gets_a_second_one()
 
 
 @pytest.mark.asyncio
+async def test_threads_that_hang_are_made_up_for_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_SPARE", 2)
+    hung: set[int] = set()
+    workers = Workers("t-hung", 1, share=1, hung=lambda: hung)
+    begun: list[int] = []
+    with blocker() as event:
+
+        def hang() -> None:
+            begun.append(threading.get_ident())
+            event.wait(60)
+
+        jobs = [workers.call(hang, timeout=60)]
+        await _until(lambda: len(begun) == 1)
+        late = workers.call(int, timeout=60)
+        assert len(_threads_of("t-hung")) == 1
+        hung.update(begun)
+        assert await asyncio.wait_for(late, 10) == 0, "also what waited already"
+        for count in (2, 3):
+            jobs.append(workers.call(hang, timeout=60))
+            await _until(lambda count=count: len(begun) == count)  # type: ignore[misc]
+            hung.update(begun)
+        late = workers.call(int, timeout=60)
+        assert len(_threads_of("t-hung")) == 3
+        assert not late.done()
+    assert await asyncio.wait_for(late, 10) == 0
+    await asyncio.gather(*jobs)
+
+
+@pytest.mark.asyncio
 async def test_one_after_the_other_needs_one_thread() -> None:
     workers = Workers("t-one", 8, share=1)
     idents = {await workers.call(threading.get_ident, timeout=5) for _ in range(50)}

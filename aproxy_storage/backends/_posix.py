@@ -395,6 +395,17 @@ class Tree:
             finally:
                 handle.close()
 
+    def is_taken(self, key: str) -> bool:
+        """Return whether anything lies at `key` or in its way, of whatever kind."""
+        try:
+            with self.parent(key) as (at, name):
+                os.stat(name, dir_fd=at, follow_symlinks=False)
+        except NotFound as error:
+            return isinstance(error.__cause__, NotADirectoryError)
+        except AccessDenied:  # of a link; that of the system is none yet
+            return True
+        return True
+
     # -- removing
 
     def discard(self, key: str, token: str | None, permit: Permit) -> None:
@@ -449,6 +460,10 @@ class Tree:
                 directories = self.descend(root.fd, (names or ())[:depth])
             except (FileNotFoundError, NotADirectoryError, AccessDenied):
                 continue
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    continue
+                raise
             try:
                 self.sync(root.fd, directories)
             except FileNotFoundError:  # pruned at this moment

@@ -143,15 +143,16 @@ class FileSystemBackend(Backend):
         return os.path.join(self.root, key)
 
     async def is_taken(self, key: str) -> bool:
-        """Return whether anything is at `key`: an object, but also a directory, a link or whatever else is in its way.
+        """Return whether anything is at `key` or in its way: an object, a directory, a link; also a link or a file in
+        the place of one of its directories.
 
         Raises:
-            BackendUnavailable, DeadlineExceeded.
+            AccessDenied, BackendUnavailable, DeadlineExceeded.
         """
         return await self._call("is_taken", key, self._is_taken(key), self.timeouts.operation)
 
     async def _is_taken(self, key: str) -> bool:
-        return await self._workers.call(os.path.lexists, self.full_path(key), timeout=self.timeouts.operation)
+        return await self._workers.call(self._tree.is_taken, key, timeout=self.timeouts.operation)
 
     # -- writing
 

@@ -217,10 +217,20 @@ async def test_whatever_lies_at_a_key_takes_it(backend: FileSystemBackend) -> No
     await backend.write("d/a", b"x")
     (root / "link").symlink_to("nowhere")
     os.mkfifo(root / "fifo")
-    for key in ("d/a", "d", "link", "fifo"):
+    (root / "outside").symlink_to("/")
+    for key in ("d/a", "d", "link", "fifo", "d/a/b", "fifo/a/b", "outside/no such file"):
         assert await backend.is_taken(key), key
-    for key in ("b", "d/b", "d/a/b", "n" * 300, "a\0b"):
+    for key in ("b", "d/b", "no/b", "n" * 300, "n" * 300 + "/b", "a\0b"):
         assert not await backend.is_taken(key), key
+    root.rename(root.with_name("unmounted"))
+    with pytest.raises(BackendUnavailable, match="the root"):
+        await backend.is_taken("d/a")
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_what_could_never_be_a_name_is_discarded_in_silence(backend: FileSystemBackend, durable: bool) -> None:
+    for key in ("n" * 300, "n" * 300 + "/f", "a\0b", ".."):
+        await backend.discard(key, durable=durable)
 
 
 async def test_file_where_a_directory_is_needed(backend: FileSystemBackend) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from aproxy_storage import (
     AlreadyExists,
+    BackendUnavailable,
     ByteRange,
     Conflict,
     ContentError,
@@ -30,6 +32,7 @@ from aproxy_storage import (
 from aproxy_storage.backends.base import Reader
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.openings import Opened
 from aproxy_storage.testing.faults import Fail, Fault, Hang
 from aproxy_storage.tools.reconcile import reconcile
 from tests.verbs.conftest import Make, content_of, keys_of
@@ -245,6 +248,63 @@ async def test_a_cancelled_write_adds_nothing_or_publishes_nothing() -> None:
     assert not await storage.exists("y")
 
 
+@pytest.mark.parametrize("way", ["aclose", "with"])
+@pytest.mark.parametrize("end", ["stored", "fails", "cancelled", "aborted", "too late"])
+async def test_who_closes_a_writer_while_another_task_does_is_told_the_outcome(
+    make: Make, monkeypatch: pytest.MonkeyPatch, end: str, way: str
+) -> None:
+    storage = make()
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    publish = storage.journal.publish
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        if end == "too late":
+            record = await publish(*args, **options)
+        begun.set()
+        try:
+            await go_on.wait()
+        except asyncio.CancelledError:
+            if end != "too late":
+                raise
+            return record
+        if end == "fails":
+            raise Conflict("somebody else was faster")
+        return await publish(*args, **options)
+
+    monkeypatch.setattr(storage.journal, "publish", slow)
+    file = await storage.open("a", "wb")
+    await file.write(b"data")
+    first = asyncio.create_task(file.aclose())
+    await begun.wait()
+    second, gone = (
+        asyncio.create_task(file.aclose() if way == "aclose" else file.__aexit__(None, None, None)) for _ in range(2)
+    )
+    await asyncio.sleep(0)
+    assert not second.done()
+    gone.cancel()
+    await asyncio.wait((gone,))
+    assert gone.cancelled()
+    assert not first.done(), "who only waits does not end it"
+    if end == "aborted":
+        await file.abort()
+    elif end in ("cancelled", "too late"):
+        first.cancel()
+    else:
+        go_on.set()
+    outcomes = await asyncio.gather(first, second, return_exceptions=True)
+    expected = {
+        "stored": (None, None),
+        "fails": (Conflict, Conflict),
+        "cancelled": (asyncio.CancelledError, BackendUnavailable),
+        "aborted": (BackendUnavailable, BackendUnavailable),
+        "too late": (asyncio.CancelledError, None),
+    }[end]
+    assert [outcome and type(outcome) for outcome in outcomes] == list(expected)
+    await file.aclose()  # delivered already
+    stored = end in ("stored", "too late")
+    assert (file.record is not None) is await storage.exists("a") is stored
+
+
 async def test_a_writer_belongs_to_its_loop() -> None:
     storage, backend = gated()
     backend.gate.set()
@@ -430,3 +490,74 @@ async def test_a_verified_file_is_still_verified_after_a_failure(fails_once: Fai
         for _ in range(2):
             with pytest.raises(IntegrityError, match="differ"):
                 await file.read()
+
+
+class Watched(MemoryBackend):
+    """Knows which readings are open; the second one waits until it may begin."""
+
+    def __init__(self, etags: bool) -> None:
+        super().__init__()
+        self.etags = etags
+        self.count = 0
+        self.broken = False
+        self.open: list[Reader] = []
+        self.waits, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def _read(self, key: str, byte_range: ByteRange | None, chunk_bytes: int) -> Reader:
+        self.count += 1
+        if self.count == 2 and self.etags:
+            await self.wait()
+        reader = await super()._read(key, byte_range, chunk_bytes)
+        info = reader.info if self.etags else replace(reader.info, etag=None)
+        backend = self
+
+        class Noted(Reader):
+            async def __anext__(self) -> bytes:
+                if backend.broken:
+                    raise BackendUnavailable("broken off")
+                return await super().__anext__()
+
+            async def aclose(self) -> None:
+                backend.open.remove(self)
+
+        noted = Noted(info, reader._chunks, data=reader.data or b"")
+        self.open.append(noted)
+        return noted
+
+    async def wait(self) -> None:
+        self.waits.set()
+        await self.go_on.wait()
+
+
+@pytest.mark.parametrize("where", ["reopened", "the record is asked", "another copy"])
+async def test_a_file_closed_while_it_opens_anew_keeps_nothing_open(where: str) -> None:
+    backend = Watched(etags=where != "the record is asked")
+    storage = ProxyStorage("media", originals=backend, meta=MemoryMetaBackend(), chunk_bytes=4)
+    await storage.save("x", SIXTEEN)
+    file = await storage.open("x")
+    assert await file.read(2) == SIXTEEN[:2]
+    if where == "another copy":
+        place = file._place
+        backend.broken = True
+
+        async def elsewhere(failed: Any, rest: ByteRange) -> Opened:
+            return Opened(place, backend, await backend.read("x", byte_range=rest, chunk_bytes=4).__aenter__())
+
+        file._elsewhere = elsewhere
+    else:
+        await file.seek(9)
+        if where == "the record is asked":
+
+            async def still_at(place: Any) -> bool:
+                await backend.wait()
+                return True
+
+            file._still_at = still_at
+    read = asyncio.create_task(file.read(5))
+    await asyncio.wait_for(backend.waits.wait(), 10)
+    await file.aclose()
+    backend.go_on.set()
+    with pytest.raises(BackendUnavailable, match="was closed while it was read"):
+        await read
+    assert backend.open == []
+    assert backend.count == 2
