@@ -56,6 +56,7 @@ _TYPES = {
     "updated_at": "timestamptz",
 }
 _SELECTED = ", ".join("coalesce(extra::text, '{}')" if column == "extra" else column for column in COLUMNS)
+_RETURNED = ", ".join("coalesce(t.extra::text, '{}')" if column == "extra" else f"t.{column}" for column in COLUMNS)
 # A statement for many must not wait long for a row that a transaction holds: it would keep all the others waiting.
 # The setting ends with the statement, which is a transaction of its own.
 _HURRY = "(SELECT set_config('lock_timeout', '500ms', true)) AS hurry"
@@ -123,6 +124,7 @@ class Statements:
             f"{_HURRY} WHERE t.path = u.path AND (u.token IS NULL OR (t.token = u.token AND t.version = u.version)) "
             "RETURNING t.path"
         )
+        self.renew_many = self._renewal()
         self.owners = self._owners()
         self._updates: dict[tuple[tuple[str, ...], bool, bool], str] = {}
 
@@ -153,13 +155,23 @@ class Statements:
             f"{column} = {_value(column, value)}" for column, value in zip(columns, given[len(names) :], strict=True)
         ]
         where = " AND ".join(f"t.{name} = {value}" for name, value in zip(names, given, strict=False))
-        selected = ", ".join(
-            "coalesce(t.extra::text, '{}')" if column == "extra" else f"t.{column}" for column in COLUMNS
-        )
         return (
             f"UPDATE {self.name} AS t SET {', '.join([*changes, 'updated_at = now()'])} {rows} "
-            f"WHERE {where} RETURNING {selected}" + (", u.path AS old_path" if many else "")
+            f"WHERE {where} RETURNING {_RETURNED}" + (", u.path AS old_path" if many else "")
         )
+
+    def _renewal(self) -> str:
+        """Return the statement that sets the lease of each row which has not changed, and which nobody holds."""
+        same = "t.path = {0}.path AND t.token = {0}.token AND t.version = {0}.version"
+        return f"""
+            WITH free AS (
+                SELECT t.path, t.token, t.version, u.lease FROM {self.name} AS t
+                  JOIN unnest($1::text[], $2::text[], $3::bigint[], $4::float8[]) AS u (path, token, version, lease)
+                    ON {same.format("u")}
+                FOR NO KEY UPDATE OF t SKIP LOCKED
+            )
+            UPDATE {self.name} AS t SET lease = {_value("lease", "free.lease")}, updated_at = now()
+            FROM free WHERE {same.format("free")} RETURNING {_RETURNED}"""
 
     def page(self, *, inclusive: bool, bounded: bool) -> str:
         """Return the statement of one page: lower bound, storage, state, limit and, if `bounded`, the upper bound."""

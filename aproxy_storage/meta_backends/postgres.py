@@ -17,7 +17,7 @@ from ._coalescing import Coalescer
 from ._postgres_rows import changes_of, row_of, to_record
 from ._postgres_schema import prepare
 from ._postgres_sql import Statements
-from ._postgres_table import Change, New, Removal, Table, failed
+from ._postgres_table import Change, New, Removal, Renewal, Table, failed
 from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
 
 __all__ = ["PostgresMetaBackend"]
@@ -284,6 +284,13 @@ class PostgresMetaBackend(MetaBackend):
         # One statement for a run of those that set the same columns, each of another path.
         chunks = _chunks([(update[0], update) for update in updates], kind=_kind_of_update, distinct=True)
         return await self._many("update", chunks, make, self._records.change, self._records.change_many)
+
+    async def _renew(self, records: Sequence[MetaRecord], lease: float) -> list[MetaRecord | StorageError]:
+        def make(record: MetaRecord) -> Renewal:
+            return Renewal(record.path, record.revision, lease)
+
+        chunks = _chunks([(record.path, (record,)) for record in records])
+        return await self._many("renew", chunks, make, self._records.renew, self._records.renew_many)
 
     async def delete_many(self, items: Sequence[tuple[str, Revision | None]]) -> list[StorageError | None]:
         def make(path: str, expect: Revision | None) -> Removal:

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from aproxy_storage.errors import AlreadyExists, ConfigurationError, DeadlineExceeded, NotSupported, StorageError
+from aproxy_storage.leases import Leases
 from aproxy_storage.meta_backends import _postgres_sql
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
 from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place
@@ -170,6 +171,29 @@ async def test_rows_that_a_transaction_holds_keep_only_their_own_waiting(
         assert {record.size for record in await asyncio.gather(*updates)} == {2}
 
 
+async def test_a_lease_is_renewed_beside_rows_that_a_transaction_holds(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    made = [await meta.create(make_record(path, token=path), lease=20.0) for path in ("free", "held", "gone")]
+    await meta.delete("gone")
+    leases = Leases(meta, meta.cleanup, 60.0)
+    free, held, gone = (leases.hold(record, since=-100.0) for record in made)
+    transaction = postgres_behind.transaction()
+    await transaction.start()
+    await postgres_behind.execute(f"""SELECT FROM "{meta.table}" WHERE path = 'held' FOR UPDATE""")
+    async with asyncio.timeout(10):
+        await leases._renew([free, held, gone])
+    assert (free.since > 0, held.since, gone.since) == (True, -100.0, -100.0)
+    before, after = made[0].lease, (await meta.get("free")).lease
+    assert before is not None
+    assert after is not None
+    assert 30 < (after - before).total_seconds() < 60
+    await transaction.rollback()
+    await leases._renew([held])
+    assert held.since > 0
+    assert (await meta.get("held")).revision == made[1].revision
+
+
 async def test_one_that_goes_alone_after_company_is_as_one_alone(
     meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
 ) -> None:
@@ -276,6 +300,7 @@ async def test_every_statement_has_its_index(meta: PostgresMetaBackend, postgres
         (sql.owners, keys, "fs"),
         (sql.owners, keys, None),
         (sql.update(("size",), expecting=True, many=True), keys, [""] * 50, [0] * 50, [1] * 50),
+        (sql.renew_many, keys, [""] * 50, [0] * 50, [60.0] * 50),
         (sql.delete_many, keys, [None] * 50, [None] * 50),
     ]
     record, spare = make_reservation("k1")
