@@ -57,8 +57,8 @@ _TYPES = {
 }
 _SELECTED = ", ".join("coalesce(extra::text, '{}')" if column == "extra" else column for column in COLUMNS)
 _RETURNED = ", ".join("coalesce(t.extra::text, '{}')" if column == "extra" else f"t.{column}" for column in COLUMNS)
-# A statement for many must not wait long for a row that a transaction holds: it would keep all the others waiting.
-# The setting ends with the statement, which is a transaction of its own.
+# No statement may wait long for a row that a transaction holds: it would keep waiting what shares it, and those who
+# want its connection. The setting ends with the statement, which is a transaction of its own.
 _HURRY = "(SELECT set_config('lock_timeout', '500ms', true)) AS hurry"
 
 
@@ -103,7 +103,7 @@ class Statements:
         values = ", ".join(_value(column, mark) for column, mark in zip(COLUMNS, marks, strict=True))
         into = f"INSERT INTO {t} AS t ({columns})"
         filled_in = "RETURNING path, lease, created_at, updated_at"
-        self.insert = f"{into} VALUES ({values}) ON CONFLICT (path) DO NOTHING {filled_in}"
+        self.insert = f"{into} SELECT {values} FROM {_HURRY} ON CONFLICT (path) DO NOTHING {filled_in}"
         arrays = ", ".join(f"${number}::{_type(column)}[]" for number, column in enumerate(COLUMNS, 1))
         given = ", ".join(_value(column, f"u.{column}") for column in COLUMNS)
         self.insert_many = (
@@ -116,8 +116,9 @@ class Statements:
         self.get_many = f"SELECT {_SELECTED} FROM {t} WHERE path = ANY($1::text[])"
         self.exists = f"SELECT path, state, proxy_storage_name FROM {t} WHERE path = $1"
         self.exists_many = f"SELECT path, state, proxy_storage_name FROM {t} WHERE path = ANY($1::text[])"
-        self.delete = f"DELETE FROM {t} WHERE path = $1 RETURNING path"
-        self.delete_expected = f"DELETE FROM {t} WHERE path = $1 AND token = $2 AND version = $3 RETURNING path"
+        gone = f"DELETE FROM {t} USING {_HURRY} WHERE path = $1"
+        self.delete = f"{gone} RETURNING path"
+        self.delete_expected = f"{gone} AND token = $2 AND version = $3 RETURNING path"
         # A token that is NULL: whatever there is.
         self.delete_many = (
             f"DELETE FROM {t} AS t USING unnest($1::text[], $2::text[], $3::bigint[]) AS u (path, token, version), "
@@ -150,7 +151,7 @@ class Statements:
             rows = f"FROM unnest({arrays}) AS u ({aliases}), {_HURRY}"
         else:
             given = [f"${number}::{kind}" for number, kind in enumerate(types, 1)]
-            rows = ""
+            rows = f"FROM {_HURRY}"
         changes = [
             f"{column} = {_value(column, value)}" for column, value in zip(columns, given[len(names) :], strict=True)
         ]

@@ -145,7 +145,7 @@ class PostgresMetaBackend(MetaBackend):
             await self._within(self._prepare())
         if self.coalesce:
             return await self._coalescer.ask(kind, item, alone, together, key=key)
-        return await self._within(alone(item))
+        return await self._coalescer.by_itself(kind, item, alone)
 
     async def _within(self, work: Awaitable[T]) -> T:
         async with asyncio.timeout(self.timeouts.operation):
@@ -355,7 +355,7 @@ class PostgresMetaBackend(MetaBackend):
         """Do all in one statement; where that has undone itself because of one of them, each half by itself."""
         try:
             if len(items) == 1:
-                return [await self._within(self._first(alone(items[0])))]
+                return [await self._coalescer.by_itself(operation, items[0], lambda item: self._first(alone(item)))]
             return list(await self._within(self._first(together(items))))
         except Exception as error:
             if len(items) == 1 or not undid_itself(error):

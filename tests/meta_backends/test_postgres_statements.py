@@ -16,7 +16,7 @@ from aproxy_storage.errors import AlreadyExists, ConfigurationError, DeadlineExc
 from aproxy_storage.leases import Leases
 from aproxy_storage.meta_backends import _postgres_sql
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
-from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place
+from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place, Revision
 from aproxy_storage.testing.meta_backends import make_record, make_reservation
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +169,48 @@ async def test_rows_that_a_transaction_holds_keep_only_their_own_waiting(
         await transaction.rollback()
         assert (await held).path == "held"
         assert {record.size for record in await asyncio.gather(*updates)} == {2}
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_single_calls_wait_for_held_rows_without_a_connection(
+    postgres_url: str,
+    postgres_table: str,
+    postgres_behind: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    coalesce: bool,
+) -> None:
+    monkeypatch.setattr(_postgres_sql, "_HURRY", _postgres_sql._HURRY.replace("500ms", "10ms"))
+    tried: list[str] = []
+    async with PostgresMetaBackend(postgres_url, table=postgres_table, max_connections=2, coalesce=coalesce) as meta:
+        await meta.create_many([make_record(path, token="t") for path in ("a", "b", "c", "d", "e", "free")])
+        inner = meta._coalescer._held
+        meta._coalescer._held = lambda error: inner(error) and not tried.append(str(error))
+        transaction = postgres_behind.transaction()
+        await transaction.start()
+        await postgres_behind.execute(f"""INSERT INTO "{meta.table}" (path) VALUES ('new'), ('newer')""")
+        await postgres_behind.execute(f"""SELECT FROM "{meta.table}" WHERE path < 'f' FOR UPDATE""")
+        reservation, spare = make_reservation("newer")
+        waiting = [
+            asyncio.ensure_future(call)
+            for call in (
+                meta.create(make_record("new")),
+                meta.reserve(reservation, lease=60.0, spare=spare),
+                meta.update("a", {"size": 2}),
+                meta.update("b", {"size": 2}, expect=Revision("t", 0)),
+                meta.delete("c"),
+                meta.delete("d", expect=Revision("t", 0)),
+                meta.update_many([("e", {"size": 2}, None)]),
+            )
+        ]
+        async with asyncio.timeout(20):
+            while len(tried) < 3 * len(waiting):
+                assert await meta.exists("free")
+        assert not any(task.done() for task in waiting)
+        await transaction.rollback()
+        new, newer, *changed = await asyncio.gather(*waiting)
+        assert (new.path, newer.path) == ("new", "newer")
+        assert [one.size for one in (*changed[:2], *changed[-1])] == [2, 2, 2]
+        assert [record.path async for record in meta.list()] == ["a", "b", "e", "free", "new", "newer"]
 
 
 async def test_a_lease_is_renewed_beside_rows_that_a_transaction_holds(
