@@ -169,6 +169,42 @@ async def test_a_write_cancelled_at_its_end_knows_that_nothing_is_there(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("moment", ["waiting", "amid", "copying", "cut off"])
+async def test_before_its_commit_a_write_knows_that_nothing_is_there(
+    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    begun = asyncio.Event()
+
+    async def hang(*args: object) -> None:
+        begun.set()
+        if moment == "cut off":
+            raise ConnectionResetError
+        await asyncio.Event().wait()
+
+    async def content() -> AsyncIterator[bytes]:
+        yield BIG
+        await hang()
+
+    if moment == "copying":
+        await backend.write("key", BIG)
+    if moment in ("copying", "cut off"):
+        monkeypatch.setattr(backend, "_begin", hang)
+    if moment == "waiting":  # until another upload has ended
+        monkeypatch.setattr(backend._uploads.get(), "acquire", hang)
+    source = BIG if moment in ("waiting", "cut off") else content()
+    work = backend.copy("key", "new") if moment == "copying" else backend.write("new", source)
+    task = asyncio.ensure_future(work)
+    await begun.wait()
+    if moment != "cut off":
+        task.cancel()
+    with pytest.raises((asyncio.CancelledError, BackendUnavailable)) as caught:
+        await task
+    assert outcome_unknown(caught.value) is False
+    with pytest.raises(NotFound):
+        await backend.stat("new")
+
+
+@pytest.mark.asyncio
 async def test_tables_of_others_and_of_tomorrow_are_refused(
     postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
 ) -> None:
