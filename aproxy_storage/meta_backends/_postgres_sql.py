@@ -125,6 +125,11 @@ class Statements:
             f"{_HURRY} WHERE t.path = u.path AND (u.token IS NULL OR (t.token = u.token AND t.version = u.version)) "
             "RETURNING t.path"
         )
+        self.index_columns = (
+            "SELECT a.attname FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_attribute AS a "
+            "ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) "
+            "WHERE i.indrelid = to_regclass($1) AND c.relname = $2"
+        )
         self.renew_many = self._renewal()
         self.owners = self._owners()
         self._updates: dict[tuple[tuple[str, ...], bool, bool], str] = {}

@@ -195,12 +195,17 @@ class Table:
             row = await self._database.fetchrow(text, change.path, *values)
         except UniqueViolation as error:
             taken = change.values.get("path")
-            if taken is None:
+            if taken is None or not await self._is_of_paths(error):
                 raise
             raise AlreadyExists(f"{self._name} holds a record of {taken!r} already", path=taken) from error
         if row is None:
             raise self.absent(change.path, change.expect)
         return to_record(row)
+
+    async def _is_of_paths(self, error: Any) -> bool:
+        """Return whether the unique index that has refused a row is of paths."""
+        columns = await self._database.fetch(self._sql.index_columns, self._sql.name, error.constraint_name)
+        return "path" in [row[0] for row in columns]
 
     async def change_many(self, items: Sequence[Change]) -> list[MetaRecord | StorageError]:
         """Change many in one statement: each another path, all the same columns."""

@@ -12,7 +12,14 @@ import pytest_asyncio
 
 from aproxy_storage.backends import postgres
 from aproxy_storage.backends.postgres import PostgresBackend
-from aproxy_storage.errors import BackendUnavailable, ConfigurationError, IntegrityError, NotFound, outcome_unknown
+from aproxy_storage.errors import (
+    AccessDenied,
+    BackendUnavailable,
+    ConfigurationError,
+    IntegrityError,
+    NotFound,
+    outcome_unknown,
+)
 from aproxy_storage.futures import over
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
@@ -239,6 +246,30 @@ async def test_a_write_that_aclose_cuts_short_is_no_cancellation(
     with pytest.raises(BackendUnavailable, match="closed") as caught:
         await write
     assert caught.value.outcome_unknown
+
+
+@pytest.mark.asyncio
+async def test_who_does_not_own_old_tables_is_sent_to_their_owner(
+    backend: PostgresBackend, postgres_url: str, postgres_behind: asyncpg.Connection
+) -> None:
+    table, role = backend.table, f"{backend.table}_web".lower()
+    await backend.setup()
+    await postgres_behind.execute(f"""
+        COMMENT ON TABLE "{table}" IS 'aproxy-storage objects 1'; DROP INDEX "{table}_id_key";
+        CREATE ROLE "{role}"; GRANT SELECT, INSERT, UPDATE, DELETE ON "{table}", "{table}_chunks" TO "{role}";
+        GRANT USAGE ON SEQUENCE "{table}_id_seq" TO "{role}"
+        """)
+    options = {"server_settings": {"role": role}}
+    try:
+        async with PostgresBackend(postgres_url, table=table, connect_options=options) as web:
+            with pytest.raises(AccessDenied, match="owner await setup"):
+                await web.stat("a")
+            await backend.setup()
+            await web.write("a", b"x")
+            await web.write("b", BIG)
+            await web.discard("a")
+    finally:
+        await postgres_behind.execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')
 
 
 async def content_of(backend: PostgresBackend, key: str) -> bytes:

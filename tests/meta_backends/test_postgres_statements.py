@@ -247,6 +247,17 @@ async def test_one_that_goes_alone_after_company_is_as_one_alone(
     assert isinstance(second, AlreadyExists)
 
 
+async def test_a_unique_index_of_another_column_is_not_a_taken_path(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    await meta.create_many([make_record(path, name=path) for path in ("a", "b")])
+    await postgres_behind.execute(f'CREATE UNIQUE INDEX ON "{meta.table}" (name)')
+    with pytest.raises(NotSupported, match="_name_idx"):
+        await meta.update("a", {"path": "c", "name": "b"})
+    with pytest.raises(AlreadyExists, match="'b'"):
+        await meta.update("a", {"path": "b"})
+
+
 async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails(
     meta: PostgresMetaBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
