@@ -80,9 +80,7 @@ class Leases:
     async def _renew(self, due: list[Held]) -> None:
         begun = elapsed()
         try:
-            answers = await self._meta.update_many(
-                [(held.record.path, {}, held.record.revision) for held in due], lease=self.seconds
-            )
+            answers = await self._meta._renew([held.record for held in due], self.seconds)
         finally:
             for held in due:
                 held.renewing = False

@@ -348,6 +348,7 @@ class WritingVerbs(ReadingVerbs):
 
         Raises:
             NotFound: there is no such file; for a record also where another one has its name now.
+            NotSupported: the database swallows the change without an error.
         """
         record = await self._record(path)
         while True:
@@ -366,7 +367,7 @@ class WritingVerbs(ReadingVerbs):
 
         Raises:
             NotFound: there is no such file, unless `missing_ok`; for a record also where another one has its name now.
-            AccessDenied: the database would not let its record go; the file is as it was.
+            AccessDenied, NotSupported: the database would not let its record go; the file is as it was.
         """
         try:
             record = await self._record(path)

@@ -281,6 +281,7 @@ class AsyncTwins(ConfiguredStorage):
                 if (
                     not error.retryable
                     or record.checksum is None
+                    or current.revision == record.revision  # it would be the same again
                     or (current.token, current.checksum) != (record.token, record.checksum)
                 ):
                     raise

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ..clients.postgres import check_server, identifier, locked
-from ..errors import ConfigurationError
+from ..errors import AccessDenied, ConfigurationError
 
 __all__ = ["CHUNK_BYTES", "Statements", "prepare"]
 
@@ -145,11 +145,19 @@ async def prepare(connection: Any, statements: Statements) -> None:
 
     Raises:
         ConfigurationError: the tables are newer than this library knows, or another program's.
-        asyncpg's errors: as they come.
+        AccessDenied: they are older, and not the user's. asyncpg's errors: as they come.
     """
     await check_server(connection, durable=False)
-    if await _version(connection, statements) == _SCHEMA_VERSION:
+    version = await _version(connection, statements)
+    if version == _SCHEMA_VERSION:
         return
+    if version and not await connection.fetchval(
+        "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass($1)", statements.objects
+    ):
+        raise AccessDenied(
+            f"the table {statements.objects} has schema version {version}, and this user is not its owner: let the "
+            f"owner await setup() once, which makes it version {_SCHEMA_VERSION}"
+        )
     async with locked(connection, statements.objects):
         version = await _version(connection, statements)
         if version == _SCHEMA_VERSION:

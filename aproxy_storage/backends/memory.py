@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -73,8 +74,12 @@ class MemoryBackend(Backend):
         if source.data is not None:
             data = source.data
         else:
-            async with contextlib.aclosing(source.chunks()) as chunks:
-                data = b"".join([chunk async for chunk in chunks])
+            try:
+                async with contextlib.aclosing(source.chunks()) as chunks:
+                    data = b"".join([chunk async for chunk in chunks])
+            except asyncio.CancelledError as error:
+                error.outcome_unknown = False  # type: ignore[attr-defined]
+                raise
         now = datetime.now(UTC)
         # Always a token, so that an object without one cannot be taken for one whose writer is unknown.
         token = token or new_token()

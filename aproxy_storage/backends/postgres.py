@@ -6,13 +6,21 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from ..clients.postgres import Database, UniqueViolation, map_error, storable
 from ..content import Source
-from ..errors import AlreadyExists, ConfigurationError, Conflict, IntegrityError, NotFound, StorageError
+from ..errors import (
+    AlreadyExists,
+    ConfigurationError,
+    Conflict,
+    IntegrityError,
+    NotFound,
+    StorageError,
+    outcome_unknown,
+)
 from ..futures import outcome_of, over
 from ..loops import PerLoop
 from ..paths import new_token, successor
@@ -159,7 +167,10 @@ class PostgresBackend(Backend):
                     f"could not {what}, and did nothing: the next ids of objects are in use, as after a restore of "
                     f"rows alone or a switch of logical replication. Run as its owner: {self._sql.catch_up}"
                 )
-        return map_error(error, what)
+        mapped = map_error(error, what)
+        if not outcome_unknown(error):
+            mapped.outcome_unknown = False
+        return mapped
 
     # -- write
 
@@ -173,8 +184,12 @@ class PostgresBackend(Backend):
         token: str | None,
         durable: bool,
     ) -> ObjectInfo:
-        await self._prepare_once()
         draft = _Draft(key, token or new_token(), content_type, metadata, durable)
+        with draft.certain_until_published():
+            await self._prepare_once()
+            return await self._write_draft(draft, source)
+
+    async def _write_draft(self, draft: _Draft, source: Source) -> ObjectInfo:
         if source.data is not None and len(source.data) <= CHUNK_BYTES:
             return await self._write_small(draft, source.data)
         async with contextlib.aclosing(source.chunks()) as chunks:
@@ -246,6 +261,7 @@ class PostgresBackend(Backend):
         It runs in a task of the backend's, to its end: who is cancelled now cannot know whether the object is there.
         Then it is removed again, after `work`, so that nothing lands late.
         """
+        draft.published = True
         task = self.cleanup.start(self._in_time(work), name="end of a write", log=False)
         try:
             await over(task)
@@ -371,6 +387,10 @@ class PostgresBackend(Backend):
         row = await self._in_time(self._row(self._sql.stat, key))
         info = _info(row)
         draft = _Draft(new_key, token or new_token(), info.content_type, info.metadata, durable)
+        with draft.certain_until_published():
+            return await self._copy_rows(key, row, draft)
+
+    async def _copy_rows(self, key: str, row: Any, draft: _Draft) -> ObjectInfo:
         length = row["chunk_bytes"]
         async with self._uploads.get(), contextlib.AsyncExitStack() as stack:
             connection = await self._in_time(stack.enter_async_context(self._database.use()))
@@ -394,7 +414,7 @@ class PostgresBackend(Backend):
 class _Draft:
     """An object to be."""
 
-    __slots__ = ("content_type", "durable", "key", "metadata", "token")
+    __slots__ = ("content_type", "durable", "key", "metadata", "published", "token")
 
     def __init__(
         self, key: str, token: str, content_type: str | None, metadata: Mapping[str, str], durable: bool
@@ -404,6 +424,17 @@ class _Draft:
         self.content_type = content_type
         self.metadata = dict(metadata)
         self.durable = durable
+        self.published = False  # a statement that makes it visible may have been sent
+
+    @contextlib.contextmanager
+    def certain_until_published(self) -> Iterator[None]:
+        """Note on what ends the block before that, a cancellation above all, that nothing is there."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.published and not isinstance(error, StorageError):
+                error.outcome_unknown = False  # type: ignore[attr-defined]
+            raise
 
     def row(self, size: int, chunk_bytes: int) -> tuple[Any, ...]:
         metadata = json.dumps(self.metadata, ensure_ascii=False) if self.metadata else None

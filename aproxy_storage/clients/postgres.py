@@ -472,7 +472,9 @@ def undid_itself(error: BaseException) -> bool:
 
 
 def lock_timed_out(error: BaseException) -> bool:
-    """Return whether a statement did nothing because another transaction held a row for longer than it waits."""
+    """Return whether nothing was done because another transaction held a row for longer than a statement waits."""
+    if isinstance(error, StorageError) and not error.outcome_unknown:
+        return error.__cause__ is not None and lock_timed_out(error.__cause__)
     return isinstance(error, asyncpg.PostgresError) and error.sqlstate == "55P03"
 
 

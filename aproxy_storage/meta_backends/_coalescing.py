@@ -73,9 +73,9 @@ class Coalescer:
         timeout: seconds for one operation, waiting included; None for no limit.
         apart: whether an error of a statement for many means that it did nothing because of one of them; then each
             is tried alone.
-        held: whether such an error means that it did not wait any longer for a row that somebody holds; then the one
-            that wants this row is tried until there is no time left.
-        places: returns how many are tried alone at a time in the running loop, so that those who wait for rows do not
+        held: whether an error, raised or answered, means that nothing was done because somebody holds the row, for
+            which no statement waits long; then the one that wants this row is tried until there is no time left.
+        places: returns how many are tried again at a time in the running loop, so that those who wait for rows do not
             have all connections.
         failed: returns a new error of ours for one operation, given its kind and item, whose statement has failed.
     """
@@ -123,12 +123,7 @@ class Coalescer:
             queue = here.queues[kind] = _Queue(alone, together)
         if not (queue.flying or queue.waiting or queue.busy):
             queue.flying = 1
-            try:
-                async with asyncio.timeout(self._timeout):
-                    return await alone(item)
-            finally:
-                queue.flying -= 1
-                self._next(here, kind, queue)
+            return await self._lone(here, kind, item, alone, queue)
         if here.waiting >= _MAX_WAITING:
             raise BackendUnavailable(f"{_MAX_WAITING} operations wait already")
         job = _Job(item, key, here.loop.create_future(), here.loop.time() + (self._timeout or 0.0))
@@ -140,6 +135,28 @@ class Coalescer:
             if not here.ticking:
                 here.ticking = True
                 here.loop.call_later(_TICK, self._tick, here)
+        return await job.future
+
+    async def by_itself(self, kind: Hashable, item: Any, alone: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Return ``alone(item)``, at once and never in company; otherwise as `ask`."""
+        return await self._lone(self._here.get(), kind, item, alone, None)
+
+    async def _lone(
+        self, here: _Here, kind: Hashable, item: Any, alone: Callable[[Any], Awaitable[Any]], queue: _Queue | None
+    ) -> Any:
+        deadline = here.loop.time() + (self._timeout or 0.0)
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await alone(item)
+        except Exception as error:
+            if not self._held(error):
+                raise
+        finally:
+            if queue is not None:
+                queue.flying -= 1
+                self._next(here, kind, queue)
+        job = _Job(item, None, here.loop.create_future(), deadline)
+        self._try_again(here, kind, alone, job)
         return await job.future
 
     def _next(self, here: _Here, kind: Hashable, queue: _Queue) -> None:
@@ -170,9 +187,8 @@ class Coalescer:
                 answers = await queue.together([job.item for job in jobs])
         except Exception as error:
             if self._apart(error):
-                places = here.apart = here.apart or asyncio.Semaphore(self._places())
                 for job in jobs:
-                    self._cleanup.start(self._fly_alone(places, kind, queue, job), name="statement", log=False)
+                    self._try_again(here, kind, queue.alone, job)
             else:
                 for job in jobs:
                     if not job.future.done():
@@ -183,19 +199,37 @@ class Coalescer:
             raise
         else:
             for job, answer in zip(jobs, answers, strict=True):
-                _answer(job, answer)
+                if isinstance(answer, StorageError) and self._held(answer):
+                    self._try_again(here, kind, queue.alone, job)
+                else:
+                    _answer(job, answer)
         finally:
             queue.flying -= 1
             self._next(here, kind, queue)
 
-    async def _fly_alone(self, places: asyncio.Semaphore, kind: Hashable, queue: _Queue, job: _Job) -> None:
+    def _try_again(self, here: _Here, kind: Hashable, alone: Callable[[Any], Awaitable[Any]], job: _Job) -> None:
+        """Try a job alone, in a task of its own, until there is an answer or its time is over."""
+        places = here.apart = here.apart or asyncio.Semaphore(self._places())
+        self._cleanup.start(self._fly_alone(places, kind, alone, job), name="statement", log=False)
+
+    async def _fly_alone(
+        self, places: asyncio.Semaphore, kind: Hashable, alone: Callable[[Any], Awaitable[Any]], job: _Job
+    ) -> None:
         job.sent = False
         try:
             async with asyncio.timeout_at(job.deadline if self._timeout is not None else None):
                 while True:
                     async with places:
-                        if job.future.done() or await self._try_alone(queue, job):  # done: its caller is gone
+                        if job.future.done():  # its caller is gone
                             return
+                        job.sent = True
+                        try:
+                            _answer(job, await alone(job.item))
+                            return
+                        except Exception as error:
+                            if not self._held(error):
+                                raise
+                        job.sent = False
                     await asyncio.sleep(_PAUSE)
         except Exception as error:
             if isinstance(error, TimeoutError) and not job.sent:
@@ -205,22 +239,6 @@ class Coalescer:
         except BaseException:
             _answer(job, _cut_short())
             raise
-
-    async def _try_alone(self, queue: _Queue, job: _Job) -> bool:
-        """Return whether there is an answer; False: somebody holds its row, and nothing was done."""
-        job.sent = True
-        try:
-            # Not `alone`, which waits for a row as long as it takes, with a connection.
-            (answer,) = await queue.together([job.item])
-        except Exception as error:
-            if self._held(error):
-                job.sent = False
-                return False
-            if not self._apart(error):
-                raise
-            answer = await queue.alone(job.item)
-        _answer(job, answer)
-        return True
 
     def _split(self, waiting: list[_Job], now: float) -> tuple[list[_Job], list[_Job]]:
         """Return those that can share the next statement, and those that wait on; who has given up is in neither."""

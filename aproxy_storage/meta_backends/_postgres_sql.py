@@ -56,8 +56,9 @@ _TYPES = {
     "updated_at": "timestamptz",
 }
 _SELECTED = ", ".join("coalesce(extra::text, '{}')" if column == "extra" else column for column in COLUMNS)
-# A statement for many must not wait long for a row that a transaction holds: it would keep all the others waiting.
-# The setting ends with the statement, which is a transaction of its own.
+_RETURNED = ", ".join("coalesce(t.extra::text, '{}')" if column == "extra" else f"t.{column}" for column in COLUMNS)
+# No statement may wait long for a row that a transaction holds: it would keep waiting what shares it, and those who
+# want its connection. The setting ends with the statement, which is a transaction of its own.
 _HURRY = "(SELECT set_config('lock_timeout', '500ms', true)) AS hurry"
 
 
@@ -102,7 +103,7 @@ class Statements:
         values = ", ".join(_value(column, mark) for column, mark in zip(COLUMNS, marks, strict=True))
         into = f"INSERT INTO {t} AS t ({columns})"
         filled_in = "RETURNING path, lease, created_at, updated_at"
-        self.insert = f"{into} VALUES ({values}) ON CONFLICT (path) DO NOTHING {filled_in}"
+        self.insert = f"{into} SELECT {values} FROM {_HURRY} ON CONFLICT (path) DO NOTHING {filled_in}"
         arrays = ", ".join(f"${number}::{_type(column)}[]" for number, column in enumerate(COLUMNS, 1))
         given = ", ".join(_value(column, f"u.{column}") for column in COLUMNS)
         self.insert_many = (
@@ -115,14 +116,21 @@ class Statements:
         self.get_many = f"SELECT {_SELECTED} FROM {t} WHERE path = ANY($1::text[])"
         self.exists = f"SELECT path, state, proxy_storage_name FROM {t} WHERE path = $1"
         self.exists_many = f"SELECT path, state, proxy_storage_name FROM {t} WHERE path = ANY($1::text[])"
-        self.delete = f"DELETE FROM {t} WHERE path = $1 RETURNING path"
-        self.delete_expected = f"DELETE FROM {t} WHERE path = $1 AND token = $2 AND version = $3 RETURNING path"
+        gone = f"DELETE FROM {t} USING {_HURRY} WHERE path = $1"
+        self.delete = f"{gone} RETURNING path"
+        self.delete_expected = f"{gone} AND token = $2 AND version = $3 RETURNING path"
         # A token that is NULL: whatever there is.
         self.delete_many = (
             f"DELETE FROM {t} AS t USING unnest($1::text[], $2::text[], $3::bigint[]) AS u (path, token, version), "
             f"{_HURRY} WHERE t.path = u.path AND (u.token IS NULL OR (t.token = u.token AND t.version = u.version)) "
             "RETURNING t.path"
         )
+        self.index_columns = (
+            "SELECT a.attname FROM pg_index AS i JOIN pg_class AS c ON c.oid = i.indexrelid JOIN pg_attribute AS a "
+            "ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey) "
+            "WHERE i.indrelid = to_regclass($1) AND c.relname = $2"
+        )
+        self.renew_many = self._renewal()
         self.owners = self._owners()
         self._updates: dict[tuple[tuple[str, ...], bool, bool], str] = {}
 
@@ -148,18 +156,28 @@ class Statements:
             rows = f"FROM unnest({arrays}) AS u ({aliases}), {_HURRY}"
         else:
             given = [f"${number}::{kind}" for number, kind in enumerate(types, 1)]
-            rows = ""
+            rows = f"FROM {_HURRY}"
         changes = [
             f"{column} = {_value(column, value)}" for column, value in zip(columns, given[len(names) :], strict=True)
         ]
         where = " AND ".join(f"t.{name} = {value}" for name, value in zip(names, given, strict=False))
-        selected = ", ".join(
-            "coalesce(t.extra::text, '{}')" if column == "extra" else f"t.{column}" for column in COLUMNS
-        )
         return (
             f"UPDATE {self.name} AS t SET {', '.join([*changes, 'updated_at = now()'])} {rows} "
-            f"WHERE {where} RETURNING {selected}" + (", u.path AS old_path" if many else "")
+            f"WHERE {where} RETURNING {_RETURNED}" + (", u.path AS old_path" if many else "")
         )
+
+    def _renewal(self) -> str:
+        """Return the statement that sets the lease of each row which has not changed, and which nobody holds."""
+        same = "t.path = {0}.path AND t.token = {0}.token AND t.version = {0}.version"
+        return f"""
+            WITH free AS (
+                SELECT t.path, t.token, t.version, u.lease FROM {self.name} AS t
+                  JOIN unnest($1::text[], $2::text[], $3::bigint[], $4::float8[]) AS u (path, token, version, lease)
+                    ON {same.format("u")}
+                FOR NO KEY UPDATE OF t SKIP LOCKED
+            )
+            UPDATE {self.name} AS t SET lease = {_value("lease", "free.lease")}, updated_at = now()
+            FROM free WHERE {same.format("free")} RETURNING {_RETURNED}"""
 
     def page(self, *, inclusive: bool, bounded: bool) -> str:
         """Return the statement of one page: lower bound, storage, state, limit and, if `bounded`, the upper bound."""

@@ -12,7 +12,7 @@ from ._postgres_rows import created, to_record
 from ._postgres_sql import Statements
 from ._rows import COLUMNS
 
-__all__ = ["Change", "New", "Removal", "Table", "failed"]
+__all__ = ["Change", "New", "Removal", "Renewal", "Table", "failed"]
 
 _TURNS = 5  # of an insertion that finds its path taken, and then nobody there
 _KEY, _TOKEN, _PLACES = map(COLUMNS.index, ("original_storage_path", "token", "places"))
@@ -45,6 +45,12 @@ class Change(NamedTuple):
 class Removal(NamedTuple):
     path: str
     expect: Revision | None
+
+
+class Renewal(NamedTuple):
+    path: str
+    expect: Revision
+    lease: float
 
 
 class Table:
@@ -189,12 +195,17 @@ class Table:
             row = await self._database.fetchrow(text, change.path, *values)
         except UniqueViolation as error:
             taken = change.values.get("path")
-            if taken is None:
+            if taken is None or not await self._is_of_paths(error):
                 raise
             raise AlreadyExists(f"{self._name} holds a record of {taken!r} already", path=taken) from error
         if row is None:
             raise self.absent(change.path, change.expect)
         return to_record(row)
+
+    async def _is_of_paths(self, error: Any) -> bool:
+        """Return whether the unique index that has refused a row is of paths."""
+        columns = await self._database.fetch(self._sql.index_columns, self._sql.name, error.constraint_name)
+        return "path" in [row[0] for row in columns]
 
     async def change_many(self, items: Sequence[Change]) -> list[MetaRecord | StorageError]:
         """Change many in one statement: each another path, all the same columns."""
@@ -207,6 +218,20 @@ class Table:
         # By the old path: the new one is what the row shows.
         records = {row["old_path"]: to_record(row[:-1]) for row in rows}
         return [records.get(change.path) or self.absent(change.path, change.expect) for change in items]
+
+    async def renew(self, item: Renewal) -> MetaRecord | StorageError:
+        return (await self.renew_many([item]))[0]
+
+    async def renew_many(self, items: Sequence[Renewal]) -> list[MetaRecord | StorageError]:
+        """Set the leases of many in one statement, which waits for nobody: a row that is held is left as it is."""
+        values = [(item.path, *item.expect, item.lease) for item in items]
+        rows = await self._database.fetch(self._sql.renew_many, *_transposed(values))
+        records = {row["path"]: to_record(row) for row in rows}
+        return [
+            records.get(item.path)
+            or Conflict(f"the record of {item.path!r} is gone, has changed or is held by a transaction", path=item.path)
+            for item in items
+        ]
 
     def absent(self, path: str, expect: Revision | None) -> StorageError:
         if expect is not None:

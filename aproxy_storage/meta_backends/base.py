@@ -226,6 +226,11 @@ class MetaBackend(abc.ABC):
         """Remove many (path, expect); the answer for each is None, or the error of `delete`."""
         return [await _answer(self.delete(path, expect=expect)) for path, expect in items]
 
+    async def _renew(self, records: Sequence[MetaRecord], lease: float) -> list[MetaRecord | StorageError]:
+        """Give each of `records` that has not changed a lease of `lease` seconds; the answer for each, as of
+        `update_many`. Override it where others can hold a record: no other one may wait for that."""
+        return await self.update_many([(record.path, {}, record.revision) for record in records], lease=lease)
+
     # -- listings
 
     @overload

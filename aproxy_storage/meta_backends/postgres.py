@@ -17,7 +17,7 @@ from ._coalescing import Coalescer
 from ._postgres_rows import changes_of, row_of, to_record
 from ._postgres_schema import prepare
 from ._postgres_sql import Statements
-from ._postgres_table import Change, New, Removal, Table, failed
+from ._postgres_table import Change, New, Removal, Renewal, Table, failed
 from .base import UNCHANGED, MetaBackend, Unchanged, check_changes
 
 __all__ = ["PostgresMetaBackend"]
@@ -145,7 +145,7 @@ class PostgresMetaBackend(MetaBackend):
             await self._within(self._prepare())
         if self.coalesce:
             return await self._coalescer.ask(kind, item, alone, together, key=key)
-        return await self._within(alone(item))
+        return await self._coalescer.by_itself(kind, item, alone)
 
     async def _within(self, work: Awaitable[T]) -> T:
         async with asyncio.timeout(self.timeouts.operation):
@@ -285,6 +285,13 @@ class PostgresMetaBackend(MetaBackend):
         chunks = _chunks([(update[0], update) for update in updates], kind=_kind_of_update, distinct=True)
         return await self._many("update", chunks, make, self._records.change, self._records.change_many)
 
+    async def _renew(self, records: Sequence[MetaRecord], lease: float) -> list[MetaRecord | StorageError]:
+        def make(record: MetaRecord) -> Renewal:
+            return Renewal(record.path, record.revision, lease)
+
+        chunks = _chunks([(record.path, (record,)) for record in records])
+        return await self._many("renew", chunks, make, self._records.renew, self._records.renew_many)
+
     async def delete_many(self, items: Sequence[tuple[str, Revision | None]]) -> list[StorageError | None]:
         def make(path: str, expect: Revision | None) -> Removal:
             if not _possible(path, expect):
@@ -348,7 +355,7 @@ class PostgresMetaBackend(MetaBackend):
         """Do all in one statement; where that has undone itself because of one of them, each half by itself."""
         try:
             if len(items) == 1:
-                return [await self._within(self._first(alone(items[0])))]
+                return [await self._coalescer.by_itself(operation, items[0], lambda item: self._first(alone(item)))]
             return list(await self._within(self._first(together(items))))
         except Exception as error:
             if len(items) == 1 or not undid_itself(error):

@@ -263,6 +263,8 @@ class SQLiteMetaBackend(MetaBackend):
         except sqlite3.IntegrityError as error:
             if error.sqlite_errorcode not in (sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE):
                 raise
+            if not any(column.endswith(".path") for column in str(error).partition(": ")[2].split(", ")):
+                raise NotSupported(f"{self}: a constraint of the table forbids it ({error})", path=path) from error
             raise AlreadyExists(f"{self} holds a record of {new[_PATH]!r} already", path=new[_PATH]) from error
         if not done.rowcount:
             raise self._swallowed("change the record of", path)

@@ -12,7 +12,14 @@ import pytest_asyncio
 
 from aproxy_storage.backends import postgres
 from aproxy_storage.backends.postgres import PostgresBackend
-from aproxy_storage.errors import BackendUnavailable, ConfigurationError, IntegrityError, NotFound, outcome_unknown
+from aproxy_storage.errors import (
+    AccessDenied,
+    BackendUnavailable,
+    ConfigurationError,
+    IntegrityError,
+    NotFound,
+    outcome_unknown,
+)
 from aproxy_storage.futures import over
 from aproxy_storage.records import Capabilities
 from aproxy_storage.testing.backends import BackendTests
@@ -169,6 +176,42 @@ async def test_a_write_cancelled_at_its_end_knows_that_nothing_is_there(
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("moment", ["waiting", "amid", "copying", "cut off"])
+async def test_before_its_commit_a_write_knows_that_nothing_is_there(
+    backend: PostgresBackend, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    begun = asyncio.Event()
+
+    async def hang(*args: object) -> None:
+        begun.set()
+        if moment == "cut off":
+            raise ConnectionResetError
+        await asyncio.Event().wait()
+
+    async def content() -> AsyncIterator[bytes]:
+        yield BIG
+        await hang()
+
+    if moment == "copying":
+        await backend.write("key", BIG)
+    if moment in ("copying", "cut off"):
+        monkeypatch.setattr(backend, "_begin", hang)
+    if moment == "waiting":  # until another upload has ended
+        monkeypatch.setattr(backend._uploads.get(), "acquire", hang)
+    source = BIG if moment in ("waiting", "cut off") else content()
+    work = backend.copy("key", "new") if moment == "copying" else backend.write("new", source)
+    task = asyncio.ensure_future(work)
+    await begun.wait()
+    if moment != "cut off":
+        task.cancel()
+    with pytest.raises((asyncio.CancelledError, BackendUnavailable)) as caught:
+        await task
+    assert outcome_unknown(caught.value) is False
+    with pytest.raises(NotFound):
+        await backend.stat("new")
+
+
+@pytest.mark.asyncio
 async def test_tables_of_others_and_of_tomorrow_are_refused(
     postgres_url: str, postgres_table: str, postgres_behind: asyncpg.Connection
 ) -> None:
@@ -203,6 +246,30 @@ async def test_a_write_that_aclose_cuts_short_is_no_cancellation(
     with pytest.raises(BackendUnavailable, match="closed") as caught:
         await write
     assert caught.value.outcome_unknown
+
+
+@pytest.mark.asyncio
+async def test_who_does_not_own_old_tables_is_sent_to_their_owner(
+    backend: PostgresBackend, postgres_url: str, postgres_behind: asyncpg.Connection
+) -> None:
+    table, role = backend.table, f"{backend.table}_web".lower()
+    await backend.setup()
+    await postgres_behind.execute(f"""
+        COMMENT ON TABLE "{table}" IS 'aproxy-storage objects 1'; DROP INDEX "{table}_id_key";
+        CREATE ROLE "{role}"; GRANT SELECT, INSERT, UPDATE, DELETE ON "{table}", "{table}_chunks" TO "{role}";
+        GRANT USAGE ON SEQUENCE "{table}_id_seq" TO "{role}"
+        """)
+    options = {"server_settings": {"role": role}}
+    try:
+        async with PostgresBackend(postgres_url, table=table, connect_options=options) as web:
+            with pytest.raises(AccessDenied, match="owner await setup"):
+                await web.stat("a")
+            await backend.setup()
+            await web.write("a", b"x")
+            await web.write("b", BIG)
+            await web.discard("a")
+    finally:
+        await postgres_behind.execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')
 
 
 async def content_of(backend: PostgresBackend, key: str) -> bytes:

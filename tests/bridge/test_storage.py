@@ -912,6 +912,28 @@ def test_it_takes_what_filesystemstorage_takes(default: object, tmp_path: Path) 
     assert Path(ours.path("a")).stat().st_mode & 0o777 == 0o750
 
 
+def test_bytes_whose_replacement_the_database_swallows_are_not_replaced_for_ever() -> None:
+    class Meta(MemoryMetaBackend):
+        tries = 0
+
+        async def update(self, path: str, changes: Any, **options: Any) -> MetaRecord:
+            if self.tries:
+                self.tries += 1
+                assert self.tries < 50
+                raise Conflict("gone or has changed")
+            return await super().update(path, changes, **options)
+
+    async def overwritten() -> None:
+        meta = Meta()
+        async with ProxyStorage("swallowing", originals=MemoryBackend(), meta=meta) as proxy:
+            record = await proxy.get(await proxy.save("a.txt", b"1"))
+            meta.tries = 1
+            with pytest.raises(Conflict):
+                await BridgeStorage(storage=proxy)._replace_bytes(record, b"2")
+
+    asyncio.run(overwritten())
+
+
 def test_overwriting_keeps_the_key(default: object, tmp_path: Path) -> None:
     storage = BridgeStorage(location=tmp_path / "public", allow_overwrite=True)
     for data in (b"first", b"second"):

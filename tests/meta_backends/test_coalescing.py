@@ -33,26 +33,28 @@ class Server:
             self.cleanup,
             seconds,
             apart=lambda error: isinstance(error, ValueError | BlockingIOError),
-            held=lambda error: isinstance(error, BlockingIOError),
+            held=lambda error: isinstance(error.__cause__ or error, BlockingIOError),
             places=lambda: 2,
             failed=lambda kind, item, error: NotFound(f"{kind} {item}: {error}"),
         )
 
     async def alone(self, item: Any) -> Any:
         self.sent.append(item)
+        self.waiting_for_a_lock += 1
+        self.most_waiting = max(self.most_waiting, self.waiting_for_a_lock)
         await asyncio.sleep(0.002)
         await self.open.wait()
+        self.waiting_for_a_lock -= 1
+        if item in self.locked:
+            raise BlockingIOError("another transaction holds a row")
         if item == "evil":
             raise ValueError("evil")
         return item
 
     async def together(self, items: Sequence[Any]) -> Sequence[Any]:
         self.sent.append(list(items))
-        self.waiting_for_a_lock += len(items) == 1
-        self.most_waiting = max(self.most_waiting, self.waiting_for_a_lock)
         await asyncio.sleep(0.002)
         await self.open.wait()
-        self.waiting_for_a_lock -= len(items) == 1
         if self.locked.intersection(items):
             raise BlockingIOError("another transaction holds a row")
         if "evil" in items:
@@ -116,6 +118,46 @@ async def test_held_rows_keep_only_their_own_waiting_and_few_connections(
         server.locked = {10}
         assert await asyncio.gather(*asked[11:20]) == list(range(11, 20))
     await server.cleanup.drain(within=5)
+
+
+async def until_sent(server: Server, item: Any, times: int) -> None:
+    async with asyncio.timeout(20):
+        while server.sent.count(item) < times:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("company", [True, False])
+async def test_who_comes_alone_waits_for_a_held_row_as_those_in_company(
+    server: Server, monkeypatch: pytest.MonkeyPatch, company: bool
+) -> None:
+    monkeypatch.setattr(_coalescing, "_PAUSE", 0.0)
+    server.locked = {"a", "b", "c"}
+    if company:
+        held = [server.ask(item, kind=item) for item in "abc"]
+    else:
+        held = [asyncio.ensure_future(server.coalescer.by_itself("get", item, server.alone)) for item in "abc"]
+    for item in "abc":
+        await until_sent(server, item, 2)
+    server.most_waiting = server.waiting_for_a_lock
+    for item in "abc":
+        await until_sent(server, item, 4)
+    assert server.most_waiting <= 2
+    assert not server.coalescer._here.get().queues  # the next of each kind goes at once
+    server.locked = {"b"}
+    assert [await held[0], await held[2]] == ["a", "c"]
+    held[1].cancel()
+    await asyncio.wait(held)
+
+
+async def test_an_answer_that_is_a_held_row_is_asked_for_again(server: Server) -> None:
+    async def together(items: Sequence[Any]) -> Sequence[Any]:
+        failure = BackendUnavailable("held")
+        failure.__cause__ = BlockingIOError()
+        return [failure if item == "held" else item for item in items]
+
+    ask = [server.coalescer.ask("get", item, server.alone, together) for item in ("first", "held", "free")]
+    assert await asyncio.gather(*ask) == ["first", "held", "free"]
+    assert server.sent == ["first", "held"]
 
 
 async def test_one_alone_in_a_statement_for_many_is_as_one_alone(

@@ -13,9 +13,10 @@ import pytest
 import pytest_asyncio
 
 from aproxy_storage.errors import AlreadyExists, ConfigurationError, DeadlineExceeded, NotSupported, StorageError
+from aproxy_storage.leases import Leases
 from aproxy_storage.meta_backends import _postgres_sql
 from aproxy_storage.meta_backends.postgres import PostgresMetaBackend
-from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place
+from aproxy_storage.records import DELETING, PENDING, STORED, MetaRecord, Place, Revision
 from aproxy_storage.testing.meta_backends import make_record, make_reservation
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,71 @@ async def test_rows_that_a_transaction_holds_keep_only_their_own_waiting(
         assert {record.size for record in await asyncio.gather(*updates)} == {2}
 
 
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_single_calls_wait_for_held_rows_without_a_connection(
+    postgres_url: str,
+    postgres_table: str,
+    postgres_behind: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    coalesce: bool,
+) -> None:
+    monkeypatch.setattr(_postgres_sql, "_HURRY", _postgres_sql._HURRY.replace("500ms", "10ms"))
+    tried: list[str] = []
+    async with PostgresMetaBackend(postgres_url, table=postgres_table, max_connections=2, coalesce=coalesce) as meta:
+        await meta.create_many([make_record(path, token="t") for path in ("a", "b", "c", "d", "e", "free")])
+        inner = meta._coalescer._held
+        meta._coalescer._held = lambda error: inner(error) and not tried.append(str(error))
+        transaction = postgres_behind.transaction()
+        await transaction.start()
+        await postgres_behind.execute(f"""INSERT INTO "{meta.table}" (path) VALUES ('new'), ('newer')""")
+        await postgres_behind.execute(f"""SELECT FROM "{meta.table}" WHERE path < 'f' FOR UPDATE""")
+        reservation, spare = make_reservation("newer")
+        waiting = [
+            asyncio.ensure_future(call)
+            for call in (
+                meta.create(make_record("new")),
+                meta.reserve(reservation, lease=60.0, spare=spare),
+                meta.update("a", {"size": 2}),
+                meta.update("b", {"size": 2}, expect=Revision("t", 0)),
+                meta.delete("c"),
+                meta.delete("d", expect=Revision("t", 0)),
+                meta.update_many([("e", {"size": 2}, None)]),
+            )
+        ]
+        async with asyncio.timeout(20):
+            while len(tried) < 3 * len(waiting):
+                assert await meta.exists("free")
+        assert not any(task.done() for task in waiting)
+        await transaction.rollback()
+        new, newer, *changed = await asyncio.gather(*waiting)
+        assert (new.path, newer.path) == ("new", "newer")
+        assert [one.size for one in (*changed[:2], *changed[-1])] == [2, 2, 2]
+        assert [record.path async for record in meta.list()] == ["a", "b", "e", "free", "new", "newer"]
+
+
+async def test_a_lease_is_renewed_beside_rows_that_a_transaction_holds(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    made = [await meta.create(make_record(path, token=path), lease=20.0) for path in ("free", "held", "gone")]
+    await meta.delete("gone")
+    leases = Leases(meta, meta.cleanup, 60.0)
+    free, held, gone = (leases.hold(record, since=-100.0) for record in made)
+    transaction = postgres_behind.transaction()
+    await transaction.start()
+    await postgres_behind.execute(f"""SELECT FROM "{meta.table}" WHERE path = 'held' FOR UPDATE""")
+    async with asyncio.timeout(10):
+        await leases._renew([free, held, gone])
+    assert (free.since > 0, held.since, gone.since) == (True, -100.0, -100.0)
+    before, after = made[0].lease, (await meta.get("free")).lease
+    assert before is not None
+    assert after is not None
+    assert 30 < (after - before).total_seconds() < 60
+    await transaction.rollback()
+    await leases._renew([held])
+    assert held.since > 0
+    assert (await meta.get("held")).revision == made[1].revision
+
+
 async def test_one_that_goes_alone_after_company_is_as_one_alone(
     meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
 ) -> None:
@@ -179,6 +245,17 @@ async def test_one_that_goes_alone_after_company_is_as_one_alone(
     )
     assert isinstance(first, MetaRecord)
     assert isinstance(second, AlreadyExists)
+
+
+async def test_a_unique_index_of_another_column_is_not_a_taken_path(
+    meta: PostgresMetaBackend, postgres_behind: asyncpg.Connection
+) -> None:
+    await meta.create_many([make_record(path, name=path) for path in ("a", "b")])
+    await postgres_behind.execute(f'CREATE UNIQUE INDEX ON "{meta.table}" (name)')
+    with pytest.raises(NotSupported, match="_name_idx"):
+        await meta.update("a", {"path": "c", "name": "b"})
+    with pytest.raises(AlreadyExists, match="'b'"):
+        await meta.update("a", {"path": "b"})
 
 
 async def test_what_was_inserted_is_answered_though_the_look_at_the_others_fails(
@@ -276,6 +353,7 @@ async def test_every_statement_has_its_index(meta: PostgresMetaBackend, postgres
         (sql.owners, keys, "fs"),
         (sql.owners, keys, None),
         (sql.update(("size",), expecting=True, many=True), keys, [""] * 50, [0] * 50, [1] * 50),
+        (sql.renew_many, keys, [""] * 50, [0] * 50, [60.0] * 50),
         (sql.delete_many, keys, [None] * 50, [None] * 50),
     ]
     record, spare = make_reservation("k1")

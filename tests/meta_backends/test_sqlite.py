@@ -818,6 +818,19 @@ async def test_fork_amid_a_statement_is_refused_in_the_child(tmp_path: Path) -> 
 # -- several tables, leases, plans, leaks
 
 
+@pytest.mark.asyncio
+async def test_a_unique_index_of_another_column_is_not_a_taken_path(tmp_path: Path) -> None:
+    async with SQLiteMetaBackend(tmp_path / "meta.db") as meta:
+        await meta.create_many([make_record(path, name=path) for path in ("a", "b")])
+        with behind(meta.path) as connection:
+            connection.execute("CREATE UNIQUE INDEX names ON aproxy_files (name)")
+            connection.commit()
+        with pytest.raises(NotSupported, match=r"aproxy_files\.name"):
+            await meta.update("a", {"path": "c", "name": "b"})
+        with pytest.raises(AlreadyExists, match="'b'"):
+            await meta.update("a", {"path": "b"})
+
+
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list: while it is not empty, no thread can be started whose name ends as one of its items says."""
