@@ -105,6 +105,11 @@ class Session:
             await storage.meta.setup()
         return storage
 
+    def let_go(self, storage: ProxyStorage) -> ProxyStorage:
+        """Return `storage`, which the caller closes from here on."""
+        self._opened.remove(storage)
+        return storage
+
     def did(self, action: str, path: str, count: int | None = 0, *, told: bool = False, **fields: Any) -> None:
         """Count what became of one file of `count` bytes, and tell it; see `Output.done`."""
         self.tally.add(action, count)

@@ -65,6 +65,17 @@ def test_reconcile_applies(run: Run) -> None:
     assert run("reconcile", "--json").rows == []
 
 
+def test_after_a_restore_no_bytes_are_removed(run: Run) -> None:
+    leave_record("old.txt", lease=0, state="deleting", original_storage_path="t/a.txt")
+    before = stored()
+    # Neither may tidy up when the storage is closed.
+    assert "say --yes" in run("reconcile", "--restored", "--apply", code=2).err
+    assert run("reconcile", "--restored").lines == ["deleted   old.txt"]
+    assert run("reconcile", "--restored", "--apply", "--yes").lines == ["deleted   old.txt"]
+    assert stored() == before
+    run("verify", "-q")
+
+
 def test_force_is_asked_for_twice(run: Run) -> None:
     assert "say --yes" in run("reconcile", "--force", "--apply", code=2).err
     run("reconcile", "--force", "--apply", "--yes")
