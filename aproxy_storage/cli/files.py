@@ -60,14 +60,20 @@ async def ls(
 async def stat(session: Session, paths: Annotated[list[str], typer.Argument(metavar="PATH")]) -> None:
     """Show the record of a file: where its bytes are, how many, their checksum."""
     storage = await session.storage()
-    for number, path in enumerate(paths):
-        record = await storage.get(path)
-        where = storage.get_original(record.original_storage_name).full_path(record.original_storage_path)
+    shown = 0
+    for path in paths:
+        try:
+            record = await storage.get(path)
+            where = storage.get_original(record.original_storage_name).full_path(record.original_storage_path)
+        except StorageError as error:
+            session.failed(path, error)
+            continue
         if session.out.as_json:
             session.out.json({**described(record), "full_path": where})
             continue
-        if number:
+        if shown:
             session.out.line("")
+        shown += 1
         further = [(at.state, storage.get_original(at.original).full_path(at.key)) for at in record.all_places()[1:]]
         for name, value in describe(record, where, further):
             session.out.line(f"{name:>12}  {printable(value)}")

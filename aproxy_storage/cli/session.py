@@ -85,8 +85,9 @@ class Session:
             )
         return load(self._config)
 
-    async def storage(self, name: str | None = None) -> ProxyStorage:
-        """Return the storage `name`, by default the one that the user means, set up; it is closed at the end.
+    async def storage(self, name: str | None = None, *, setup: bool = True) -> ProxyStorage:
+        """Return the storage `name`, by default the one that the user means; it is closed at the end. `setup`: its
+        meta-backend is set up, and so has to answer.
 
         Raises:
             ConfigurationError: there is none of that name, or there are several and none is named.
@@ -102,7 +103,8 @@ class Session:
         storage = storages[name]
         if storage not in self._opened:
             self._opened.append(storage)
-            await storage.meta.setup()
+            if setup:
+                await storage.meta.setup()
         return storage
 
     def let_go(self, storage: ProxyStorage) -> ProxyStorage:

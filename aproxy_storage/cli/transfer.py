@@ -396,10 +396,13 @@ async def cat(
     storage = await session.storage()
     sys.stdout.flush()
     for path in paths:
-        async for chunk in storage.stream(path, byte_range=part):
-            # In this thread: a write that waits for its reader is ended by a second Ctrl-C.
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+        try:
+            async for chunk in storage.stream(path, byte_range=part):
+                # In this thread: a write that waits for its reader is ended by a second Ctrl-C.
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+        except StorageError as error:
+            session.failed(path, error)
 
 
 def _range(text: str) -> ByteRange:

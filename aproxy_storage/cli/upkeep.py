@@ -147,7 +147,7 @@ def _tell(session: Session, report: Report) -> None:
 
 async def health(session: Session) -> None:
     """Ask every original and the meta-backend whether they answer; exit code 1 if one does not."""
-    storage = await session.storage()
+    storage = await session.storage(setup=False)  # else its records' error would be all that is told
     for part in await storage.health():
         if part.error is not None:
             session.failed(part.name, part.error)

@@ -72,7 +72,8 @@ def test_stat(run: Run) -> None:
     assert "size  76.8 kB (76,800 bytes)" in run("stat", "t/b/d/e.bin").out
     (row,) = run("stat", "t/a.txt", "--json").rows
     assert row["full_path"] == str(Path("aproxy-data/files/t/a.txt").absolute())
-    assert "has no file" in run("stat", "t/x", code=1).err
+    done = run("stat", "t/x", "t/a.txt", code=1)
+    assert ("has no file" in done.err, done.lines[0].split()) == (True, ["path", "t/a.txt"])
 
 
 def test_rm(run: Run) -> None:

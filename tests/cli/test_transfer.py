@@ -404,6 +404,13 @@ def test_wrong_ranges(run: Run, part: str) -> None:
     assert "--range" in run("cat", "a.txt", "--range", part, code=2).err
 
 
+def test_cat_goes_on_after_a_file_that_is_not_there(run: Run) -> None:
+    Path("a.txt").write_text("0123456789")
+    run("put", "a.txt")
+    done = run("cat", "nothing", "a.txt", code=1)
+    assert (done.out, "failed  nothing" in done.err) == ("0123456789", True)
+
+
 def test_cat_writes_bytes_of_several_files_as_they_are(run: Run, run_process: Run) -> None:
     Path("a").write_bytes(bytes(range(256)) * 10_000)
     run("put", "a")

@@ -135,3 +135,9 @@ def test_a_prefix_of_nothing_is_not_verified(run: Run) -> None:
     assert len(run("verify", "t/").lines) == 4
     run("rm", "-r", ".", "--yes")
     assert run("verify").lines == []
+
+
+def test_health_asks_the_originals_though_the_records_are_away(run: Run) -> None:
+    Path("m.sqlite3").mkdir()
+    done = run("health", "--original", "file:o", "--meta", "sqlite:m.sqlite3", code=1)
+    assert (done.lines, "failed  meta" in done.err) == (["ok  default"], True)
