@@ -22,7 +22,7 @@ from .placement import First, Placement
 from .proxy_arranging import ArrangingVerbs
 from .proxy_reading import Path
 from .proxy_writing import NOT_FOR_HOOKS
-from .timeouts import Timeouts
+from .timeouts import Timeouts, is_whole
 from .writing import Writing
 
 __all__ = ["Health", "Path", "ProxyStorage"]
@@ -100,6 +100,7 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError("a ProxyStorage needs a name, at least one original and a meta-backend")
         self.meta = meta
         self.placement = placement if placement is not None else self.placement
+        self.placement._check(list(self.originals))
         self.gates = {name: self._gate(name, original) for name, original in rules.items()}
         self.on_attempt = on_attempt
         if prefix:
@@ -109,14 +110,18 @@ class ProxyStorage(ArrangingVerbs):
         if durability not in ("process", "power"):
             raise ConfigurationError(f"durability={durability!r}: either 'process' or 'power'")
         if durability == "power" and not meta.durable:
-            raise ConfigurationError(f"durability='power' needs a durable meta-backend; give {meta} durability='power'")
-        if lease <= 0 or settle < 0 or keep_replaced < 0 or chunk_bytes < 1:
-            raise ConfigurationError("lease and chunk_bytes must be positive, settle and keep_replaced not negative")
+            raise ConfigurationError(
+                f"durability='power' needs records that survive the loss of power, and {meta} {meta._durable_with}"
+            )
+        if lease <= 0 or settle < 0 or keep_replaced < 0 or not is_whole(chunk_bytes) or chunk_bytes < 1:
+            raise ConfigurationError(
+                "lease must be positive, chunk_bytes a positive whole number, settle and keep_replaced not negative"
+            )
         if not all(seconds <= _LONGEST for seconds in (lease, settle, keep_replaced)):  # nor NaN
             raise ConfigurationError("lease, settle and keep_replaced are seconds, and at most ten years")
         if fixed := NOT_FOR_HOOKS.intersection(self.hook_may_set):
             raise ConfigurationError(f"hook_may_set names what only the library can set: {', '.join(sorted(fixed))}")
-        if tidy_every is not None and tidy_every <= 0:
+        if tidy_every is not None and not tidy_every > 0:  # nor NaN
             raise ConfigurationError(f"tidy_every={tidy_every}: seconds, more than 0, or None for never")
         self.prefix = prefix
         self.keys = keys
