@@ -64,6 +64,11 @@ class Session:
             self._storages = self._load()
         return self._storages
 
+    @property
+    def config_file(self) -> Path | None:
+        """The file that the storages are described in; None where there is none."""
+        return None if self._urls != (None, None) else self._config or find_file()
+
     def _load(self) -> dict[str, ProxyStorage]:
         original, meta = self._urls
         if original is not None and meta is not None:

@@ -85,7 +85,8 @@ async def put(
     """Store files, or whole trees with -r.
 
     Files that are there already with the same checksum are skipped, so that the command can be repeated until all is
-    there. Links to files are followed, links to directories are not; the storage's own directory is left out.
+    there. Links to files are followed, links to directories are not. Below a directory, the configuration file and what
+    its storages keep on this machine are left out.
     """
     storage = await session.storage()
     if using is not None:
@@ -98,7 +99,7 @@ async def put(
         await _put_stdin(session, storage, to, on_conflict, using)
         return
     wanted = named([Path(source) for source in sources], to)
-    spare = _own_places(storage)
+    spare = _left_out(session, storage, sources)
 
     def files() -> Iterator[Local]:
         for source, name in wanted:
@@ -118,6 +119,14 @@ async def put(
         count, amount = session.tally.counts["stored"], session.tally.bytes
         speed = f"{count / took:,.0f} files/s, {size(round(amount / took))}/s"
         session.out.note(f"{size(amount)} in {duration(took)}: {speed}")
+
+
+def _left_out(session: Session, storage: ProxyStorage, sources: Iterable[str]) -> frozenset[str]:
+    """Return what is not sent of a tree that it lies in; but for the storage itself, what is in `sources` is."""
+    others = {place for other in session.storages.values() for place in _own_places(other)}
+    if session.config_file is not None:
+        others.add(os.path.realpath(session.config_file))  # it may hold passwords
+    return _own_places(storage) | (others - {os.path.realpath(source) for source in sources})
 
 
 def _own_places(storage: ProxyStorage) -> frozenset[str]:

@@ -20,7 +20,22 @@ from aproxy_storage.cli.output import Bar, Output, Tally, WatchedFile, duration,
 from aproxy_storage.cli.session import Session
 from tests.cli.conftest import Run, command, environment, stored, tree
 
-COMMANDS = ["adopt", "cat", "copy", "cp", "demo", "get", "health", "ls", "mv", "put", "reconcile", "rm", "stat", "verify"]
+COMMANDS = [
+    "adopt",
+    "cat",
+    "copy",
+    "cp",
+    "demo",
+    "get",
+    "health",
+    "ls",
+    "mv",
+    "put",
+    "reconcile",
+    "rm",
+    "stat",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
