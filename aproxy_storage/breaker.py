@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import ConfigurationError
+from .timeouts import is_number, is_whole
 
 __all__ = ["Breaker", "BreakerState", "CircuitBreaker", "Ticket"]
 
@@ -28,8 +29,11 @@ class Breaker:
     reset_after: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.failures < 1 or not self.reset_after > 0:
-            raise ConfigurationError(f"{self}: failures must be at least 1, and reset_after more than 0 seconds")
+        failures = is_whole(self.failures) and self.failures >= 1
+        if not (failures and is_number(self.reset_after) and self.reset_after > 0):
+            raise ConfigurationError(
+                f"{self}: failures must be a whole number, at least 1, and reset_after more than 0 seconds"
+            )
 
 
 class CircuitBreaker:

@@ -239,7 +239,9 @@ class _File:
             if needed not in table:
                 raise self._wrong(at, f"storage {name!r} needs {needed}")
         options: dict[str, Any] = {
-            key: self._typed((*at, key), table[key], kinds) for key, kinds in _ARGUMENTS.items() if key in table
+            key: None if (key, table[key]) == ("tidy_every", "none") else self._typed((*at, key), table[key], kinds)
+            for key, kinds in _ARGUMENTS.items()
+            if key in table
         }
         if options.get("checksum") == "none":
             options["checksum"] = None
@@ -275,7 +277,8 @@ class _File:
             if "max_concurrency" in given:
                 rules["max_concurrency"] = self._typed((*at, "max_concurrency"), given.pop("max_concurrency"), (int,))
             if "attempt_timeout" in given:
-                seconds = self._typed((*at, "attempt_timeout"), given.pop("attempt_timeout"), (int, float))
+                seconds = given.pop("attempt_timeout")
+                seconds = None if seconds == "none" else self._typed((*at, "attempt_timeout"), seconds, (int, float))
                 rules["timeouts"] = self._attempt(at, lambda: Timeouts(idle=seconds))
             if "fallback_on" in given:
                 named = given.pop("fallback_on")

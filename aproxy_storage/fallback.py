@@ -20,7 +20,7 @@ from .errors import (
     StorageError,
 )
 from .placement import Limits, Placement, Request, as_order, in_order
-from .timeouts import Timeouts
+from .timeouts import Timeouts, is_whole
 
 if TYPE_CHECKING:
     from .backends.base import Backend
@@ -61,8 +61,8 @@ class Original:
             object.__setattr__(self, "fallback_on", given := (given,))
         if not all(isinstance(each, type) and issubclass(each, BaseException) for each in given):
             raise ConfigurationError(f"fallback_on={given!r}: exception classes")
-        if self.max_concurrency is not None and self.max_concurrency < 1:
-            raise ConfigurationError(f"max_concurrency={self.max_concurrency}: at least 1, or None for no limit")
+        if self.max_concurrency is not None and not (is_whole(self.max_concurrency) and self.max_concurrency >= 1):
+            raise ConfigurationError(f"max_concurrency={self.max_concurrency!r}: at least 1, or None for no limit")
 
 
 class Fallback(Placement):
@@ -120,6 +120,9 @@ class Fallback(Placement):
 
     def read_order(self, originals: Sequence[str]) -> Sequence[str]:
         return nearest(self.order, originals)
+
+    def _check(self, originals: Sequence[str]) -> None:
+        in_order(self.order, originals)
 
 
 def nearest(order: Sequence[str] | None, originals: Sequence[str]) -> Sequence[str]:

@@ -167,7 +167,7 @@ class Journal:
         if certain is None:
             certain = all(place.state == "good" for place in places)
         settled = force or all(place.state == "settling" for place in places)
-        if not await self.discard(places, record, until=marked.until):
+        if not await self.discard(places, record, until=marked.until, careful=force):
             return "failed"  # the lease runs out and reconcile tries again
         if certain or settled:
             try:
@@ -224,12 +224,15 @@ class Journal:
         except InvalidPath:  # all of it is directories
             return new_token()
 
-    async def discard(self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None) -> bool:
+    async def discard(
+        self, places: Iterable[Place], record: MetaRecord, *, until: float | None = None, careful: bool = False
+    ) -> bool:
         """Discard the bytes at `places`; return whether all are known to be gone. Failures are logged.
 
         Where a write of ours may have been kept out by somebody else's file, only what carries our token goes, and
         nothing that another record names. `until`: when our lease ends, by `timeouts.elapsed`; a process that was
-        stopped or asleep for so long starts nothing more, because the keys may be somebody else's by now.
+        stopped or asleep for so long starts nothing more, because the keys may be somebody else's by now. `careful`:
+        the records may be older than the bytes, and what carries another token stays at every place.
         """
         gone = True
         for place in places:
@@ -238,8 +241,15 @@ class Journal:
             token = None if place.state in _CERTAIN else record.token
             if token is not None and await self._is_anothers(place, record):
                 continue
+            original = self._original(place.original)
             try:
-                await self._original(place.original).discard(place.key, token=token, durable=self._durable)
+                if careful and token is None and await _has_another_token(original, place.key, record.token):
+                    _log.warning(
+                        "%s:%s stays, although %r names it: it carries the token of another save", place.original,
+                        place.key, record.path,
+                    )  # fmt: skip
+                    continue
+                await original.discard(place.key, token=token, durable=self._durable)
             except StorageError as error:
                 gone = False
                 _log.warning(
@@ -314,6 +324,19 @@ class Journal:
                 raise  # a rule of the database's, which it would break again
             return "moved on"
 
+    async def forget(self, record: MetaRecord) -> str:
+        """End what is left to do for `record`, which came out of a backup, without removing any bytes; return in a word
+        what was done, as `finish`. Only while nothing else is alive: its places are not named any more."""
+        try:
+            if record.state == STORED:
+                kept = tuple(place for place in record.good_places() if place is not record.primary)
+                await self.change(record, {"places": kept}, lease=None)
+                return "cleared"
+            await self.meta.delete(record.path, expect=record.revision)
+            return "undone" if record.state == PENDING else "deleted"
+        except (Conflict, NotFound):
+            return "moved on"
+
     async def _clear(self, record: MetaRecord, *, force: bool, early: bool, now: float = 0.0) -> str:
         primary = record.primary
         others = [place for place in record.places if place is not primary]
@@ -334,7 +357,8 @@ class Journal:
         due = tuple(replace(place, due=None) for place in wanted_gone if place not in later)
         seconds, since = self.longest, elapsed()
         record = await self.change(record, {"places": (*kept, *due, *later)}, lease=seconds)
-        failed = tuple([place for place in due if not await self.discard([place], record, until=since + seconds)])
+        until = since + seconds
+        failed = tuple([place for place in due if not await self.discard([place], record, until=until, careful=force)])
         if failed:
             if failed != due:  # an original that refuses keeps no name in another one
                 await self.change(record, {"places": (*kept, *failed, *later)})
@@ -354,6 +378,15 @@ class Journal:
         places = (*others, *_as_settling(place for place in record.places if place.state == "surplus"))
         with contextlib.suppress(Conflict):
             await self.change(record, {"places": places}, lease=self.lease_for(places))
+
+
+async def _has_another_token(original: Backend, key: str, token: str) -> bool:
+    if not original.capabilities.tokens:
+        return False
+    try:
+        return (await original.stat(key)).token not in (None, token)
+    except NotFound:
+        return False
 
 
 def _was_committed(record: MetaRecord) -> bool:

@@ -16,6 +16,7 @@ from .breaker import Breaker
 from .content import Source
 from .errors import ConfigurationError, StorageError
 from .sniffing import guess_content_type
+from .timeouts import is_number, is_whole
 
 __all__ = [
     "Choose",
@@ -59,8 +60,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("attempt_timeout", "source_timeout", "deadline", "hedge_after"):
             seconds = getattr(self, name)
-            if seconds is not None and not seconds > 0:
+            if seconds is not None and not (is_number(seconds) and seconds > 0):
                 raise ConfigurationError(f"{name}={seconds!r}: seconds, more than 0, or None for no limit")
+        for name in ("hedge_max_bytes", "spool_bytes", "copies", "quorum"):
+            count = getattr(self, name)
+            if not (is_whole(count) or (count is None and name == "spool_bytes")):
+                raise ConfigurationError(f"{name}={count!r}: a whole number")
+        if self.breaker is not None and not isinstance(self.breaker, Breaker):
+            raise ConfigurationError(f"breaker={self.breaker!r}: a Breaker, or None for none")
         if self.hedge_max_bytes < 0 or (self.spool_bytes or 0) < 0:
             raise ConfigurationError("hedge_max_bytes and spool_bytes must not be negative")
         if not 1 <= self.quorum <= self.copies:
@@ -92,6 +99,9 @@ class Placement:
         """Return the order in which a file with copies in `originals` is looked for."""
         return originals
 
+    def _check(self, originals: Sequence[str]) -> None:
+        """Raise ConfigurationError if it can be seen by now that this is no placement for `originals`."""
+
 
 class First(Placement):
     """Every file goes to the first original."""
@@ -108,7 +118,8 @@ class Route(Placement):
             sees the name, the content type, ``source.size`` and the caller's ``extra``, and may look into the content
             with ``await request.source.peek(n)``. `by_suffix` and `by_content_type` make ready ones.
 
-    An unknown name raises ConfigurationError before anything is written.
+    An unknown name raises ConfigurationError before anything is written; a storage is not made with one in the
+    tables of `by_suffix` and `by_content_type`.
     """
 
     def __init__(self, choose: Choose) -> None:
@@ -125,6 +136,18 @@ class Route(Placement):
             )
         return (name,)
 
+    def _check(self, originals: Sequence[str]) -> None:
+        if unknown := [name for name in getattr(self._choose, _LEADS_TO, ()) if name not in originals]:
+            raise ConfigurationError(f"the route leads to {unknown}, and the originals are {list(originals)}")
+
+
+_LEADS_TO = "_leads_to"  # where a ready function of `Route` says which originals it may name
+
+
+def _leading_to(choose: Choose, originals: Mapping[str, str], default: str | None) -> Choose:
+    setattr(choose, _LEADS_TO, dict.fromkeys([*originals.values(), *([] if default is None else [default])]))
+    return choose
+
 
 def by_suffix(originals: Mapping[str, str], default: str | None = None) -> Choose:
     """Return a `Route` function by the end of the name: ``by_suffix({".jpg": "s3", ".tar.gz": "tape"})``.
@@ -137,7 +160,7 @@ def by_suffix(originals: Mapping[str, str], default: str | None = None) -> Choos
         wanted = request.name.casefold()
         return next((name for suffix, name in suffixes if wanted.endswith(suffix)), default)
 
-    return choose
+    return _leading_to(choose, originals, default)
 
 
 def by_content_type(originals: Mapping[str, str], default: str | None = None) -> Choose:
@@ -154,7 +177,7 @@ def by_content_type(originals: Mapping[str, str], default: str | None = None) ->
         essence = (kind or "").partition(";")[0].strip().lower()
         return next((name for pattern, name in originals.items() if fnmatchcase(essence, pattern.lower())), default)
 
-    return choose
+    return _leading_to(choose, originals, default)
 
 
 def route_by(
@@ -164,6 +187,9 @@ def route_by(
     default: str | None = None,
 ) -> Route:
     """Return the `Route` that a configuration file can express: by suffix, then by content type, then `default`."""
+    for name, table in (("suffixes", suffixes), ("content_types", content_types)):
+        if not isinstance(table or {}, Mapping):
+            raise ConfigurationError(f"{name}={table!r}: a table from each to the name of an original")
     first = by_suffix(suffixes or {})
     second = by_content_type(content_types or {}, default)
 
@@ -173,7 +199,8 @@ def route_by(
             found = second(request) if content_types else default
         return await found if inspect.isawaitable(found) else found
 
-    return Route(choose)
+    every = {**(suffixes or {}), **(content_types or {})}  # no suffix is a content type
+    return Route(_leading_to(choose, every, default))
 
 
 def as_order(order: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -184,6 +211,9 @@ def as_order(order: Sequence[str] | None) -> tuple[str, ...] | None:
     """
     if order is None:
         return None
+    given: Any = order
+    if isinstance(given, str) or not (isinstance(given, Sequence) and all(isinstance(name, str) for name in given)):
+        raise ConfigurationError(f"order={order!r}: the names of originals, one after the other")
     if twice := sorted({name for name in order if order.count(name) > 1}):
         raise ConfigurationError(f"order={list(order)} names {twice} more than once")
     return tuple(order)

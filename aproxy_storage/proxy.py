@@ -128,6 +128,7 @@ class ProxyStorage(ArrangingVerbs):
             tidy_every=tidy_every,
             on_attempt=on_attempt,
         )
+        self.placement._check(list(self.originals))
         self.gates = {name: self._gate(name, original) for name, original in rules.items()}
         self.on_attempt = on_attempt
         if prefix:
@@ -137,7 +138,9 @@ class ProxyStorage(ArrangingVerbs):
         if durability not in ("process", "power"):
             raise ConfigurationError(f"durability={durability!r}: either 'process' or 'power'")
         if durability == "power" and not meta.durable:
-            raise ConfigurationError(f"durability='power' needs a durable meta-backend; give {meta} durability='power'")
+            raise ConfigurationError(
+                f"durability='power' needs records that survive the loss of power, and {meta} {meta._durable_with}"
+            )
         if lease <= 0 or settle < 0 or keep_replaced < 0 or chunk_bytes < 1:
             raise ConfigurationError("lease and chunk_bytes must be positive, settle and keep_replaced not negative")
         if max_path_bytes < 1:
@@ -148,7 +151,7 @@ class ProxyStorage(ArrangingVerbs):
             raise ConfigurationError("lease, settle and keep_replaced are seconds, and at most ten years")
         if fixed := NOT_FOR_HOOKS.intersection(self.hook_may_set):
             raise ConfigurationError(f"hook_may_set names what only the library can set: {', '.join(sorted(fixed))}")
-        if tidy_every is not None and tidy_every <= 0:
+        if tidy_every is not None and not tidy_every > 0:  # nor NaN
             raise ConfigurationError(f"tidy_every={tidy_every}: seconds, more than 0, or None for never")
         self.prefix = prefix
         self.keys = keys

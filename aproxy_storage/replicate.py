@@ -11,6 +11,7 @@ from .errors import ConfigurationError, StorageError
 from .fallback import is_outage, nearest
 from .placement import Limits, Placement, Request, as_order, in_order
 from .records import MetaRecord, Place
+from .timeouts import is_whole
 
 __all__ = ["Replicate", "Todo", "what_is_to_do"]
 
@@ -57,7 +58,7 @@ class Replicate(Placement):
             hedge_after=hedge_after,
             breaker=breaker,
             copies=copies,
-            quorum=max(1, copies - 1) if quorum is None else quorum,
+            quorum=max(1, copies - 1) if quorum is None and is_whole(copies) else 1 if quorum is None else quorum,
         )
 
     async def candidates(self, request: Request, originals: Sequence[str]) -> Sequence[str]:
@@ -81,6 +82,9 @@ class Replicate(Placement):
 
     def read_order(self, originals: Sequence[str]) -> Sequence[str]:
         return nearest(self.order, originals)
+
+    def _check(self, originals: Sequence[str]) -> None:
+        self.targets(originals)
 
 
 @dataclass(frozen=True, slots=True)

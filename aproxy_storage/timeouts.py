@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from .loops import PerLoop
 
-__all__ = ["Alarm", "IdleWatch", "Timeouts", "elapsed", "progress", "unhurried"]
+__all__ = ["Alarm", "IdleWatch", "Timeouts", "elapsed", "is_number", "is_whole", "progress", "unhurried"]
 
 
 def elapsed() -> float:
@@ -54,6 +54,16 @@ class Timeouts:
     def but(self, **changes: float | None) -> Timeouts:
         """Return a copy with some limits changed."""
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a number, true and false apart."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_whole(value: object) -> bool:
+    """Return whether `value` is a whole number, true and false apart."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Alarm:

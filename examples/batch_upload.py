@@ -22,9 +22,12 @@ from aproxy_storage.config import load
 ATTEMPTS = 4
 
 
-def files_below(root):
-    """Yield (name in the storage, local path); one directory is held at a time, so there may be millions."""
-    for directory, directories, names in os.walk(root):
+def files_below(root, onerror):
+    """Yield (name in the storage, local path); one directory is held at a time, so there may be millions.
+
+    What cannot be listed goes to `onerror`, as an OSError: else its files would be left out without a word.
+    """
+    for directory, directories, names in os.walk(root, onerror=onerror):
         directories.sort()
         for name in sorted(names):
             path = Path(directory, name)
@@ -59,7 +62,7 @@ async def upload(storage, root, *, concurrency, failures):
 
     results = run_many(
         storage,
-        missing(storage, files_below(root)),
+        missing(storage, files_below(root, lambda error: failures.append((error.filename, error)))),
         lambda pair: save(storage, *pair),
         name=lambda pair: pair[0],
         concurrency=concurrency,
@@ -93,6 +96,8 @@ if __name__ == "__main__":
     parser.add_argument("directory", type=Path)
     parser.add_argument("--concurrency", type=int, default=32)
     options = parser.parse_args()
+    if not options.directory.is_dir():
+        parser.error(f"{options.directory} is no directory")
     try:
         sys.exit(0 if asyncio.run(main(options.directory.resolve(), options.concurrency)) else 1)
     except KeyboardInterrupt:

@@ -357,6 +357,16 @@ def test_a_whole_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["aproxy.toml", "etc"], "nothing is opened"
 
 
+def test_none_turns_a_limit_off() -> None:
+    (storage,) = load(
+        written(
+            """storages.a = { originals.x = { url = "memory:", attempt_timeout = "none" }, meta = "memory:",
+                tidy_every = "none", placement = { policy = "fallback" } }""".replace("\n", "")
+        )
+    ).values()
+    assert (storage.gates["x"].attempt_timeout, storage.tidy_every) == (None, None)
+
+
 def test_every_plain_argument_of_a_storage_can_be_given() -> None:
     import inspect
 
@@ -446,6 +456,10 @@ def test_a_variable_in_an_option_of_a_table_is_taken_as_it_is(monkeypatch: pytes
          'placement needs a policy, one of'),
         ('[storages.a]\nmeta = "memory:"\noriginals = "memory:"\nplacement = { policy = "fallback", breaker = 5 }', 4,
          'storages.a.placement.breaker must be a table'),
+        ('storages.a={meta="memory:",originals="memory:",placement={policy="fallback",breaker={failures="5"}}}', 1,
+         "failures must be a whole number"),
+        ('[storages.a]\nmeta = "memory:"\noriginals = "memory:"\nplacement = { policy = "route", suffixes = "x" }', 4,
+         "suffixes='x': a table"),
         ('[storages.a]\nmeta = "memory:"\noriginals = "s3://b?expires_in=nan"', 3,
          "expires_in: a finite number expected"),
         ('[storages.a]\nmeta = "memory:"\noriginals = {}', 1, "at least one original"),

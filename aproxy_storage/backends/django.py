@@ -512,10 +512,11 @@ def _resolve(given: str) -> Any:
         return storages[given]
     except InvalidStorageError as error:
         raise ConfigurationError(f"STORAGES has no usable storage {given!r}; see the cause") from error
-    except django_errors.ImproperlyConfigured as error:
+    except (django_errors.ImproperlyConfigured, django_errors.AppRegistryNotReady) as error:
         raise ConfigurationError(f"Django or the storage {given!r} is not configured; see the cause") from error
     except (ImportError, TypeError) as error:
-        raise ConfigurationError(f"the storage {given!r} cannot be made: {type(error).__name__}") from error
+        module = f" ({error.name})" if isinstance(error, ImportError) and error.name else ""
+        raise ConfigurationError(f"the storage {given!r} cannot be made: {type(error).__name__}{module}") from error
 
 
 def _is_file_system(storage: Any) -> bool:

@@ -1,4 +1,4 @@
-"""``ls``, ``stat``, ``rm``, ``mv`` and ``cp``: what is there, and under which path."""
+"""``ls``, ``stat``, ``rm``, ``mv``, ``cp`` and ``adopt``: what is there, and under which path."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigurationError, NotFound
+from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
 from ..proxy import ProxyStorage
 from ..records import CommonPrefix, MetaRecord
 from .output import described, printable, size, when
@@ -24,7 +24,7 @@ Using = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    for function in (ls, stat, rm, mv, cp):
+    for function in (ls, stat, rm, mv, cp, adopt):
         command(app)(function)
 
 
@@ -60,14 +60,20 @@ async def ls(
 async def stat(session: Session, paths: Annotated[list[str], typer.Argument(metavar="PATH")]) -> None:
     """Show the record of a file: where its bytes are, how many, their checksum."""
     storage = await session.storage()
-    for number, path in enumerate(paths):
-        record = await storage.get(path)
-        where = storage.get_original(record.original_storage_name).full_path(record.original_storage_path)
+    shown = 0
+    for path in paths:
+        try:
+            record = await storage.get(path)
+            where = storage.get_original(record.original_storage_name).full_path(record.original_storage_path)
+        except StorageError as error:
+            session.failed(path, error)
+            continue
         if session.out.as_json:
             session.out.json({**described(record), "full_path": where})
             continue
-        if number:
+        if shown:
             session.out.line("")
+        shown += 1
         further = [(at.state, storage.get_original(at.original).full_path(at.key)) for at in record.all_places()[1:]]
         for name, value in describe(record, where, further):
             session.out.line(f"{name:>12}  {printable(value)}")
@@ -98,11 +104,25 @@ async def rm(
     paths: Annotated[list[str], typer.Argument(metavar="PATH", help="With -r directories, or . for everything.")],
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="All files below each PATH.")] = False,
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Do not mind what is not there.")] = False,
+    keep_bytes: Annotated[
+        bool, typer.Option("--keep-bytes", help="Only their records: after a restore the bytes may be another file's.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     concurrency: Concurrency = 32,
 ) -> None:
     """Delete files. With -r it asks before, and says how many there are; a PATH may be a file, too."""
     storage = await session.storage()
+    if keep_bytes:
+        if recursive:
+            raise ConfigurationError("--keep-bytes takes the paths of single files, without -r")
+        for path in paths:
+            try:
+                await _forget(storage, path)
+            except StorageError as problem:
+                session.failed(path, problem)
+            else:
+                session.did("forgotten", path)
+        return
     count = len(paths)
     if recursive:
         prefixes = {path: directory_prefix(storage, path) for path in paths}
@@ -168,6 +188,73 @@ async def cp(
     storage = await session.storage()
     copied = await storage.copy(path, beside(storage, path, new_path).removeprefix(storage.prefix), using=using)
     session.did("copied", copied, told=True, source=path)
+
+
+async def _forget(storage: ProxyStorage, path: str) -> None:
+    record = await _settled(storage, path)
+    await storage.meta.delete(record.path, expect=record.revision)
+
+
+async def _settled(storage: ProxyStorage, path: str) -> MetaRecord:
+    """Return the record of a file of which nobody is at anything."""
+    record = await storage.get(path)
+    if record.lease is not None:
+        raise Conflict(
+            f"something is left to do for {record.path!r}: after a restore aproxy reconcile --restored --apply ends"
+            " it, else aproxy reconcile --apply",
+            path=record.path,
+        )
+    return record
+
+
+async def adopt(
+    session: Session,
+    key: Annotated[str, typer.Argument(help="Where the bytes are in the original.")],
+    path: Annotated[str | None, typer.Argument(help="Its path; the key by default.", show_default=False)] = None,
+    using: Annotated[
+        str | None, typer.Option("--using", metavar="ORIGINAL", help="Where the bytes are.", show_default=False)
+    ] = None,
+    instead: Annotated[
+        bool, typer.Option("--instead", help="PATH has a record: let it stand for these bytes, as they are now.")
+    ] = False,
+) -> None:
+    """Give a record to bytes that are in an original already. They are not touched."""
+    storage = await session.storage()
+    if instead:
+        adopted = beside(storage, key, key if path is None else path)
+        await _adopt_instead(storage, key, adopted, using)
+    else:
+        name = None if path is None else beside(storage, key, path).removeprefix(storage.prefix)
+        adopted = await storage.adopt(key, name=name, using=using)
+    session.did("adopted", adopted, told=True, key=key)
+
+
+async def _adopt_instead(storage: ProxyStorage, key: str, path: str, using: str | None) -> None:
+    """Let the record of `path` name the bytes at `key`, of the size that they have.
+
+    Raises:
+        Conflict: they carry the token of another file. AlreadyExists: another record names them. And as `_settled`.
+    """
+    record = await _settled(storage, path)
+    original = using or record.original_storage_name or next(iter(storage.originals))
+    info = await storage.get_original(original).stat(key)
+    if info.token not in (None, record.token):
+        raise Conflict(
+            f"the bytes at {original}:{key} were not written for {path!r}, but for another file: without --instead they"
+            " get a record of their own",
+            path=path,
+        )
+    owners = (await storage.meta.owners(original, [key])).get(key, ())
+    if others := [owner for owner in owners if owner != record.path]:
+        raise AlreadyExists(f"the bytes at {original}:{key} belong to {others[0]!r} already", path=key)
+    changes = {
+        "original_storage_name": original,
+        "original_storage_path": key,
+        "size": info.size,
+        "checksum": None,
+        "places": (),
+    }
+    await storage.journal.change(record, changes, lease=None)
 
 
 def beside(storage: ProxyStorage, path: str, new_path: str) -> str:

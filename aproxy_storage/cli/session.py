@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import inspect
 import os
+import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -43,6 +45,7 @@ class Session:
         original: str | None = None,
         meta: str | None = None,
         creates: bool = False,
+        arguments: Iterable[object] = (),
     ) -> None:
         self.out = out
         self.tally = Tally()
@@ -50,6 +53,7 @@ class Session:
         self._name = name
         self._urls = (original, meta)
         self._creates = creates
+        self._arguments = [str(argument) for argument in arguments]
         self._storages: dict[str, ProxyStorage] | None = None
         self._opened: list[ProxyStorage] = []
 
@@ -63,6 +67,11 @@ class Session:
         if self._storages is None:
             self._storages = self._load()
         return self._storages
+
+    @property
+    def config_file(self) -> Path | None:
+        """The file that the storages are described in; None where there is none."""
+        return None if self._urls != (None, None) else self._config or find_file()
 
     def _load(self) -> dict[str, ProxyStorage]:
         original, meta = self._urls
@@ -85,8 +94,9 @@ class Session:
             )
         return load(self._config)
 
-    async def storage(self, name: str | None = None) -> ProxyStorage:
-        """Return the storage `name`, by default the one that the user means, set up; it is closed at the end.
+    async def storage(self, name: str | None = None, *, setup: bool = True) -> ProxyStorage:
+        """Return the storage `name`, by default the one that the user means; it is closed at the end. `setup`: its
+        meta-backend is set up, and so has to answer.
 
         Raises:
             ConfigurationError: there is none of that name, or there are several and none is named.
@@ -102,8 +112,38 @@ class Session:
         storage = storages[name]
         if storage not in self._opened:
             self._opened.append(storage)
-            await storage.meta.setup()
+            if setup:
+                await storage.meta.setup()
         return storage
+
+    def let_go(self, storage: ProxyStorage) -> ProxyStorage:
+        """Return `storage`, which the caller closes from here on."""
+        self._opened.remove(storage)
+        return storage
+
+    def _set_up_django(self) -> None:
+        """Set Django up, as ``manage.py`` does, where a URL is one of Django's and the environment names the settings.
+
+        Raises:
+            ConfigurationError: they cannot be imported, or something that they name.
+        """
+        settings = os.environ.get("DJANGO_SETTINGS_MODULE")
+        texts = [*self._arguments, *(url for url in self._urls if url)]
+        if settings and self.config_file is not None:
+            with contextlib.suppress(OSError, UnicodeDecodeError):  # `load` says so
+                texts.append(self.config_file.read_text("utf-8"))
+        if not settings or not any(re.search(r"\bdjango(-orm)?:", text) for text in texts):
+            return
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            importlib.import_module("django").setup()
+        except Exception as error:  # whatever settings and applications raise when they are imported
+            text = f": {error}" if isinstance(error, ImportError) else ", see the cause"
+            raise ConfigurationError(
+                f"Django cannot be set up with DJANGO_SETTINGS_MODULE={settings}: {type(error).__name__}{text} (run"
+                " this beside manage.py, or add that directory to PYTHONPATH)"
+            ) from error
 
     def did(self, action: str, path: str, count: int | None = 0, *, told: bool = False, **fields: Any) -> None:
         """Count what became of one file of `count` bytes, and tell it; see `Output.done`."""
@@ -144,6 +184,7 @@ class Session:
         The first Ctrl-C (or SIGTERM) cancels it: files under way are undone or finished, and what was done is said.
         """
         try:
+            self._set_up_django()
             asyncio.run(self._main(work))
             sys.stdout.flush()
         except StorageError as error:
@@ -238,6 +279,7 @@ def command(app: typer.Typer, *, name: str | None = None, creates: bool = False)
                 original=shared["original"],
                 meta=shared["meta"],
                 creates=creates,
+                arguments=given.values(),
             )
             raise typer.Exit(session.run(lambda session: function(session, **given)))
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -85,7 +85,8 @@ async def put(
     """Store files, or whole trees with -r.
 
     Files that are there already with the same checksum are skipped, so that the command can be repeated until all is
-    there. Links to files are followed, links to directories are not; the storage's own directory is left out.
+    there. Links to files are followed, links to directories are not. Below a directory, the configuration file and what
+    its storages keep on this machine are left out.
     """
     storage = await session.storage()
     if using is not None:
@@ -98,7 +99,7 @@ async def put(
         await _put_stdin(session, storage, to, on_conflict, using)
         return
     wanted = named([Path(source) for source in sources], to)
-    spare = _own_places(storage)
+    spare = _left_out(session, storage, sources)
 
     def files() -> Iterator[Local]:
         for source, name in wanted:
@@ -118,6 +119,14 @@ async def put(
         count, amount = session.tally.counts["stored"], session.tally.bytes
         speed = f"{count / took:,.0f} files/s, {size(round(amount / took))}/s"
         session.out.note(f"{size(amount)} in {duration(took)}: {speed}")
+
+
+def _left_out(session: Session, storage: ProxyStorage, sources: Iterable[str]) -> frozenset[str]:
+    """Return what is not sent of a tree that it lies in; but for the storage itself, what is in `sources` is."""
+    others = {place for other in session.storages.values() for place in _own_places(other)}
+    if session.config_file is not None:
+        others.add(os.path.realpath(session.config_file))  # it may hold passwords
+    return _own_places(storage) | (others - {os.path.realpath(source) for source in sources})
 
 
 def _own_places(storage: ProxyStorage) -> frozenset[str]:
@@ -396,10 +405,13 @@ async def cat(
     storage = await session.storage()
     sys.stdout.flush()
     for path in paths:
-        async for chunk in storage.stream(path, byte_range=part):
-            # In this thread: a write that waits for its reader is ended by a second Ctrl-C.
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+        try:
+            async for chunk in storage.stream(path, byte_range=part):
+                # In this thread: a write that waits for its reader is ended by a second Ctrl-C.
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+        except StorageError as error:
+            session.failed(path, error)
 
 
 def _range(text: str) -> ByteRange:

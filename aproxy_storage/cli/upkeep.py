@@ -87,6 +87,9 @@ async def reconcile_storage(
     force: Annotated[
         bool, typer.Option("--force", help="Do not wait for leases; only if nothing else uses the storage.")
     ] = False,
+    restored: Annotated[
+        bool, typer.Option("--restored", help="The records came out of a backup: as --force, but remove no bytes.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Finish what crashed callers left: undo half saves, end deletions, drop old bytes.
@@ -95,26 +98,29 @@ async def reconcile_storage(
     bytes an orphan; storages that are configured elsewhere it cannot know.
     """
     storage = await session.storage()
-    try:
-        age, older = parse_duration(min_age), parse_duration(older_than)
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from None
-    if force and apply:
-        session.confirm(f"Does really nothing else use storage {storage.name!r} just now?", sure=yes)
     # Every storage whose files may lie in the same originals, or around or below them.
     others = [other for other in session.storages.values() if other is not storage]
+    # To close a storage is to tidy it up: not the others, and after a restore not this one either, come what may.
+    untidied = [*others, session.let_go(storage)] if restored else others
     try:
+        try:
+            age, older = parse_duration(min_age), parse_duration(older_than)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
+        if (force or restored) and apply:
+            session.confirm(f"Does really nothing else use storage {storage.name!r} just now?", sure=yes)
         report = await reconcile(
             storage,
             older_than=older,
             scan=scan,
             dry_run=not apply,
             force=force,
+            restored=restored,
             min_age=age,
             storages=others,
         )
     finally:
-        for other in others:
+        for other in untidied:
             parts: list[Backend | MetaBackend] = [other.meta, *other.originals.values()]
             for part in parts:
                 with contextlib.suppress(StorageError):
@@ -141,7 +147,7 @@ def _tell(session: Session, report: Report) -> None:
 
 async def health(session: Session) -> None:
     """Ask every original and the meta-backend whether they answer; exit code 1 if one does not."""
-    storage = await session.storage()
+    storage = await session.storage(setup=False)  # else its records' error would be all that is told
     for part in await storage.health():
         if part.error is not None:
             session.failed(part.name, part.error)

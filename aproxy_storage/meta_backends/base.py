@@ -80,6 +80,8 @@ class MetaBackend(abc.ABC):
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = ()
     #: True where an answered write survives the loss of power.
     durable: bool = False
+    #: How one is made for which that is true, to be put after "it".
+    _durable_with: ClassVar[str] = "does not say that its records do (`durable`)"
 
     def __init__(self, *, timeouts: Timeouts | None = None) -> None:
         self.timeouts = timeouts or Timeouts()

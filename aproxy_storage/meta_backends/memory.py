@@ -35,6 +35,7 @@ class MemoryMetaBackend(MetaBackend):
     """
 
     keeps_deadlines: ClassVar[bool] = True
+    _durable_with: ClassVar[str] = "keeps them in memory"
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()

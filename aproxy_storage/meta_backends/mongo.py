@@ -92,6 +92,8 @@ class MongoMetaBackend(MetaBackend):
         NotSupported: a value that MongoDB or JSON cannot keep, or a record of more than 16 MiB.
     """
 
+    _durable_with = "needs a write_concern with j=True, as it has by default"
+
     def __init__(
         self,
         database: Any,

@@ -157,6 +157,10 @@ class ORMMetaBackend(MetaBackend):
         lambda callback: async_to_sync(callback)()
     )
 
+    _durable_with: ClassVar[str] = (
+        "needs durable=True (in a URL, as in OPTIONS: django-orm://app.Model?durable=true), where the database does"
+    )
+
     def __init__(
         self,
         model: type[Any] | str,

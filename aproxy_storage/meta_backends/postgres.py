@@ -64,6 +64,7 @@ class PostgresMetaBackend(MetaBackend):
     """
 
     keeps_deadlines: ClassVar[bool] = True
+    _durable_with: ClassVar[str] = "needs durability='power' (in a URL: ?durability=power)"
 
     def __init__(
         self,

@@ -78,6 +78,8 @@ class SQLiteMetaBackend(MetaBackend):
     in_order: ClassVar[bool] = True  # one thread writes, and a transaction is answered by the library, not by a server
     driver_errors: ClassVar[tuple[type[BaseException], ...]] = (sqlite3.Error,)
 
+    _durable_with: ClassVar[str] = "needs durability='power' (in a URL: ?durability=power)"
+
     def __init__(
         self,
         path: str | os.PathLike[str],

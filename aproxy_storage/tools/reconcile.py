@@ -70,6 +70,7 @@ async def reconcile(
     scan: bool = False,
     dry_run: bool = True,
     force: bool = False,
+    restored: bool = False,
     min_age: float = 86_400.0,
     metas: Iterable[MetaBackend] = (),
     storages: Iterable[ProxyStorage] = (),
@@ -84,7 +85,11 @@ async def reconcile(
         scan: list every original too; for bytes that a rolled-back transaction or a lost database left.
         dry_run: change nothing, only report.
         force: take leases, settle and keep times as over. Only when nothing else uses the storage: a live save
-            would be undone (it fails with Conflict, and nothing is lost).
+            would be undone (it fails with Conflict, and nothing is lost). Bytes that carry the token of another save
+            stay, where the original keeps tokens.
+        restored: the records came out of a backup, and the bytes may be newer. `force`, but no bytes are removed, nor
+            copies made: records of saves and deletions that were under way go, and stored files forget what else they
+            name. What no record names then, a scan finds (which removes nothing here either).
         min_age: seconds; a scan leaves younger objects alone.
         metas: further meta-backends whose records may name objects in these originals; without them a scan would
             take their files for orphans.
@@ -104,17 +109,18 @@ async def reconcile(
         with single files are findings.
     """
     report = Report(dry_run)
+    force = force or restored
     after: tuple[str] | None = None
     while True:
         page = await storage.meta.list_unfinished(
             proxy_storage_name=storage.name, older_than=older_than, after=after, limit=_BATCH, force=force
         )
         for record in page:
-            report.add(await _finish(storage, record, dry_run=dry_run, force=force))
+            report.add(await _finish(storage, record, dry_run=dry_run, force=force, restored=restored))
         if len(page) < _BATCH:
             break
         after = (page[-1].path,)
-    if storage.placement.limits.copies > 1:
+    if storage.placement.limits.copies > 1 and not restored:
         async for record in storage.list():
             for each in await mend(storage, record, dry_run=dry_run):
                 report.add(Finding(each.action, record.path, each.original, each.error))
@@ -125,17 +131,21 @@ async def reconcile(
         names = Counter(other.name for other in every)
         known = {other.name: other if names[other.name] == 1 else None for other in every}
         for name in storage.originals:
-            scan_of_one = _Scan(storage, name, list(asked.values()), known, report, dry_run=dry_run, min_age=min_age)
+            scan_of_one = _Scan(
+                storage, name, list(asked.values()), known, report, dry_run=dry_run or restored, min_age=min_age
+            )
             await scan_of_one.run()
     return report
 
 
-async def _finish(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool, force: bool) -> Finding:
+async def _finish(storage: ProxyStorage, record: MetaRecord, *, dry_run: bool, force: bool, restored: bool) -> Finding:
     if dry_run:
         would = {"pending": "undone", "deleting": "deleted", "stored": "cleared"}[record.state]
         return Finding(would, record.path, record.original_storage_name)
     try:
-        return Finding(await storage.journal.finish(record, force=force), record.path, record.original_storage_name)
+        journal = storage.journal
+        done = await (journal.forget(record) if restored else journal.finish(record, force=force))
+        return Finding(done, record.path, record.original_storage_name)
     except StorageError as error:
         return Finding("failed", record.path, record.original_storage_name, error)
 

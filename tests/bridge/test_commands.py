@@ -8,6 +8,7 @@ import io
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -486,6 +487,10 @@ def test_reconcile_and_verify(media: Path, django_database: Path) -> None:
     said, complained = run("proxystorage_reconcile", "default", apply=True, force=True, verbosity=2)
     assert (f"{name}: undone half.txt" in said, complained) == (True, "")
     assert StoredFile.objects.filter(state="pending").count() == 0
+    storage.bridge.call(storage.proxy.meta.create, replace(left, original_storage_path="good.txt"), lease=60.0)
+    said, complained = run("proxystorage_reconcile", "default", apply=True, restored=True)
+    assert (f"{name}: 1 undone" in said, complained) == (True, "")
+    assert (StoredFile.objects.filter(state="pending").count(), (media / "good.txt").exists()) == (0, True)
 
 
 def test_verify_records_the_checksums_of_adopted_files(before: FileSystemStorage) -> None:

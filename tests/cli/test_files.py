@@ -1,10 +1,14 @@
-"""ls, stat, rm, mv and cp."""
+"""ls, stat, rm, mv, cp and adopt."""
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, stored, tree
+from aproxy_storage import Place
+from tests.cli.conftest import Run, leave_record, stored, tree
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +72,8 @@ def test_stat(run: Run) -> None:
     assert "size  76.8 kB (76,800 bytes)" in run("stat", "t/b/d/e.bin").out
     (row,) = run("stat", "t/a.txt", "--json").rows
     assert row["full_path"] == str(Path("aproxy-data/files/t/a.txt").absolute())
-    assert "has no file" in run("stat", "t/x", code=1).err
+    done = run("stat", "t/x", "t/a.txt", code=1)
+    assert ("has no file" in done.err, done.lines[0].split()) == (True, ["path", "t/a.txt"])
 
 
 def test_rm(run: Run) -> None:
@@ -138,3 +143,48 @@ def test_cp(run: Run) -> None:
     (row,) = run("cp", "t/a.txt", "u/a.txt", "--json").rows
     assert row["path"].startswith("u/a_")
     assert run("cat", "u/a.txt", row["path"]).out == "firstfirst"
+
+
+def _restore_records(work: Callable[[], object]) -> None:
+    """Do `work` between a backup of the records and their restore."""
+    shutil.copy("aproxy-data/records.sqlite3", "backup")
+    work()
+    for file in Path("aproxy-data").glob("records.sqlite3*"):
+        file.unlink()
+    shutil.copy("backup", "aproxy-data/records.sqlite3")
+
+
+def test_a_record_is_forgotten_without_its_bytes_and_these_are_adopted(run: Run) -> None:
+    def work() -> None:
+        run("rm", "t/a.txt")
+        Path("t/a.txt").write_text("Bob's")
+        run("put", "t/a.txt", "--to", "t/a.txt")
+
+    _restore_records(work)
+    assert "t/a.txt" in run("verify", code=1).err
+    # His bytes never become hers.
+    assert "were not written for 't/a.txt'" in run("adopt", "t/a.txt", "--instead", code=1).err
+    done = run("rm", "--keep-bytes", "t/nothing", "t/a.txt", code=1)
+    assert (done.lines[-1:], "failed  t/nothing" in done.err) == (["forgotten  t/a.txt"], True)
+    assert run("adopt", "t/a.txt").lines == ["adopted  t/a.txt"]
+    assert run("cat", "t/a.txt").out == "Bob's"
+    run("rm", "-r", "--keep-bytes", ".", code=2)
+
+
+def test_the_record_of_a_replaced_file_stands_for_what_is_there(run: Run) -> None:
+    def work() -> None:
+        Path("t/a.txt").write_text("second version")
+        run("put", "t/a.txt", "--to", "t/a.txt", "--on-conflict", "replace")
+        os.unlink("aproxy-data/files/t/a.txt")  # as when `keep_replaced` is over
+
+    _restore_records(work)
+    (key,) = (name for name in stored() if name.startswith("t/a_"))
+    run("cat", "t/a.txt", code=1)
+    assert run("adopt", key, "t/a.txt", "--instead").lines == ["adopted  t/a.txt"]
+    assert run("cat", "t/a.txt").out == "second version"
+    run("verify", "--record-missing")
+
+
+def test_a_record_with_something_left_to_do_is_not_forgotten(run: Run) -> None:
+    leave_record("half.txt", lease=60, state="stored", places=(Place("default", "k", "doubtful"),))
+    assert "reconcile" in run("rm", "--keep-bytes", "half.txt", code=1).err

@@ -20,7 +20,22 @@ from aproxy_storage.cli.output import Bar, Output, Tally, WatchedFile, duration,
 from aproxy_storage.cli.session import Session
 from tests.cli.conftest import Run, command, environment, stored, tree
 
-COMMANDS = ["cat", "copy", "cp", "demo", "get", "health", "ls", "mv", "put", "reconcile", "rm", "stat", "verify"]
+COMMANDS = [
+    "adopt",
+    "cat",
+    "copy",
+    "cp",
+    "demo",
+    "get",
+    "health",
+    "ls",
+    "mv",
+    "put",
+    "reconcile",
+    "rm",
+    "stat",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -284,3 +299,35 @@ def test_a_tally_in_words() -> None:
     tally.add("skipped")
     tally.failed = 2
     assert tally.sentence() == "1,200 stored, 1 skipped (1.2 MB), 2 failed"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["copy", "django://no_such", "default"],
+        ["ls", "--original", "memory:", "--meta", "django-orm://no_such.Model"],
+        ["ls", "-c", "django.toml"],
+        ["ls"],
+    ],
+)
+def test_django_is_set_up_where_a_url_is_one_of_its(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("django.setup", lambda: calls.append(str(here) in sys.path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("django.toml").write_text('storages.a = { originals = "memory:", meta = "django-orm://no_such.Model" }')
+    Path("aproxy.toml").write_text('storages.default = { originals = "memory:", meta = "memory:" }')
+    monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
+    run(*args, code=None)
+    assert calls == []
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "no_such_settings")
+    run(*args, code=None)
+    assert calls == ([] if args == ["ls"] else [True])
+
+    def setup() -> None:
+        raise ModuleNotFoundError("No module named 'no_such_settings'")
+
+    monkeypatch.setattr("django.setup", setup)
+    if calls:
+        assert "No module named 'no_such_settings'" in run(*args, code=2).err

@@ -50,7 +50,7 @@ def test_a_storage_does_not_store_itself(run: Run) -> None:
     tree(Path("t"))
     run("put", "-r", "t", "--to", "x")
     run("put", "-r", ".", "--to", "y")
-    names = {"aproxy.toml", *(f"t/{name}" for name in contents(Path("t")))}
+    names = {f"t/{name}" for name in contents(Path("t"))}
     assert {name for name in contents(Path("o")) if name.startswith("y/")} == {f"y/{name}" for name in names}
 
 
@@ -404,6 +404,13 @@ def test_wrong_ranges(run: Run, part: str) -> None:
     assert "--range" in run("cat", "a.txt", "--range", part, code=2).err
 
 
+def test_cat_goes_on_after_a_file_that_is_not_there(run: Run) -> None:
+    Path("a.txt").write_text("0123456789")
+    run("put", "a.txt")
+    done = run("cat", "nothing", "a.txt", code=1)
+    assert (done.out, "failed  nothing" in done.err) == ("0123456789", True)
+
+
 def test_cat_writes_bytes_of_several_files_as_they_are(run: Run, run_process: Run) -> None:
     Path("a").write_bytes(bytes(range(256)) * 10_000)
     run("put", "a")
@@ -424,3 +431,18 @@ def test_a_reader_that_has_had_enough(run: Run) -> None:
         errors = process.stderr.read().decode()
         assert process.wait(60) == 128 + signal.SIGPIPE, errors
     assert errors == ""
+
+
+def test_what_the_storages_of_the_file_keep_is_left_out_of_a_tree(run: Run) -> None:
+    Path("aproxy.toml").write_text(
+        """
+        storages.default = { originals = "file:one", meta = "sqlite:one.sqlite3" }
+        storages.other = { originals = "file:two", meta = "sqlite:two.sqlite3" }
+        """
+    )
+    Path("a.txt").write_text("a")
+    run("put", "a.txt", "-s", "other")
+    run("put", "-r", ".")
+    assert run("ls", "-r").lines == ["a.txt"]
+    run("put", "-r", "two", "aproxy.toml")  # named
+    assert run("ls", "-r").lines == ["a.txt", "aproxy.toml", "two/a.txt"]

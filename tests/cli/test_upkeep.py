@@ -65,6 +65,17 @@ def test_reconcile_applies(run: Run) -> None:
     assert run("reconcile", "--json").rows == []
 
 
+def test_after_a_restore_no_bytes_are_removed(run: Run) -> None:
+    leave_record("old.txt", lease=0, state="deleting", original_storage_path="t/a.txt")
+    before = stored()
+    # Neither may tidy up when the storage is closed.
+    assert "say --yes" in run("reconcile", "--restored", "--apply", code=2).err
+    assert run("reconcile", "--restored").lines == ["deleted   old.txt"]
+    assert run("reconcile", "--restored", "--apply", "--yes").lines == ["deleted   old.txt"]
+    assert stored() == before
+    run("verify", "-q")
+
+
 def test_force_is_asked_for_twice(run: Run) -> None:
     assert "say --yes" in run("reconcile", "--force", "--apply", code=2).err
     run("reconcile", "--force", "--apply", "--yes")
@@ -124,3 +135,9 @@ def test_a_prefix_of_nothing_is_not_verified(run: Run) -> None:
     assert len(run("verify", "t/").lines) == 4
     run("rm", "-r", ".", "--yes")
     assert run("verify").lines == []
+
+
+def test_health_asks_the_originals_though_the_records_are_away(run: Run) -> None:
+    Path("m.sqlite3").mkdir()
+    done = run("health", "--original", "file:o", "--meta", "sqlite:m.sqlite3", code=1)
+    assert (done.lines, "failed  meta" in done.err) == (["ok  default"], True)

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,28 @@ def test_a_tree_is_uploaded_once(tmp_path: Path) -> None:
     assert {str(path.relative_to(stored)): path.read_bytes() for path in stored.rglob("*.txt")} == made
     (tmp_path / "tree" / "new.txt").write_text("new")
     assert run(tmp_path, "tree") == "1 files stored, 0 failed\n"
+
+
+def test_what_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(tmp_path / "tree", 3)
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("/1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    failures: list[Any] = []
+    found = [name for name, _ in example.files_below(tmp_path / "tree", failures.append)]
+    assert found == ["tree/0/0.txt", "tree/2/2.txt"]
+    assert [error.filename for error in failures] == [str(tmp_path / "tree" / "1")]
+
+
+def test_what_is_no_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["batch_upload.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
 def test_what_failed_is_named(tmp_path: Path) -> None:

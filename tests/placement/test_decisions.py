@@ -103,7 +103,7 @@ def test_original_takes_one_class_as_python_does() -> None:
     assert Original(MemoryBackend(), fallback_on=KeyError).fallback_on == (KeyError,)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"fallback_on": ("IOError",)}, {"max_concurrency": 0}])
+@pytest.mark.parametrize("wrong", [{"fallback_on": ("IOError",)}, {"max_concurrency": 0}, {"max_concurrency": "4"}])
 def test_original_is_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         Original(MemoryBackend(), **wrong)
@@ -113,15 +113,18 @@ def test_original_is_checked(wrong: dict[str, Any]) -> None:
     "wrong",
     [
         {"attempt_timeout": 0}, {"source_timeout": -1}, {"deadline": 0}, {"hedge_after": 0}, {"hedge_max_bytes": -1},
-        {"spool_bytes": -1},
+        {"spool_bytes": -1}, {"hedge_after": "0.1"}, {"deadline": True}, {"hedge_max_bytes": 1.5}, {"spool_bytes": "1"},
+        {"order": "near"}, {"order": [1]}, {"breaker": 5},
     ],
 )  # fmt: skip
 def test_limits_are_checked(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         Fallback(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"copies": 0}, {"copies": 2, "quorum": 3}, {"copies": 2, "quorum": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"copies": 0}, {"copies": 2, "quorum": 3}, {"copies": 2, "quorum": 0}, {"copies": "3"}]
+)
 def test_copies_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         Replicate(**wrong)

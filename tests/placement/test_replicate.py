@@ -24,10 +24,12 @@ from aproxy_storage import (
     Placement,
     ProxyStorage,
     Replicate,
+    Route,
 )
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.content import Source
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.placement import by_content_type, by_suffix, route_by
 from aproxy_storage.testing.faults import Fail, Fault, Hang, Lie, Slow
 from tests.placement.support import Meanwhile, World, content_of, copies, once, run
 from tests.placement.test_limits import slowly, taken
@@ -424,14 +426,20 @@ async def test_a_stream_is_not_spent_on_a_key_that_something_else_has(
         assert await content_of(storage, path) == b"content"
 
 
-def test_too_few_originals_are_said_before_anything_is_written() -> None:
-    async def main() -> None:
-        async with World(Replicate(3), "ab") as world:
-            with pytest.raises(ConfigurationError, match="copies=3"):
-                await world.storage.save("x", b"1")
-            assert await world.meta.count() == 0
-
-    run(main())
+@pytest.mark.parametrize(
+    ("placement", "says"),
+    [
+        (Replicate(3), "copies=3"),
+        (Replicate(2, order=["a", "z"]), r"order names \['z'\]"),
+        (Fallback(["z"]), r"order names \['z'\]"),
+        (Route(by_suffix({".a": "z"})), r"leads to \['z'\]"),
+        (Route(by_content_type({"a/*": "a"}, default="z")), r"leads to \['z'\]"),
+        (route_by(suffixes={".a": "a"}, content_types={"a/b": "z"}), r"leads to \['z'\]"),
+    ],
+)
+def test_a_storage_is_not_made_with_a_placement_for_other_originals(placement: Placement, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        World(placement, "ab")
 
 
 def test_using_one_original_makes_one_copy_and_reconcile_the_other() -> None:

@@ -435,9 +435,16 @@ async def test_class_attributes_in_place_of_arguments(make: Make) -> None:
 
     storage = Media()
     assert (await storage.get(await storage.save("x", b"1"))).proxy_storage_name == "declared"
-    for wrong in ({"name": ""}, {"keys": "uuid"}, {"durability": "never"}, {"lease": 0}, {"originals": {}}):
+    refused: list[dict[str, Any]] = [
+        {"name": ""}, {"keys": "uuid"}, {"durability": "never"}, {"lease": 0}, {"originals": {}}, {"chunk_bytes": 1.5},
+        {"tidy_every": float("nan")},
+    ]  # fmt: skip
+    for wrong in refused:
         with pytest.raises(ConfigurationError):
-            Media(**wrong)  # type: ignore[arg-type]
+            Media(**wrong)
+    power = "in memory" if isinstance(given.meta, MemoryMetaBackend) else "needs durability='power'"
+    with pytest.raises(ConfigurationError, match=power):
+        Media(durability="power")
     for seconds in (float("inf"), float("nan"), 1e12):
         for each in ("lease", "settle", "keep_replaced"):
             with pytest.raises(ConfigurationError, match="ten years"):

@@ -28,6 +28,9 @@ class Command(StorageCommand):
         parser.add_argument("--min-age", type=float, default=86_400.0, help="seconds; a scan leaves younger bytes")
         parser.add_argument("--older-than", type=float, default=0.0, help="seconds since the lease ran out")
         parser.add_argument("--force", action="store_true", help="do not wait for leases; only if nothing else runs")
+        parser.add_argument(
+            "--restored", action="store_true", help="the records came out of a backup: as --force, but remove no bytes"
+        )
 
     def handle(self, *, storage: list[str], apply: bool, **options: Any) -> None:
         chosen = list(bridge_storages(storage))
@@ -41,6 +44,7 @@ class Command(StorageCommand):
                     dry_run=not apply,
                     scan=options["scan"],
                     force=options["force"],
+                    restored=options["restored"],
                     min_age=options["min_age"],
                     older_than=options["older_than"],
                     storages=known,
@@ -55,6 +59,8 @@ class Command(StorageCommand):
                     self.tell(f"{one.proxy.name}: {finding.action} {finding.path}")
             counts = ", ".join(f"{count} {action}" for action, count in sorted(report.counts.items()))
             self.tell(f"{one.proxy.name}: {counts or 'nothing is left over'}")
+            if options["restored"]:
+                continue  # that would remove bytes
             # Without a scan only where old bytes were in the way, which may have been what the URL led to until now.
             paths = None if options["scan"] else [finding.path for finding in report.findings]
             self._restore_keys(one, paths, apply, options["verbosity"])
