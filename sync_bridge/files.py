@@ -255,7 +255,7 @@ class WritingFile(BridgeFile):
         super().__init__(storage, file, name, mode)
         try:
             if self._exclusive:
-                if storage.exists(name):
+                if storage._has_file(name):
                     raise FileExistsError(f"{name!r} exists already")
             elif "w" not in mode:
                 self._load(self._spool, must_exist=not self._appends)

@@ -294,10 +294,23 @@ class BridgeStorage(AsyncTwins):
             self._await(self._works_here, self.proxy.delete, record, missing_ok=True)
 
     def exists(self, name: str | os.PathLike[str]) -> bool:
-        """Return whether there is a file of that name: one question to the meta-backend."""
+        """Return whether there is a file of that name, or a directory: the root, or one with a file below it.
+
+        One question to the meta-backend where there is a file, a second one where there is none.
+        """
         text = asked(name)
         if (look := self._look) is None or not text:
             return self.bridge.call(self.aexists, text)
+        refuse_on_event_loop(f"{self!r}.exists()", "aexists()")
+        return self._looked_up(look, text) is not None or self._await(self._works_here, self._has_directory, text)
+
+    def _has_file(self, name: str) -> bool:
+        """Return whether a file has that name; where a subclass has an `exists` of its own, what that says."""
+        if type(self).exists is not BridgeStorage.exists:
+            return self.exists(name)
+        text = asked(name)
+        if (look := self._look) is None:
+            return self.bridge.call(self._ahas_file, text)
         refuse_on_event_loop(f"{self!r}.exists()", "aexists()")
         return self._looked_up(look, text) is not None
 
@@ -377,7 +390,7 @@ class BridgeStorage(AsyncTwins):
         if max_length and len(name) > max_length:
             return False
         path = self.proxy.prefix + name
-        return self.allow_overwrite or not (self._is_on_disk(path) or self.exists(path))
+        return self.allow_overwrite or not (self._is_on_disk(path) or self._has_file(path))
 
     def _is_on_disk(self, path: str) -> bool:
         directory = self._published

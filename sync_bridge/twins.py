@@ -131,12 +131,28 @@ class AsyncTwins(ConfiguredStorage):
         await self.proxy.delete(await self._found(file_of(name)), missing_ok=True)
 
     async def aexists(self, name: str | os.PathLike[str]) -> bool:
-        """Return whether there is such a file."""
+        """Return whether there is such a file or directory, as `exists`."""
         text = asked(name)
-        if not text:
+        return await self._ahas_file(text) or await self._has_directory(text)
+
+    async def _ahas_file(self, name: str) -> bool:
+        if not name:
             return False
-        found = await self._found(text)
+        found = await self._found(name)
         return isinstance(found, MetaRecord) or (not self.read_through and await self.proxy.exists(found))
+
+    async def _has_directory(self, name: str) -> bool:
+        """Return whether `name` is the root, or a name below which `alistdir` would find something."""
+        text = name.strip("/")
+        spellings = dict.fromkeys((text, plain(text)))
+        if not spellings.keys().isdisjoint(("", ".")):
+            return True
+        own = self.proxy.prefix
+        for spelling in spellings:
+            prefix = f"{spelling}/"
+            if [record async for record in self.proxy.list(own if own.startswith(prefix) else prefix, limit=1)]:
+                return True
+        return False
 
     async def asize(self, name: str | os.PathLike[str] | MetaRecord) -> int:
         """Return the size in bytes. Raises FileNotFoundError."""
@@ -311,7 +327,7 @@ class AsyncTwins(ConfiguredStorage):
     async def _is_known(self, path: str) -> bool:
         """Return whether there is a record of `path`, of whichever state: in a transaction that has deleted the file,
         its bytes wait for the commit."""
-        if await AsyncTwins.aexists(self, path):
+        if await self._ahas_file(path):
             return True
         try:
             await self.proxy.meta.get(path)

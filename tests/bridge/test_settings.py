@@ -476,7 +476,10 @@ def test_collectstatic(sources: Path, tmp_path: Path, kind: str) -> None:
         assert storage.url("css/dot.png") == "/static/css/dot.png"
         if kind == "directory":
             assert (tmp_path / "public/css/dot.png").read_bytes() == b"changed"
+        for name in ("old.css", "css/old.css", "css/deep/old.css"):
+            storage.save(name, ContentFile(b"of an earlier release"))
         call_command("collectstatic", interactive=False, clear=True, verbosity=0)
+        assert storage.listdir("") == (["css"], [])
         assert storage.listdir("css") == ([], ["dot.png", "site.css"])
         bridge.call(storage.proxy.aclose)
 

@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -124,6 +124,67 @@ def test_names_that_lead_out_are_refused(storage: BridgeStorage, name: str) -> N
         for ask in (storage.exists, storage.size, storage.open, storage.delete, storage.listdir):
             with pytest.raises(SuspiciousFileOperation):
                 ask(name)
+
+
+def test_a_directory_exists_while_there_is_a_file_below_it(storage: BridgeStorage) -> None:
+    """So that code for FileSystemStorage, which asks before it lists, works."""
+    directories = ("thumbs", "thumbs/", Path("thumbs/40"), "./thumbs//40")
+    other = ("th", "thumbs/4", "thumbs/40/a.jpg/", "no", "a\x00b", "a\udcff", "n" * 10_000)
+
+    def asked(names: Iterable[str | Path], ask: Callable[[Any], Any] = storage.exists) -> list[bool]:
+        return [ask(name) for name in names]
+
+    assert asked(["", ".", *directories]) == [True, True, *[False] * 4], "before there is any file"
+    storage.save("thumbs/40/a.jpg", ContentFile(b"x"))
+    assert asked(["", ".", *directories]) == [True] * 6
+    assert not any(asked(other))
+
+    async def main() -> None:
+        try:
+            assert [await storage.aexists(name) for name in ("", ".", *directories)] == [True] * 6
+            assert not any([await storage.aexists(name) for name in other])
+        finally:
+            await sync_to_async(connections.close_all)()
+            await storage.proxy.aclose()
+
+    asyncio.run(main())
+    assert not bridge.call(storage.proxy.exists, "thumbs"), "there it is about files"
+    for found in ("thumbs", "no"):
+        if storage.exists(found):
+            for directory in storage.listdir(found)[0]:
+                for name in storage.listdir(f"{found}/{directory}")[1]:
+                    storage.delete(f"{found}/{directory}/{name}")
+    assert asked(["", *directories]) == [True, *[False] * 4]
+
+
+def test_directories_exist_with_a_prefix_and_without_what_others_store(tmp_path: Path) -> None:
+    meta = MemoryMetaBackend()
+    ours, theirs = (
+        BridgeStorage(storage=ProxyStorage(name, originals={name: MemoryBackend()}, meta=meta, prefix=prefix))
+        for name, prefix in (("ours", "site/media/"), ("theirs", "site/other/"))
+    )
+    theirs.save("t/x.txt", ContentFile(b"x"))
+    names = ["", "site", "site/media", "site/media/t", "site/other", "site/other/t", "t"]
+    assert [ours.exists(name) for name in names] == [True, *[False] * 6]
+    ours.save("t/x.txt", ContentFile(b"x"))
+    assert [ours.exists(name) for name in names] == [True, True, True, True, False, False, False]
+
+
+def test_a_directory_takes_no_name(tmp_path: Path) -> None:
+    """An original that has none keeps a file beside what lies below its name, as S3 does."""
+
+    class Choosing(BridgeStorage):
+        def get_alternative_name(self, file_root: str, file_ext: str) -> str:
+            return super().get_alternative_name(file_root, file_ext)
+
+    storage = Choosing(storage=ProxyStorage("no-directories", originals=MemoryBackend(), meta=MemoryMetaBackend()))
+    for name in ("a/x", "b/x"):
+        storage.save(name, ContentFile(b"x"))
+    assert storage.is_name_available("a")
+    assert storage.save("a", ContentFile(b"1")) == "a"
+    with storage.open("b", "x") as file:
+        file.write("2")
+    assert (content_of(storage, "a"), content_of(storage, "b"), content_of(storage, "b/x")) == (b"1", b"2", b"x")
 
 
 def test_a_name_that_cannot_be_stored_is_suspicious_and_no_file(storage: BridgeStorage) -> None:

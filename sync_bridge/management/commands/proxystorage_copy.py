@@ -152,7 +152,7 @@ class Command(StorageCommand):
             raise FileExistsError(
                 f"the target would have called it {target.proxy.prefix + name!r}, for it has a prefix"
             )
-        if target.exists(name):
+        if target._has_file(name) if isinstance(target, BridgeStorage) else target.exists(name):
             if not self._is_same(name):
                 raise FileExistsError("the target has another file of that name")
             self._complete(item)
