@@ -990,7 +990,7 @@ def test_bytes_whose_replacement_the_database_swallows_are_not_replaced_for_ever
             record = await proxy.get(await proxy.save("a.txt", b"1"))
             meta.tries = 1
             with pytest.raises(Conflict):
-                await BridgeStorage(storage=proxy)._replace_bytes(record, b"2")
+                await BridgeStorage(storage=proxy)._replace_bytes(record, b"2", None)
 
     asyncio.run(overwritten())
 
