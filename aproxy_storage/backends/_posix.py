@@ -343,7 +343,9 @@ class Tree:
         except OSError:
             return
         if stat.S_ISLNK(mode):
-            raise AccessDenied(f"{name!r} is a symbolic link; links below the root are not followed")
+            raise AccessDenied(
+                f"{name!r} is a symbolic link; links below the root are not followed. Mount a directory there instead"
+            )
 
     # -- looking
 

@@ -24,6 +24,7 @@ from ..urls import URL, boolean, mode, optional
 from ._draft import CallersFile, Draft, hash_part
 from ._handles import HIDDEN, Opened
 from ._posix import Permit, Tree
+from ._strays import scan
 from ._taking import TakenFile
 from .base import Backend, Reader
 
@@ -67,8 +68,9 @@ class FileSystemBackend(Backend):
     but `discard` with a token leaves the object there and logs a warning: it could be somebody else's.
 
     What lies below the root and is no object is never touched and not listed: links (AccessDenied where a key leads
-    through one), special files, names that are not UTF-8. A key with a directory in its place is NotFound to
-    readers and AlreadyExists to writers; a file in the place of a directory is InvalidPath to writers.
+    through one), special files, names that are not UTF-8; `list_strays` tells it. A key with a directory in its
+    place is NotFound to readers and AlreadyExists to writers; a file in the place of a directory is InvalidPath to
+    writers.
 
     A file that is overwritten or truncated in place by somebody else while it is read raises Conflict; one that is
     discarded is read to its end. The file system must have hard links, and be local or NFS 4.
@@ -429,6 +431,26 @@ class FileSystemBackend(Backend):
                     break
             elif not children:
                 stack.pop()
+
+    def list_strays(self) -> AsyncIterator[tuple[str, str]]:
+        """Iterate over what lies below the root and `list` leaves out: its path, with what is not UTF-8 as Python's
+        surrogate escapes, and what it is, such as ``"symbolic link"``. Not over what lies below that, nor over
+        temporaries of this backend. Memory is that of a listing.
+
+        Raises:
+            AccessDenied, BackendUnavailable, DeadlineExceeded.
+        """
+        return self._mapped_iterator("list", "", self._list_strays())
+
+    async def _list_strays(self) -> AsyncIterator[tuple[str, str]]:
+        left = [""]
+        while left:
+            base = left.pop()
+            names = base.split("/")[:-1]
+            strays, inner = await self._workers.call(scan, self._tree, names, timeout=self.timeouts.operation)
+            for name, kind in strays:
+                yield base + name, kind
+            left += [f"{base}{name}/" for name in reversed(inner)]
 
     async def _children(self, base: str) -> list[str]:
         names = base.split("/")[:-1]

@@ -31,6 +31,7 @@ __all__ = [
     "known_storages",
     "owner_of",
     "prefixes_of_others",
+    "roots_of_others",
     "storage_of_alias",
     "unwrapped",
 ]
@@ -138,10 +139,20 @@ def prefixes_of_others(original: Backend) -> tuple[str, ...]:
         CommandError: a storage cannot be made.
     """
     around = root_of(original)
-    if not around.endswith("/"):
+    return tuple(root.removeprefix(around) for root in roots_of_others(original) if root.startswith(around))
+
+
+def roots_of_others(original: Backend) -> tuple[str, ...]:
+    """Return the roots of all other originals, as `root_of`; none where `original` has no directories.
+
+    Raises:
+        CommandError: a storage cannot be made.
+    """
+    own = root_of(original)
+    if not own.endswith("/"):
         return ()
     roots = {root_of(backend) for proxy in known_storages() for backend in proxy.originals.values()}
-    return tuple(root.removeprefix(around) for root in roots if root != around and root.startswith(around))
+    return tuple(roots - {own})
 
 
 def _storages_of_fields() -> Iterator[ConfiguredStorage]:

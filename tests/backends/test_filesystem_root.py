@@ -212,6 +212,31 @@ async def test_special_files_are_neither_opened_nor_removed(backend: FileSystemB
     assert [info.key async for info in backend.list()] == ["dir/file"]
 
 
+async def test_what_a_listing_leaves_out_can_be_listed(backend: FileSystemBackend) -> None:
+    root = Path(backend.root)
+    assert [stray async for stray in backend.list_strays()] == []
+    for key in ("a/deep/file", "b/file", "file"):
+        await backend.write(key, b"x")
+    (root / "a" / "deep" / ".aproxy-abc-00000000.part").write_bytes(b"half")
+    (root / "a" / "deep" / "link").symlink_to("/")
+    (root / "broken").symlink_to("nowhere")
+    os.mkfifo(root / "b" / "fifo")
+    (root / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")
+    (root / os.fsdecode(b"b/r\xe9sum\xe9s")).mkdir()
+    (root / os.fsdecode(b"b/r\xe9sum\xe9s/link")).symlink_to("/")
+    assert [stray async for stray in backend.list_strays()] == [
+        ("broken", "symbolic link"),
+        ("caf\udce9.txt", "file whose name is not UTF-8"),
+        ("a/deep/link", "symbolic link"),
+        ("b/fifo", "special file"),
+        ("b/r\udce9sum\udce9s", "directory whose name is not UTF-8"),
+    ]
+    assert [info.key async for info in backend.list()] == ["a/deep/file", "b/file", "file"]
+    root.rename(root.with_name("unmounted"))
+    with pytest.raises(BackendUnavailable, match="the root"):
+        [stray async for stray in backend.list_strays()]
+
+
 async def test_whatever_lies_at_a_key_takes_it(backend: FileSystemBackend) -> None:
     root = Path(backend.root)
     await backend.write("d/a", b"x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -174,6 +175,41 @@ def test_everything_in_the_directory_is_adopted(before: FileSystemStorage) -> No
     assert (said, complained) == ("3 adopted, 1 had a record.\n", "")
     assert default_storage.listdir("sub") == ([], ["b.txt", "写真.txt"])
     assert run("proxystorage_adopt", storage="default")[0] == "0 adopted, 4 had a record.\n"
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_cannot_be_adopted_is_named(before: FileSystemStorage, media: Path, tmp_path: Path, dry_run: bool) -> None:
+    before.save("a/b.txt", ContentFile(b"x"))
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "c.txt").write_bytes(b"x")
+    (media / "uploads").symlink_to(tmp_path / "big")
+    (media / "a" / "newest.txt").symlink_to("b.txt")
+    os.mkfifo(media / "a" / "fifo")
+    (media / os.fsdecode(b"r\xe9sum\xe9.txt")).write_bytes(b"x")
+    (media / "a" / "bad\\name.txt").write_bytes(b"x")
+    said, complained = run("proxystorage_adopt", storage="default", dry_run=dry_run)
+    assert said.startswith("1 adopted, 0 had a record.")
+    told = dict(line.split(": ", 1) for line in complained.splitlines()[:-1])
+    assert told.keys() == {"uploads", "a/newest.txt", "a/fifo", "r\\xe9sum\\xe9.txt", "a/bad\\name.txt"}
+    for link in ("uploads", "a/newest.txt"):
+        assert told[link].startswith("a symbolic link: ")
+        assert "mount" in told[link]
+    assert told["a/fifo"] == "a special file: it holds no file; move it away"
+    assert told["r\\xe9sum\\xe9.txt"] == "a file whose name is not UTF-8: rename it, also in the rows that name it"
+    assert told["a/bad\\name.txt"].endswith("; rename it, also in the rows that name it")
+    assert complained.splitlines()[-1].startswith("5 failed")
+
+
+def test_a_link_to_the_directory_of_another_storage_is_no_failure(
+    before: FileSystemStorage, private: FileSystemStorage, media: Path, tmp_path: Path
+) -> None:
+    """It is the way out that the command names; a web server may go by the link still."""
+    before.save("a.txt", ContentFile(b"x"))
+    private.save("deep/b.txt", ContentFile(b"x"))
+    (media / "uploads").symlink_to(tmp_path / "private")
+    (media / "deep").symlink_to(tmp_path / "private" / "deep")
+    said, complained = run("proxystorage_adopt", storage="default")
+    assert (said, complained) == ("1 adopted, 0 had a record, 2 left to originals inside this one.\n", "")
 
 
 def test_a_name_that_another_storage_has_taken_is_changed_in_the_row(before: FileSystemStorage) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 from django.db import models
 
-from aproxy_storage import AlreadyExists, ConfigurationError, NotFound, ProxyStorage, StorageError
+from aproxy_storage import AlreadyExists, ConfigurationError, InvalidPath, NotFound, ProxyStorage, StorageError
+from aproxy_storage.backends.filesystem import FileSystemBackend
+from aproxy_storage.paths import check_path
 
 from ...storage import BridgeStorage
 from ..base import (
@@ -19,11 +22,20 @@ from ..base import (
     has_owner,
     owner_of,
     prefixes_of_others,
+    roots_of_others,
     unwrapped,
 )
 
 AT_ONCE = 16  # adoptions under way at a time
 _OF_OTHERS = "left to originals inside this one"
+_WAYS_OUT = {
+    "symbolic link": (
+        "what it leads to is not reached. Put the files in its place, mount the directory there (mount --bind), or "
+        "give that a storage of its own (location=)"
+    ),
+    "special file": "it holds no file; move it away",
+}
+_RENAME = "rename it, also in the rows that name it"
 
 
 class Command(StorageCommand):
@@ -32,8 +44,8 @@ class Command(StorageCommand):
     help = (
         "Give records to files that are there already; no byte moves. Either those that the rows of a file field name "
         "(app.Model.field, whose storage is a BridgeStorage by now), or, with --storage, all that lie in an original "
-        "of that storage. Records that say nothing of their owner are told the row of the field. Can be repeated, and "
-        "runs beside a live site."
+        "of that storage; what can be no file of it, such as links, is told then. Records that say nothing of their "
+        "owner are told the row of the field. Can be repeated, and runs beside a live site."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
@@ -57,7 +69,8 @@ class Command(StorageCommand):
         else:
             assert storage is not None
             one = bridge_storage(storage)
-            self._others = prefixes_of_others(one.proxy.get_original(self._original_of(one.proxy)))
+            backend = one.proxy.get_original(self._original_of(one.proxy))
+            self._others, self._roots = prefixes_of_others(backend), roots_of_others(backend)
             one.bridge.call(self._adopt_all, one.proxy, options["after"], options["batch"])
         counts = ", ".join(f"{count} {what}" for what, count in self._counts.items())
         if self._owned:
@@ -145,6 +158,7 @@ class Command(StorageCommand):
     async def _adopt(self, proxy: ProxyStorage, name: str, extra: Mapping[str, Any]) -> str:
         key, original = name.removeprefix(proxy.prefix), self._original_of(proxy)
         if self._dry:
+            check_path(proxy.prefix + key, max_bytes=proxy.max_path_bytes)
             await proxy.get_original(original).stat(key)
             if wrong := (await _owned(proxy, original, [key]))[1]:
                 raise wrong[key]
@@ -173,6 +187,20 @@ class Command(StorageCommand):
                 await self._adopt_keys(proxy, original, keys)
                 keys.clear()
         await self._adopt_keys(proxy, original, keys)
+        backend = proxy.get_original(original)
+        if isinstance(backend, FileSystemBackend):
+            async for path, kind in backend.list_strays():
+                self._tell_stray(path, kind, backend.full_path(path))
+
+    def _tell_stray(self, path: str, kind: str, full_path: str) -> None:
+        """Tell what can have no record, unless it is of another storage, or a link to what is."""
+        if path.startswith(self._others) or (kind == "symbolic link" and self._leads_to_others(full_path)):
+            self._counts[_OF_OTHERS] = self._counts.get(_OF_OTHERS, 0) + 1
+            return
+        self.failed(os.fsencode(path).decode(errors="backslashreplace"), f"a {kind}: {_WAYS_OUT.get(kind, _RENAME)}")
+
+    def _leads_to_others(self, link: str) -> bool:
+        return bool(self._roots) and os.path.join(os.path.realpath(link), "").startswith(self._roots)
 
     async def _adopt_keys(self, proxy: ProxyStorage, original: str, keys: list[str]) -> None:
         """Adopt those of `keys` that no record names. They were listed first: a save in flight has its record."""
@@ -187,7 +215,7 @@ class Command(StorageCommand):
             if isinstance(answer, AlreadyExists):
                 self._counts["had a record"] += 1  # by now
             elif isinstance(answer, StorageError):
-                self.failed(key, answer)
+                self.failed(key, f"{answer}; {_RENAME}" if isinstance(answer, InvalidPath) else answer)
             else:
                 self._counts["adopted"] += 1
                 if answer != names[key]:
