@@ -16,6 +16,7 @@ from django.core.management import call_command
 from django.db import connections, transaction
 
 from aproxy_storage import AlreadyExists, DeadlineExceeded, StorageError, Timeouts
+from aproxy_storage.backends._posix import Tree
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
@@ -113,15 +114,15 @@ def test_the_url_of_a_token_key_is_that_of_the_file(default: object, tmp_path: P
 def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Let whoever asks whether ``hung.txt`` is there wait, for as long as the test runs; tell when somebody does."""
     asked, over = threading.Event(), threading.Event()
-    lexists = os.path.lexists
+    is_taken = Tree.is_taken
 
-    def hanging(path: str) -> bool:
-        if os.fspath(path).endswith("hung.txt"):
+    def hanging(tree: Tree, key: str) -> bool:
+        if key == "hung.txt":
             asked.set()
             over.wait(10)
-        return lexists(path)
+        return is_taken(tree, key)
 
-    monkeypatch.setattr(os.path, "lexists", hanging)
+    monkeypatch.setattr(Tree, "is_taken", hanging)
     yield asked
     over.set()
 
