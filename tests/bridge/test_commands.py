@@ -30,6 +30,8 @@ from django.test import override_settings  # noqa: E402
 
 from aproxy_storage import MetaRecord, ProxyStorage  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
+from aproxy_storage.backends.memory import MemoryBackend  # noqa: E402
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend  # noqa: E402
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend  # noqa: E402
 from sync_bridge import BridgeStorage, base, get_content_object  # noqa: E402
 from sync_bridge.bridge import bridge as default_bridge  # noqa: E402
@@ -348,6 +350,18 @@ def test_the_files_of_all_models_are_copied(live: FileSystemStorage) -> None:
         with message.attach.open() as copy, live.open(message.attach.name) as original:
             assert copy.read() == original.read()
     assert run("proxystorage_copy", "live", "default") == ("0 copied, 6 there already.\n", "")
+
+
+def test_a_file_is_copied_beside_what_lies_below_its_name(live: FileSystemStorage) -> None:
+    """A bucket has room for both."""
+    options = {"name": "bucket", "original": MemoryBackend(), "meta": MemoryMetaBackend()}
+    aliases = {**settings.STORAGES, "bucket": {"BACKEND": "sync_bridge.BridgeStorage", "OPTIONS": options}}
+    Message.objects.create(attach=live.save("a", ContentFile(b"x")))
+    with override_settings(STORAGES=aliases):
+        storages["bucket"].save("a/b", ContentFile(b"below"))
+        said, complained = run("proxystorage_copy", "live", "bucket", field=["desk.Message.attach"])
+        assert (said, complained) == ("1 copied, 0 there already.\n", "")
+        assert storages["bucket"].open("a").read() == b"x"
 
 
 def test_a_failed_copy_is_reported_and_the_rest_goes_on(live: FileSystemStorage) -> None:
