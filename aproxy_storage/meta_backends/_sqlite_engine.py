@@ -11,7 +11,8 @@ Four rules keep it safe:
   open theirs again when they need one.
 * A write is answered after its COMMIT.
 * A connection whose file is not at its path any more is left. Writes would be acknowledged, and gone. Another file
-  there is not opened beside the log of the former one: SQLite would apply that, and destroy it.
+  there is not opened beside the log of the former one: SQLite would apply that, and destroy it. Nor after a `close`,
+  which leaves the log of a file that was moved where it is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ..blocking import blocking_loop
-from ..errors import BackendUnavailable, ConfigurationError
+from ..errors import BackendUnavailable, ConfigurationError, StorageError
 from ._sqlite_errors import code_of
 from ._sqlite_files import Database, File, file_at, logs_of
 from ._sqlite_threads import Readers, Writer
@@ -105,7 +106,7 @@ class Engine:
         self._hooked = False
         self._of_parents: list[object] = []
         self._used = False  # since the start or the last `close`, by this process or one that it was forked from
-        self._last: Database | None = None  # the one that was opened last for writing
+        self._last: Database | None = None  # the one that was opened last for writing; closed, if its log was left
         self._fresh()
 
     def _fresh(self) -> None:
@@ -186,7 +187,7 @@ class Engine:
             BackendUnavailable: there is no file any more. It is not made anew: with none of its records, files would be
                 taken for absent. Or there is another, and beside it the log of the former one.
         """
-        if held.cursor is None and not self._used:
+        if held.cursor is None and not self._used and self._last is None:
             return
         file = file_at(self.path)
         if held.cursor is not None and held.file != file:
@@ -198,12 +199,13 @@ class Engine:
                 f"removing {' and '.join(logs_of(self.path))}), or close the storage and open it again to begin with "
                 "an empty one"
             )
-        if held.cursor is None and self._last is not None and file != self._last.file:
+        if held.cursor is None and self._last is not None and file not in (None, self._last.file):
             left = self._last.left_beside(self.path)
             if left:
                 raise BackendUnavailable(
                     f"{self.path} is another file than before, with the log of the former one beside it, which SQLite "
-                    f"would apply to it: put the former file back, or stop what uses it and remove {' and '.join(left)}"
+                    f"would apply to it: put the former file back, or stop what uses it and remove "
+                    f"{' and '.join(left)}, before any restart: a new process would not know"
                 )
 
     def _connect(self, mode: str) -> sqlite3.Cursor:
@@ -295,9 +297,22 @@ class Engine:
                     _optimize(one.cursor)
                 one.close()
                 if one is self._writing:  # not before: until here somebody may write
-                    self._used, self._last = False, None
+                    self._used = False
+                    if not self._has_left_log():
+                        self._last = None  # it holds descriptors
             finally:
                 one.lock.release()
+
+    def _has_left_log(self) -> bool:
+        """Return whether a log of ours lies where its file is not any more, as far as can be seen."""
+        try:
+            return (
+                self._last is not None
+                and file_at(self.path) != self._last.file
+                and bool(self._last.left_beside(self.path))
+            )
+        except StorageError:
+            return True
 
     # -- around a fork
 

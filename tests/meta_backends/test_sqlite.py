@@ -512,11 +512,16 @@ async def test_nothing_is_acknowledged_into_a_file_that_was_moved(
         assert await other.exists("d")
 
 
-@pytest.mark.parametrize("way", ["replaced", "moved", "deleted"])
+@pytest.mark.parametrize(
+    ("way", "closed"),
+    [(way, closed) for way in ("replaced", "moved", "deleted") for closed in (None, "after")]
+    + [("moved", "before"), ("deleted", "before")],
+)
 @pytest.mark.asyncio
 async def test_a_backup_is_not_opened_with_the_log_of_the_former_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, closed: str | None
 ) -> None:
+    """It was, after an `aclose` before or after the backup came: SQLite leaves the log of a file that was moved."""
     monkeypatch.setattr(_sqlite_engine, "LOOK_EVERY", -1.0)
     path, away = tmp_path / "meta.db", tmp_path / "away.db"
     wal, shm = tmp_path / "meta.db-wal", tmp_path / "meta.db-shm"
@@ -538,15 +543,21 @@ async def test_a_backup_is_not_opened_with_the_log_of_the_former_file(
             copies = [tmp_path / f"copy{number}" for number in range(30)]
             for each in copies:
                 each.write_bytes(backup)
+            if closed == "before":
+                await meta.aclose()
             # A file system gives the inodes of files that are gone to others soon.
             max(copies, key=lambda each: each.stat().st_ino == inode).rename(path)
         else:
             path.rename(away)
             (tmp_path / "backup.db").rename(path)
+        if closed == "after":
+            await meta.aclose()
         for _ in range(2):
             assert await calls_of(meta, "c") == [BackendUnavailable] * 3
-            with pytest.raises(BackendUnavailable, match=f"remove {wal} and {shm}"):
+            with pytest.raises(BackendUnavailable, match=f"remove {wal} and {shm}, before any restart"):
                 meta.look_here("a")
+            if closed is not None:
+                await meta.aclose()
         assert path.read_bytes() == backup
         if away.exists():
             away.rename(path)
@@ -578,6 +589,19 @@ async def test_a_file_that_was_deleted_is_made_anew_after_aclose(
     await meta.aclose()
     assert await calls_of(meta, "b") == [None, None, None]
     await meta.aclose()
+
+
+@pytest.mark.asyncio
+async def test_an_empty_file_is_begun_beside_the_log_of_one_that_was_moved(tmp_path: Path) -> None:
+    meta, path = SQLiteMetaBackend(tmp_path / "meta.db"), tmp_path / "meta.db"
+    await meta.create(make_record("a"))
+    path.rename(tmp_path / "away.db")
+    await meta.aclose()
+    assert path.with_name("meta.db-wal").exists()
+    assert await calls_of(meta, "b") == [None, None, None]
+    assert not await meta.exists("a")
+    await meta.aclose()
+    assert meta._engine._last is None  # it holds descriptors
 
 
 @pytest.mark.asyncio
