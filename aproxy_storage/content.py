@@ -33,6 +33,10 @@ class Taken(Protocol):
     async def give_back(self) -> None:
         """Make the file what it was, after the object was removed; nothing where it is there still."""
 
+    async def settle(self) -> None:
+        """`give_back`, where nobody knows whether there is a record: an object that is there still is made complete,
+        but the file keeps its old name too."""
+
 
 class Source:
     """Content that can be read in chunks and, where `replayable`, again from the start.

@@ -91,7 +91,7 @@ class Swapping:
             except BaseException as error:
                 # Of a lost swap every place is doubtful; else those are certain that the attempts were sure of.
                 unsure = new if outcome_unknown(error) else job.unsure
-                await self._undo(write, self._take_back(held.record, new, unsure), "undo of a replacement")
+                await self._undo(write, self._take_back(held.record, new, unsure), "undo of a replacement", error)
                 raise
         self._clear_losers(stored, job)
         await self._release_after_commit(write)
@@ -291,8 +291,12 @@ class Swapping:
         storage = self._storage
         await storage.cleanup.finish(work, within=storage.timeouts.cleanup, name=name, context=storage.meta._later())
 
-    async def _undo(self, write: Write, work: Awaitable[None], name: str) -> None:
-        """Do `work`, which removes what was written, and then give the caller's file back that was a part of it."""
+    async def _undo(self, write: Write, work: Awaitable[None], name: str, error: BaseException) -> None:
+        """Do `work`, which removes what was written, and then give the caller's file back that was a part of it.
+
+        After an `error` that leaves open whether the record is stored, `work` may leave all as it is.
+        """
+        unknown = outcome_unknown(error) or isinstance(error, Conflict)  # which may be the echo of our own statement
         taken, write.source.taken = write.source.taken, None
 
         async def undone() -> None:
@@ -300,9 +304,15 @@ class Swapping:
                 await work
             finally:
                 if taken is not None:
-                    await taken.give_back()
+                    await (taken.settle() if unknown else taken.give_back())
 
         await self._finish(undone(), name)
+
+    async def _let_go(self, write: Write) -> None:
+        """Leave the caller's name to a file of his that may be a stored one by now, which nobody knows."""
+        taken, write.source.taken = write.source.taken, None
+        if taken is not None:
+            await self._finish(taken.settle(), "end of an upload")
 
     async def _release(self, write: Write) -> None:
         """Take the caller's name away from a file of his that is a stored one by now."""
@@ -317,6 +327,7 @@ class Swapping:
                 await self._storage.meta.after_commit(partial(self._release, write))
             except StorageError as error:
                 _log.warning("a stored upload keeps its second name: %s", error)
+                await self._let_go(write)
 
     def _check_replayable(self, write: Write, candidates: Sequence[str]) -> None:
         if len(candidates) > 1 and self._storage.placement.limits.copies == 1 and not write.source.replayable:

@@ -117,8 +117,9 @@ class Writing(Swapping):
                 placed = await self._attempts.place(job, places)
                 changes, lease = self._placed(placed, job.unsure)
                 stored = await journal.publish(held.record, changes, lease=lease)
-            except BaseException:
-                await self._undo(write, journal.undo(held.record, certain=not job.unsure), "undo of a save")
+            except BaseException as error:
+                work = journal.undo(held.record, certain=not job.unsure)
+                await self._undo(write, work, "undo of a save", error)
                 raise
         self._clear_losers(stored, job)
         await self._release(write)
@@ -214,14 +215,16 @@ class Writing(Swapping):
                 stored = await self._create_placed(record, placed, job, rename if once and not exact else None)
             except AlreadyExists as error:
                 if exact or source.spent:
-                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record")
+                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record", error)
                     if exact:
                         raise
                     raise spent_on(error)  # noqa: B904  it has its cause
             except BaseException as error:
                 # A record that may still come to be keeps its bytes; without one, a scan finds them.
                 if placed is None or not outcome_unknown(error):
-                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record")
+                    await self._undo(write, self._discard_own(job, record), "removal of bytes without a record", error)
+                else:
+                    await self._let_go(write)
                 raise
             else:
                 self._clear_losers(stored, job)

@@ -311,7 +311,7 @@ class Draft:
 
         if not self._tree.below(self._names, self._made, can_be_linked):
             return None
-        self._handle, self._taken = file, TakenFile(file)
+        self._handle, self._taken = file, TakenFile(file, durable=self._durable)
         return file.status.st_size
 
     def move(self) -> TakenFile | None:

@@ -34,9 +34,11 @@ class TakenFile:
     set it. So nobody else takes a file in that is claimed, is an object, or was left by a crash in between.
     """
 
-    def __init__(self, file: Opened) -> None:
+    def __init__(self, file: Opened, *, durable: bool = False) -> None:
         self._file = file
+        self._durable = durable
         self._mode: int | None = None  # that it had before, while it is claimed
+        self._final = 0  # that of an object
 
     @property
     def claimed(self) -> bool:
@@ -48,8 +50,9 @@ class TakenFile:
         return os.fstat(self._file.fd).st_nlink
 
     def claim(self, token: str, mode: int) -> bool:
-        """Give the file `token` and `mode`. False: it is not the caller's alone, or does not let itself be marked; then
-        it is as it was."""
+        """Give the file `token`, and the part of `mode` that gives nobody more than he had; the rest follows when the
+        old name is gone. False: it is not the caller's alone, or does not let itself be marked; then it is as it was.
+        """
         fd = self._file.fd
         before = os.fstat(fd)
         if before.st_nlink != 1 or not self._has_its_name():
@@ -58,10 +61,10 @@ class TakenFile:
             os.setxattr(fd, TOKEN_XATTR, token.encode(), os.XATTR_CREATE)
         except OSError:  # whatever it is, a copy works, or tells it better
             return False
-        self._mode = stat.S_IMODE(before.st_mode)
+        self._mode, self._final = stat.S_IMODE(before.st_mode), mode
         try:
-            if self._mode != mode:
-                os.fchmod(fd, mode)
+            if self._mode != mode:  # also where that changes nothing yet: what refuses it now would refuse the rest
+                os.fchmod(fd, self._mode & mode)
         except OSError:
             self.give_back()
             return False
@@ -77,15 +80,36 @@ class TakenFile:
             os.fchmod(fd, mode)
         os.removexattr(fd, TOKEN_XATTR)
 
+    def settle(self) -> None:
+        """`give_back` where the object is gone; one that is still there may have a record, and gets its mode."""
+        if self.names > 1:
+            self._complete()
+        else:
+            self.give_back()
+
     def release(self) -> None:
-        """Take the old name away, if the object is still there under another; and close the file."""
+        """Take the old name away, if the object is still there under another; give that its mode; close the file."""
         try:
             if self.names > 1 and self._has_its_name():
                 os.unlink(self._file.key)
         except OSError as error:
             _log.warning("a stored upload keeps its second name %r: %r", self._file.key, error)
+        try:
+            if self.names > 1 or not self._has_its_name():  # else the object is gone, and this is the caller's file
+                self._complete()
         finally:
             self._file.close()
+
+    def _complete(self) -> None:
+        """Give the object its mode."""
+        fd = self._file.fd
+        try:
+            if stat.S_IMODE(os.fstat(fd).st_mode) != self._final:
+                os.fchmod(fd, self._final)
+                if self._durable:
+                    os.fsync(fd)
+        except OSError as error:
+            _log.warning("a stored upload, %r, does not get the mode %o: %r", self._file.key, self._final, error)
 
     def _has_its_name(self) -> bool:
         try:

@@ -61,7 +61,8 @@ class FileSystemBackend(Backend):
     file is left: `discard` with the token of the write removes it. A cancelled write is not seen; one that had just
     been published is removed again before the CancelledError leaves, whose ``outcome_unknown`` is then False.
     A temporary upload (``Source.temporary_path``) on the same mount is linked instead, and has both names until
-    ``Source.taken`` is released; with `file_mode` None, or another name or owner, it is copied.
+    ``Source.taken`` is released, and until then no more permissions than it had; with `file_mode` None, or another
+    name or owner, it is copied.
     Directories are made as needed, and removed when the last object below them is discarded.
 
     The token of a write is kept in the extended attribute ``user.aproxy.token``. A file system without these works,
@@ -479,6 +480,9 @@ class _Taken:
 
     async def give_back(self) -> None:
         await self._workers.call(self._file.give_back, timeout=self._timeout)
+
+    async def settle(self) -> None:
+        await self._workers.call(self._file.settle, timeout=self._timeout)
 
 
 class _Chunks:

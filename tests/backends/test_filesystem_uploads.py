@@ -39,8 +39,39 @@ def source_of(path: Path, **options: Any) -> Source:
 
 def assert_untouched(upload: Path) -> None:
     assert upload.read_bytes() == DATA
-    assert oct(stat.S_IMODE(upload.stat().st_mode)) == oct(0o600)
+    assert mode_of(upload) == oct(0o600)
     assert os.listxattr(upload) == []
+
+
+def mode_of(path: Path) -> str:
+    return oct(stat.S_IMODE(path.stat().st_mode))
+
+
+@pytest.mark.parametrize(
+    ("before", "mode", "between"), [(0o600, 0o640, 0o600), (0o666, 0o640, 0o640), (0o640, 0o604, 0o600)]
+)
+async def test_nobody_else_reads_an_upload_before_its_old_name_is_gone(
+    tmp_path: Path, upload: Path, monkeypatch: pytest.MonkeyPatch, before: int, mode: int, between: int
+) -> None:
+    """It got the mode of objects while it was still found under the name that its uploader had chosen."""
+    modes: list[str] = []
+    for name in ("fchmod", "unlink"):
+        real = getattr(os, name)
+
+        def seen(what: Any, *args: Any, real: Any = real, **options: Any) -> None:
+            real(what, *args, **options)
+            modes.extend(mode_of(upload) for _ in range(upload.exists()))
+
+        monkeypatch.setattr(_taking.os, name, seen)
+    upload.chmod(before)
+    async with FileSystemBackend(tmp_path / "files", file_mode=mode) as backend:
+        source = source_of(upload)
+        await backend.write("a", source)
+        modes.append(mode_of(upload))
+        assert source.taken is not None
+        await source.taken.release()
+        assert set(modes) == {oct(between)}
+        assert mode_of(Path(backend.root, "a")) == oct(mode)
 
 
 def same_file(backend: FileSystemBackend, key: str, upload: Path) -> bool:
@@ -55,11 +86,13 @@ async def test_upload_has_both_names_until_it_is_released(
     source = source_of(upload, checksum=checksum)
     await backend.write("dir/a", source, token="tokenOfMove0")
     assert same_file(backend, "dir/a", upload)
+    assert mode_of(upload) == oct(0o600), "under its old name, others could read it"
     assert (await backend.stat("dir/a")).token == "tokenOfMove0"
     assert source.taken is not None
     await source.taken.release()
     assert not upload.exists()
     assert Path(backend.root, "dir/a").stat().st_ino == inode
+    assert mode_of(Path(backend.root, "dir/a")) == oct(0o644)
     assert await content(backend, "dir/a") == DATA
 
 
@@ -72,22 +105,24 @@ async def test_upload_that_is_written_as_it_is_has_given_up_its_name(backend: Fi
 
 
 async def test_upload_is_given_back_when_the_object_is_gone(backend: FileSystemBackend, upload: Path) -> None:
-    for number in range(2):
+    for end in ("give_back", "settle"):
         source = source_of(upload)
-        await backend.write("a", source, token=f"token{number}")
+        await backend.write("a", source, token=f"tokenOf_{end}")
         assert source.taken is not None
-        await backend.discard("a", token=f"token{number}")
-        await source.taken.give_back()
+        await backend.discard("a", token=f"tokenOf_{end}")
+        await getattr(source.taken, end)()
         assert_untouched(upload)
 
 
-async def test_object_that_is_still_there_keeps_its_token(backend: FileSystemBackend, upload: Path) -> None:
+@pytest.mark.parametrize("end", ["give_back", "settle"])
+async def test_object_that_is_still_there_keeps_its_token(backend: FileSystemBackend, upload: Path, end: str) -> None:
     """The discard was not answered, and is done once more."""
     source = source_of(upload)
     await backend.write("a", source, token="tokenOfMove0")
     assert source.taken is not None
-    await source.taken.give_back()
+    await getattr(source.taken, end)()
     assert upload.exists()
+    assert mode_of(upload) == oct(0o644 if end == "settle" else 0o600)
     await backend.discard("a", token="tokenOfMove0")
     assert everything_below(backend.root) == []
     assert upload.read_bytes() == DATA
@@ -111,6 +146,10 @@ async def test_release_takes_no_name_but_that_of_a_stored_file(
     await source.taken.release()
     assert upload.exists() == (meanwhile != "removed")
     assert everything_below(backend.root) == ([] if meanwhile == "discarded" else ["a"])
+    if meanwhile == "discarded":
+        assert mode_of(upload) == oct(0o600)
+    else:
+        assert mode_of(Path(backend.root, "a")) == oct(0o644)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EXDEV, errno.EPERM])
@@ -355,8 +394,12 @@ async def test_durable_upload_is_on_the_disk_before_it_is_seen(
 
     monkeypatch.setattr(_draft.os, "fsync", synced)
     monkeypatch.setattr(_draft.os, "link", linked)
-    await backend.write("a", source_of(upload), durable=True)
-    assert steps == [f"synced as 644 with ['{_handles.TOKEN_XATTR}']", "linked"]
+    source = source_of(upload)
+    await backend.write("a", source, durable=True)
+    assert steps == [f"synced as 600 with ['{_handles.TOKEN_XATTR}']", "linked"]
+    assert source.taken is not None
+    await source.taken.release()
+    assert steps[2:] == [f"synced as 644 with ['{_handles.TOKEN_XATTR}']"]
 
 
 async def test_write_that_is_full_after_the_link_gives_the_upload_back(

@@ -433,6 +433,7 @@ def test_an_upload_on_the_same_disk_is_moved(default: BridgeStorage, media: Path
         path = default.save("up.bin", upload)
     assert not os.path.exists(upload.temporary_file_path())
     assert (media / path).stat().st_ino == inode
+    assert (media / path).stat().st_mode & 0o777 == 0o644
     assert content_of(default, path) == BIG
     record = default.get(path)
     assert (record.size, record.content_type) == (len(BIG), "application/octet-stream")

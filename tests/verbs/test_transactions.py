@@ -249,12 +249,14 @@ async def test_an_upload_is_the_callers_until_the_commit(
     with upload.file, contextlib.suppress(Rollback, BackendUnavailable):
         async with meta.atomic():
             await getattr(storage, verb)("a.txt", upload)
-            assert uploaded.exists(), "it may be rolled back"
+            assert stat.S_IMODE(uploaded.stat().st_mode) == 0o600, "it may be rolled back"
             if end == "rolled back":
                 raise Rollback
     assert uploaded.exists() == (end != "committed")
     if end == "committed":
         assert await read(storage, "a.txt") == b"x" * 300_000
+        key = (await storage.get("a.txt")).original_storage_path
+        assert stat.S_IMODE((tmp_path / "media" / key).stat().st_mode) == 0o644
     elif end == "refused":
         assert await keys(storage) == before
         assert stat.S_IMODE(uploaded.stat().st_mode) == 0o600

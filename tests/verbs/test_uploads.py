@@ -1,6 +1,7 @@
 """A temporary file of the caller's is his until the record is stored, whatever becomes of the save."""
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import AsyncIterator
@@ -57,6 +58,11 @@ async def write(storage: ProxyStorage, verb: str, path: Path, name: str = "a.txt
         return await storage.replace(name, upload, expect_version=(await storage.get(name)).revision)
 
 
+async def mode_of(storage: ProxyStorage, path: str) -> str:
+    root = storage.get_original().root  # type: ignore[attr-defined]
+    return oct(stat.S_IMODE(Path(root, (await storage.get(path)).original_storage_path).stat().st_mode))
+
+
 @pytest.mark.parametrize("end", ["refused", "cancelled", "conflict"])
 @pytest.mark.parametrize("verb", ["save", "replace"])
 async def test_upload_whose_record_is_not_stored_is_as_it_was(
@@ -81,7 +87,7 @@ async def test_upload_whose_record_is_not_stored_is_as_it_was(
     task = asyncio.ensure_future(write(storage, verb, uploaded))
     if end == "cancelled":
         await reached.wait()
-        assert uploaded.exists(), "before the record is stored"
+        assert stat.S_IMODE(uploaded.stat().st_mode) == 0o600, "before the record is stored"
         task.cancel()
     with pytest.raises((BackendUnavailable, Conflict, asyncio.CancelledError)):
         await task
@@ -95,6 +101,60 @@ async def test_upload_whose_record_is_not_stored_is_as_it_was(
     assert not uploaded.exists()
     root = storage.get_original().root  # type: ignore[attr-defined]
     assert Path(root, record.original_storage_path).stat().st_ino == inode
+    assert await mode_of(storage, "a.txt") == oct(0o644)
+
+
+@pytest.mark.parametrize(
+    ("error", "mode"),
+    [
+        (BackendUnavailable("away for longer"), 0o600),
+        (BackendUnavailable("no answer", outcome_unknown=True), 0o644),
+        (Conflict("perhaps with ourselves"), 0o644),
+    ],
+    ids=["refused", "unknown", "conflict"],
+)
+@pytest.mark.parametrize("verb", ["save", "replace"])
+async def test_upload_of_a_save_that_cannot_be_undone_now_is_private_unless_it_may_be_stored(
+    storage: ProxyStorage, uploaded: Path, monkeypatch: pytest.MonkeyPatch, verb: str, error: Exception, mode: int
+) -> None:
+    async def instead(update: Any) -> None:
+        update.close()
+        for name in ("update", "get"):
+            monkeypatch.setattr(storage.meta, name, away)
+        raise error
+
+    async def away(*_: Any, **__: Any) -> Any:
+        raise BackendUnavailable("away for longer")
+
+    if verb == "replace":
+        await storage.save("a.txt", b"old")
+    storage.meta.instead = instead  # type: ignore[attr-defined]
+    with pytest.raises(type(error)):
+        await write(storage, verb, uploaded)
+    assert uploaded.stat().st_nlink == 2
+    assert oct(stat.S_IMODE(uploaded.stat().st_mode)) == oct(mode)
+
+
+@pytest.mark.parametrize("lost", ["create", "after_commit"])
+async def test_upload_in_a_transaction_whose_answer_is_lost_is_stored_with_the_mode_of_all(
+    storage: ProxyStorage, uploaded: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    async def reserve(*_: Any, **__: Any) -> None:
+        """Be in a transaction."""
+
+    async def lose(*args: Any, **options: Any) -> None:
+        if lost == "create":
+            await create(*args, **options)
+        raise BackendUnavailable("no answer", outcome_unknown=True)
+
+    create = storage.meta.create
+    monkeypatch.setattr(storage.meta, "reserve", reserve)
+    monkeypatch.setattr(storage.meta, lost, lose)
+    with pytest.raises(BackendUnavailable) if lost == "create" else contextlib.nullcontext():
+        await write(storage, "save", uploaded)
+    assert await content_of(storage, "a.txt") == DATA
+    assert await mode_of(storage, "a.txt") == oct(0o644)
+    assert uploaded.read_bytes() == DATA
 
 
 async def test_upload_keeps_its_name_where_nobody_knows_whether_the_record_is_stored(
@@ -114,6 +174,7 @@ async def test_upload_keeps_its_name_where_nobody_knows_whether_the_record_is_st
         await write(storage, "save", uploaded)
     assert uploaded.read_bytes() == DATA
     assert await content_of(storage, "a.txt") == DATA
+    assert await mode_of(storage, "a.txt") == oct(0o644)
     record = await write(storage, "save", uploaded)  # and is copied now: it is the first file's
     await storage.delete("a.txt")
     assert await content_of(storage, record.path) == DATA
@@ -130,6 +191,7 @@ async def test_upload_whose_name_cannot_be_taken_away_is_stored_all_the_same(
         patched.setattr(_taking.os, "unlink", refuse)
         await write(storage, "save", uploaded)
     assert "keeps its second name" in caplog.text
+    assert await mode_of(storage, "a.txt") == oct(0o644)
     assert await content_of(storage, "a.txt") == DATA
     assert uploaded.exists()
 
