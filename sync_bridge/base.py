@@ -167,8 +167,8 @@ class ConfiguredStorage(Storage):
         given = dict(self._given)
         storage = given.get("storage")
         meta = given.pop("meta", None)
-        in_model = self.options.is_in_model
-        by_name = self.options.is_local and not in_model and self._was_told_meta
+        in_words = self.options.is_in_model and not isinstance(meta, MetaBackend)  # nor is there a secret in them
+        by_name = self.options.is_local and not in_words and self._was_told_meta
         if by_name or not (self.options.is_local or isinstance(storage, str)):
             kept: dict[str, Any] = {
                 key: given[key] for key in ("base_url", "allow_overwrite", "read_through", "direct") if key in given
@@ -178,7 +178,7 @@ class ConfiguredStorage(Storage):
             if storage is not None and not isinstance(storage, ProxyStorage):
                 return path, (), {"storage": f"{storage.__module__}.{storage.__qualname__}", **kept}
             return path, (), kept if self.storage is not None else {"storage": self.name, **kept}
-        if in_model and meta is not None:
+        if in_words and meta is not None:
             given["meta"] = meta if isinstance(meta, str) else meta._meta.label
         return path, (), given
 

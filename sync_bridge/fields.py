@@ -51,6 +51,7 @@ class ProxyFieldFile(FieldFile):
     def save(self, name: str, content: Any, save: bool = True) -> None:
         """Store `content` and set the field to it; then, with `save`, save the object."""
         super().save(name, content, save=False)
+        self.instance.__dict__.pop(_key_of_held(self.field), None)
         storage = self.storage
         if is_any_transaction_open() and isinstance(storage, ConfiguredStorage):
             place = self.instance.__dict__, _key_of_held(self.field)
@@ -174,7 +175,10 @@ class _Remembering(FileDescriptor):
 
     def __set__(self, instance: models.Model, value: Any) -> None:
         absent = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
-        if (absent and instance._state.adding) or _is_refreshed(self.field, instance, value):
+        refreshed = _is_refreshed(self.field, instance, value)
+        if refreshed and not is_any_transaction_open():  # what could be rolled back has been, before the row was read
+            instance.__dict__.pop(_key_of_held(self.field), None)
+        if (absent and instance._state.adding) or refreshed:
             # Where it was deferred, the value is the file of another instance, which was loaded for it.
             path = value.name if isinstance(value, FieldFile) and value._committed else value
             path = path if isinstance(path, str) else ""
@@ -291,7 +295,7 @@ class _OwnedFileMixin:
         """Make the record of the file again, if this object has stored it in a transaction that was rolled back.
 
         Raises:
-            StorageError: that cannot be; no row may name a file that there is not.
+            StorageError: that cannot be; no row may name a file that there is not, or another one.
         """
         file: ProxyFieldFile
         held = instance.__dict__.get(_key_of_held(self))

@@ -96,9 +96,11 @@ class Options:
 
     @property
     def is_in_model(self) -> bool:
-        """Whether the records are kept by a model, and so in a database of Django's."""
+        """Whether the records are kept by a model, whichever way that is named, and so in a database of Django's."""
         meta = self.given.get("meta")
-        return not isinstance(meta, MetaBackend) and not (isinstance(meta, str) and ":" in meta)
+        if isinstance(meta, MetaBackend):
+            return isinstance(meta, ORMMetaBackend)
+        return not isinstance(meta, str) or ":" not in meta or meta.lower().startswith("django-orm:")
 
     @property
     def name(self) -> str | None:
@@ -178,8 +180,8 @@ def _needs_stand_in(options: Options, local: Mapping[str, Any]) -> bool:
     """Return whether a test has moved ``MEDIA_ROOT`` and nobody the records, which no test database of Django covers:
     those of the real files."""
     meta = options.given.get("meta")
-    covered = options.is_in_model or isinstance(meta, ORMMetaBackend)
-    if not options.is_local or covered or isinstance(meta, MemoryMetaBackend) or str(meta).startswith("memory:"):
+    in_memory = isinstance(meta, MemoryMetaBackend) or str(meta).startswith("memory:")
+    if not options.is_local or options.is_in_model or in_memory:
         return False
     project = _without_overrides()
     if local["root"] != os.path.abspath(settings.MEDIA_ROOT) or local["root"] == os.path.abspath(project.MEDIA_ROOT):

@@ -36,6 +36,7 @@ from aproxy_storage import Conflict, ContentError, MetaRecord, NotFound, Place, 
 from aproxy_storage.backends.filesystem import FileSystemBackend
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
+from aproxy_storage.meta_backends.orm import ORMMetaBackend
 from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
 from sync_bridge import BridgeStorage, SyncCallOnEventLoop, twins
 from sync_bridge.bridge import bridge
@@ -1156,6 +1157,16 @@ def test_an_overridden_media_root_leaves_records_at_a_url_alone(
         assert (tmp_path / "own.sqlite3").exists(), "what a test asks for, it gets"
 
 
+@pytest.mark.parametrize("meta", ["sync_bridge.StoredFile", "django-orm://sync_bridge.StoredFile", "live"])
+def test_under_an_overridden_media_root_records_in_a_model_stay_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meta: str
+) -> None:
+    monkeypatch.setattr(settings, "MEDIA_ROOT", str(tmp_path / "media"))
+    storage = BridgeStorage(meta=ORMMetaBackend("sync_bridge.StoredFile") if meta == "live" else meta, name="in-model")
+    with override_settings(MEDIA_ROOT=tmp_path / "test"):
+        assert isinstance(storage.proxy.meta, ORMMetaBackend), "Django's test database covers it"
+
+
 def test_a_storage_is_described_by_urls(tmp_path: Path) -> None:
     given = {"BACKEND": "sync_bridge.BridgeStorage"}
     urls = {"original": f"file://{tmp_path}/files", "meta": f"sqlite:///{tmp_path}/records.sqlite3", "name": "by-urls"}
@@ -1207,7 +1218,10 @@ def test_a_directory_with_records_elsewhere_is_made_again_with_them(tmp_path: Pa
             assert again.url(path) == storages["x"].url(path)
             again.delete(path)
             assert not storages["x"].exists(path)
-    assert BridgeStorage(meta="sync_bridge.StoredFile").deconstruct()[2] == {"meta": "sync_bridge.StoredFile"}
+    for meta in ("sync_bridge.StoredFile", "django-orm://sync_bridge.StoredFile?durable=true"):
+        assert BridgeStorage(meta=meta).deconstruct()[2] == {"meta": meta}
+    live = BridgeStorage(meta=ORMMetaBackend("sync_bridge.StoredFile"), name="live")
+    assert live.deconstruct()[2] == {"storage": "live"}
     assert SaysWhereItsRecordsAre(location="/x").deconstruct()[2] == {"location": "/x"}
     assert SaysWhereItsRecordsAre(meta="memory:", name="told").deconstruct()[2] == {"storage": "told"}
 
