@@ -306,8 +306,8 @@ class Journal:
         """Do what is left to do for `record`, whose lease has run out; return in a word what was done.
 
         ``"undone"`` a save, ``"deleted"``, ``"cleared"`` places of a stored file, ``"settling"`` (again after
-        `settle`), ``"failed"`` (an original could not be reached, or with `force` has bytes of another save), ``"moved on"``
-        (somebody else was first).
+        `settle`), ``"failed"`` (an original could not be reached, or with `force` has bytes of another save),
+        ``"moved on"`` (somebody else was first).
         `force`: nothing else is alive, so that leases and settle times count as over. `early`: replaced bytes are not
         kept until they are due.
 

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_MAX_TRIES = 10  # of an overwriting save whose path is now taken, now free; of a change of a record that stays as it was
+_MAX_TRIES = 10  # of an overwriting save whose path is now taken, now free; of a change that leaves its record alone
 _PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
 
 #: By these the journal goes.
