@@ -92,7 +92,8 @@ class ArrangingVerbs(WritingVerbs):
         whatever `keep_replaced` says, because one of them may have the key; then the file is copied there, on the
         server where that can be, and changes over in one step. Where another file of this storage has the key, as after
         renamings that pass names on, that one gets its own first. Where the key is somebody else's all the same, or
-        something cannot be reached, the file stays as it is.
+        something cannot be reached, the file stays as it is, or, exchanged with one that cannot be copied, gets a key
+        that nobody else can have; that is logged.
 
         Raises:
             NotFound; Conflict: replaced, renamed or deleted meanwhile. And as `move`.
