@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import Annotated
 
 import typer
