@@ -410,7 +410,7 @@ class Attempts:
         except AlreadyExists as error:
             if job.rekey is None or (source is not None and source.spent):
                 raise
-            if job.write.source.spent:
+            if source is None and job.write.source.spent:  # a source of its own can be read yet
                 raise spent_on(error)  # noqa: B904  it has its cause
         assert job.rekey is not None  # `careful` is only who has one
         # Not ours, so its name leaves the record before anybody could take it for ours and discard it.

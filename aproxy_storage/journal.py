@@ -232,7 +232,7 @@ class Journal:
         Where a write of ours may have been kept out by somebody else's file, only what carries our token goes, and
         nothing that another record names. `until`: when our lease ends, by `timeouts.elapsed`; a process that was
         stopped or asleep for so long starts nothing more, because the keys may be somebody else's by now. `careful`:
-        the records may be older than the bytes, and what carries another token stays at every place.
+        the records may be older than the bytes, and what carries another token stays at every place, not gone.
         """
         gone = True
         for place in places:
@@ -244,9 +244,12 @@ class Journal:
             original = self._original(place.original)
             try:
                 if careful and token is None and await _has_another_token(original, place.key, record.token):
+                    gone = False
                     _log.warning(
-                        "%s:%s stays, although %r names it: it carries the token of another save", place.original,
-                        place.key, record.path,
+                        "%s:%s stays, although %r names it: it carries the token of another save. Where the records "
+                        "come out of a backup, reconcile(restored=True) lets go of it; where the bytes were adopted, "
+                        "reconcile without force removes them",
+                        place.original, place.key, record.path,
                     )  # fmt: skip
                     continue
                 await original.discard(place.key, token=token, durable=self._durable)
@@ -303,7 +306,8 @@ class Journal:
         """Do what is left to do for `record`, whose lease has run out; return in a word what was done.
 
         ``"undone"`` a save, ``"deleted"``, ``"cleared"`` places of a stored file, ``"settling"`` (again after
-        `settle`), ``"failed"`` (an original could not be reached), ``"moved on"`` (somebody else was first).
+        `settle`), ``"failed"`` (an original could not be reached, or with `force` has bytes of another save),
+        ``"moved on"`` (somebody else was first).
         `force`: nothing else is alive, so that leases and settle times count as over. `early`: replaced bytes are not
         kept until they are due.
 

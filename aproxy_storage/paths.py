@@ -9,7 +9,17 @@ from collections import deque
 
 from .errors import InvalidPath
 
-__all__ = ["MAX_PATH_BYTES", "alternative", "check_path", "local_path", "new_token", "shown", "successor", "token_key"]
+__all__ = [
+    "MAX_PATH_BYTES",
+    "alternative",
+    "check_path",
+    "local_path",
+    "new_token",
+    "shown",
+    "sqlite_files",
+    "successor",
+    "token_key",
+]
 
 MAX_PATH_BYTES = 1024
 
@@ -185,3 +195,8 @@ def local_path(address: str) -> str | None:
     """Return the path in the file system that `address`, of `Backend.full_path`, stands for; None where it is none."""
     path = address.removeprefix("file://")
     return path if os.path.isabs(path) else None
+
+
+def sqlite_files(path: str) -> tuple[str, ...]:
+    """Return the real paths of an SQLite database and of the files that SQLite makes beside it."""
+    return tuple(os.path.realpath(path) + end for end in ("", "-wal", "-shm", "-journal"))

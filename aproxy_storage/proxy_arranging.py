@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adopting import adopt
 from .content import Source
-from .errors import AlreadyExists, NotFound
+from .errors import AlreadyExists, NotFound, StorageError
 from .meta_backends.base import UNCHANGED
 from .placement import Request
 from .proxy_reading import Path
@@ -17,6 +17,8 @@ from .proxy_writing import WritingVerbs
 from .records import OWNER_FIELDS, STORED, MetaRecord
 
 __all__ = ["ArrangingVerbs"]
+
+_log = logging.getLogger(__name__)
 
 _MAX_WAITING = 100  # files, each of which has the key of the one before
 
@@ -90,7 +92,8 @@ class ArrangingVerbs(WritingVerbs):
         whatever `keep_replaced` says, because one of them may have the key; then the file is copied there, on the
         server where that can be, and changes over in one step. Where another file of this storage has the key, as after
         renamings that pass names on, that one gets its own first. Where the key is somebody else's all the same, or
-        something cannot be reached, the file stays as it is.
+        something cannot be reached, the file stays as it is, or, exchanged with one that cannot be copied, gets a key
+        that nobody else can have; that is logged.
 
         Raises:
             NotFound; Conflict: replaced, renamed or deleted meanwhile. And as `move`.
@@ -141,11 +144,16 @@ class ArrangingVerbs(WritingVerbs):
             known = owner.proxy_storage_name == self.name and owner.state == STORED and place == (original, key)
             if not known or len(waiting) > _MAX_WAITING:
                 return False
-            with contextlib.suppress(NotFound):  # deleted or renamed meanwhile
+            try:
                 if owner.path in waiting:  # they have exchanged their names
                     await self._take_token_key(owner, original)
                 else:
                     await self._restore_key(owner.path, waiting)
+            except NotFound:  # deleted or renamed meanwhile
+                continue
+            except StorageError as error:
+                _log.warning("%r keeps the key %r, which the path of another file is: %s", owner.path, key, error)
+                return False
         return not (await self.meta.owners(original, [key])).get(key)
 
     async def _take_token_key(self, record: MetaRecord, original: str) -> None:

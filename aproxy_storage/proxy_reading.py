@@ -328,21 +328,14 @@ class ReadingVerbs(abc.ABC):
         return path
 
     async def _again(self, path: Path, record: MetaRecord) -> MetaRecord:
-        """Return what has become of `record`, which has moved on; `path` is what the caller gave.
+        """Return what `record` is by now; `path` is what the caller gave.
 
         Raises:
             NotFound: it is gone. Whoever gave a record means its file, not the next one of that name.
-            NotSupported: it has not moved on, but is not changed either.
         """
         current = await self.get(record.path)
         if isinstance(path, MetaRecord) and current.token != record.token:
             raise self._missing(record.path)
-        if current.revision == record.revision:
-            raise NotSupported(
-                f"{self.meta} does not change the record of {record.path!r}, though it is as it was: a trigger or a "
-                "row-level security policy swallows the change, or a transaction reads what others have changed since",
-                path=record.path,
-            )
         return current
 
     @abc.abstractmethod

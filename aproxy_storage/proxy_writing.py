@@ -9,14 +9,14 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from .attempts import spent_on
 from .content import Source
 from .direct_uploads import DirectUpload, begin, finish
-from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, StorageError
+from .errors import AlreadyExists, ConfigurationError, Conflict, InvalidPath, NotFound, NotSupported, StorageError
 from .file_writer import AsyncWriter
 from .journal import Journal, Marked
 from .paths import check_path
@@ -30,7 +30,9 @@ __all__ = ["NOT_FOR_HOOKS", "WritingVerbs"]
 
 _log = logging.getLogger(__name__)
 
-_MAX_TRIES = 10  # of an overwriting save whose path is now taken, now free
+T = TypeVar("T")
+
+_MAX_TRIES = 10  # of an overwriting save whose path is now taken, now free; of a change that leaves its record alone
 _PATIENCE = 10.0  # seconds that an overwriting save waits for somebody else's save of the same name
 
 #: By these the journal goes.
@@ -350,14 +352,8 @@ class WritingVerbs(ReadingVerbs):
             NotFound: there is no such file; for a record also where another one has its name now.
             NotSupported: the database swallows the change without an error.
         """
-        record = await self._record(path)
-        while True:
-            try:
-                return await self.meta.update(record.path, {"extra": dict(extra)}, expect=record.revision)
-            except Conflict as error:
-                if not error.retryable:  # a rule of the database's, which it would break again
-                    raise
-                record = await self._again(path, record)
+        fields = {"extra": dict(extra)}
+        return await self._change(path, lambda record: self.meta.update(record.path, fields, expect=record.revision))
 
     async def delete(self, path: Path, *, missing_ok: bool = False) -> None:
         """Delete a file. Once this has returned it stays deleted, whatever happens to the process.
@@ -370,15 +366,7 @@ class WritingVerbs(ReadingVerbs):
             AccessDenied, NotSupported: the database would not let its record go; the file is as it was.
         """
         try:
-            record = await self._record(path)
-            marked: Marked | None = None
-            while marked is None:
-                try:
-                    marked = await self.journal.mark(record)
-                except Conflict as error:  # renamed, replaced or deleted by somebody else: look again
-                    if not error.retryable:  # a rule of the database's, which it would break again
-                        raise
-                    record = await self._again(path, record)
+            marked = await self._change(path, self.journal.mark)
         except NotFound:
             if missing_ok:
                 return
@@ -386,6 +374,35 @@ class WritingVerbs(ReadingVerbs):
         # J8: inside a caller's transaction the bytes go when it commits.
         await self.meta.after_commit(partial(self._sweep, marked))
         self._tidy_when_due()
+
+    async def _change(self, path: Path, change: Callable[[MetaRecord], Awaitable[T]]) -> T:
+        """Apply `change` to the record of `path`; where that has moved on meanwhile, to what it is by then.
+
+        Where it has not, the database has undone the change, as in a deadlock, and does it a moment later; or never.
+
+        Raises:
+            NotFound: as `_again`. NotSupported: the record is as it was after every one of some tries.
+        """
+        record = await self._record(path)
+        tries, pauses = 0, _pauses()
+        while True:
+            try:
+                return await change(record)
+            except Conflict as error:
+                if not error.retryable:  # a rule of the database's, which it would break again
+                    raise
+                current = await self._again(path, record)
+                tries = tries + 1 if current.revision == record.revision else 0
+                if tries == _MAX_TRIES:
+                    raise NotSupported(
+                        f"{self.meta} does not change the record of {record.path!r}, though it is as it was: a trigger "
+                        "or a row-level security policy swallows the change, or a transaction reads what others have "
+                        f"changed since (the last try: {error})",
+                        path=record.path,
+                    ) from error
+            if tries:
+                await asyncio.sleep(next(pauses))
+            record = current
 
     async def _sweep(self, marked: Marked) -> None:
         try:

@@ -27,7 +27,7 @@ from ..errors import (
     StorageError,
     from_os_error,
 )
-from ..paths import check_path
+from ..paths import check_path, local_path
 from ..records import ByteRange, Capabilities, ObjectInfo, UploadForm
 from ..timeouts import Alarm, Timeouts
 
@@ -270,6 +270,10 @@ class Backend(abc.ABC):
     def full_path(self, key: str) -> str:
         """Return the name a human would use, e.g. ``/srv/media/om.png`` or ``s3://bucket/om.png``."""
         return key
+
+    def _local_root(self) -> str | None:
+        """Return the directory of this machine that all objects are in; None where there is none. May block."""
+        return local_path(self.full_path(""))
 
     async def aclose(self) -> None:
         """Release what the running loop holds; idempotent. The backend can be used again afterwards."""

@@ -143,6 +143,11 @@ class DjangoStorageBackend(Backend):
         below = str(getattr(storage, "location", "") or "").strip("/")
         return f"django://{self._name}/{below + '/' if below else ''}{self.prefix}{key}"
 
+    def _local_root(self) -> str | None:
+        with contextlib.suppress(Exception):  # no such alias, or no settings
+            self._resolved()
+        return super()._local_root()
+
     # -- the storage, and calls of it in its threads
 
     def _resolved(self) -> Any:

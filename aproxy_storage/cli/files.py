@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -230,7 +231,7 @@ async def adopt(
 
 
 async def _adopt_instead(storage: ProxyStorage, key: str, path: str, using: str | None) -> None:
-    """Let the record of `path` name the bytes at `key`, of the size that they have.
+    """Let the record of `path` name the bytes at `key`, of the size that they have. Copies of former ones go later.
 
     Raises:
         Conflict: they carry the token of another file. AlreadyExists: another record names them. And as `_settled`.
@@ -247,14 +248,20 @@ async def _adopt_instead(storage: ProxyStorage, key: str, path: str, using: str 
     owners = (await storage.meta.owners(original, [key])).get(key, ())
     if others := [owner for owner in owners if owner != record.path]:
         raise AlreadyExists(f"the bytes at {original}:{key} belong to {others[0]!r} already", path=key)
+    # Out of a backup, a copy may be another file's by now: only what carries our token goes, where that can be told.
+    copies = tuple(
+        replace(place, state="settling")
+        for place in record.places
+        if (place.original, place.key) != (original, key) and storage.get_original(place.original).capabilities.tokens
+    )
     changes = {
         "original_storage_name": original,
         "original_storage_path": key,
         "size": info.size,
         "checksum": None,
-        "places": (),
+        "places": copies,
     }
-    await storage.journal.change(record, changes, lease=None)
+    await storage.journal.change(record, changes, lease=storage.journal.lease_for(copies))
 
 
 def beside(storage: ProxyStorage, path: str, new_path: str) -> str:

@@ -99,7 +99,7 @@ async def put(
         await _put_stdin(session, storage, to, on_conflict, using)
         return
     wanted = named([Path(source) for source in sources], to)
-    spare = _left_out(session, storage, sources)
+    spare = await asyncio.to_thread(_left_out, session, storage, sources)
 
     def files() -> Iterator[Local]:
         for source, name in wanted:
@@ -131,11 +131,9 @@ def _left_out(session: Session, storage: ProxyStorage, sources: Iterable[str]) -
 
 def _own_places(storage: ProxyStorage) -> frozenset[str]:
     """Return where the storage itself lies on this machine: a tree that it lies in is stored without it."""
-    places = [EMBEDDED, *(getattr(backend, "root", None) for backend in storage.originals.values())]
-    database = getattr(storage.meta, "path", None)
-    if isinstance(database, str):
-        places += [database, f"{database}-wal", f"{database}-shm"]
-    return frozenset(os.path.realpath(place) for place in places if isinstance(place, str))
+    directories = [EMBEDDED, *(backend._local_root() for backend in storage.originals.values())]
+    places = frozenset(os.path.realpath(place) for place in directories if place is not None)
+    return places.union(storage.meta._local_files())
 
 
 async def put_files(

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from django.apps import apps
-from django.db import DataError, IntegrityError, router, transaction
+from django.db import DataError, IntegrityError, connections, router, transaction
 
 from ..errors import AlreadyExists, ConfigurationError, Conflict, NotFound, StorageError
-from ..paths import successor
+from ..paths import sqlite_files, successor
 from ..records import DELETING, MetaRecord, Revision, State
 from ._orm_dependents import all_rows, check_deletable, refusal
 from ._orm_table import NewRow, Table
@@ -51,6 +51,14 @@ class Rows:
             ConfigurationError: there is no such model.
         """
         return self.using if self.using is not None else str(router.db_for_write(self._model()))
+
+    def files(self) -> Sequence[str]:
+        """Return the files of the database where it is one of SQLite."""
+        connection = connections[self.alias()]
+        name = str(connection.settings_dict["NAME"])
+        if connection.vendor != "sqlite" or not name or connection.is_in_memory_db():
+            return ()
+        return sqlite_files(name)
 
     def _model(self) -> type[Any]:
         if not isinstance(self.given, str):

@@ -453,6 +453,10 @@ class MetaBackend(abc.ABC):
     async def _aclose(self) -> None:
         pass
 
+    def _local_files(self) -> Sequence[str]:
+        """Return the files of this machine that the records may be in, each by its real path."""
+        return ()
+
     def _database_asked(self) -> str | None:
         """Return the database that the last call of this context went to; None where calls of all contexts go to the
         same. Override both where the caller's context decides."""

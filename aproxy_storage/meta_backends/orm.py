@@ -194,6 +194,12 @@ class ORMMetaBackend(MetaBackend):
     def __str__(self) -> str:
         return str(self._rows)
 
+    def _local_files(self) -> Sequence[str]:
+        try:
+            return self._rows.files()
+        except Exception:  # Django is not set up, there is no such database, or a router fails
+            return ()
+
     # -- hops
 
     async def _run(self, function: Callable[..., A], *args: Any, repeatable: bool = False) -> A:

@@ -17,7 +17,7 @@ from ..errors import (
     StorageError,
     copies_of,
 )
-from ..paths import successor
+from ..paths import sqlite_files, successor
 from ..records import MetaRecord, Revision, State
 from ..timeouts import Timeouts
 from ..urls import URL, choice
@@ -131,6 +131,9 @@ class SQLiteMetaBackend(MetaBackend):
 
     def __str__(self) -> str:
         return f"SQLiteMetaBackend({self.path})"
+
+    def _local_files(self) -> Sequence[str]:
+        return sqlite_files(self.path)
 
     # -- hops: a write goes to the writer, a read to a reader, once the tables are there
 

@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from ..backends.base import Backend
 from ..content import Source
 from ..errors import AlreadyExists, ConfigurationError, ContentError, NotFound, StorageError
-from ..paths import local_path
 from ..proxy import ProxyStorage
 from ..records import PENDING, STORED, MetaRecord, ObjectInfo
 from .bulk import Result, run_many
@@ -292,18 +291,16 @@ def _own_keys(source: Backend, target: ProxyStorage, using: str | None) -> _Left
         elif here is not None and there is not None and there[0] == here[0] and there[1].startswith(here[1]):
             below.append(there[1].removeprefix(here[1]))
     keys: tuple[str, ...] = ()
-    database = getattr(target.meta, "path", None)
-    if here is not None and isinstance(database, str) and os.path.realpath(database).startswith(here[1]):
-        key = os.path.realpath(database).removeprefix(here[1])
-        keys = (key, f"{key}-wal", f"{key}-shm")
+    if here is not None:
+        keys = tuple(file.removeprefix(here[1]) for file in target.meta._local_files() if file.startswith(here[1]))
     return _LeftOut(tuple(below), keys)
 
 
 def _place(backend: Backend) -> tuple[str, str] | None:
     """Return the service, and what the names of all objects begin with there; None where it cannot be told. Blocks."""
-    begin = backend.full_path("")
-    if (path := local_path(begin)) is not None:
+    if (path := backend._local_root()) is not None:
         return "", os.path.join(os.path.realpath(path), "")
+    begin = backend.full_path("")
     if begin.startswith(("s3://", "gs://", "az://", "postgresql://", "django://")):
         return _service(backend.endpoint or ""), begin
     return None

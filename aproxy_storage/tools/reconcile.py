@@ -86,7 +86,8 @@ async def reconcile(
         dry_run: change nothing, only report.
         force: take leases, settle and keep times as over. Only when nothing else uses the storage: a live save
             would be undone (it fails with Conflict, and nothing is lost). Bytes that carry the token of another save
-            stay, where the original keeps tokens.
+            stay, where the original keeps tokens, and stay named: ``failed``, and the log says where. So do those of
+            files that were adopted; they go without `force`, once lease and settle time are over.
         restored: the records came out of a backup, and the bytes may be newer. `force`, but no bytes are removed, nor
             copies made: records of saves and deletions that were under way go, and stored files forget what else they
             name. What no record names then, a scan finds (which removes nothing here either).

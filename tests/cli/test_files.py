@@ -1,5 +1,6 @@
 """ls, stat, rm, mv, cp and adopt."""
 
+import asyncio
 import os
 import shutil
 from collections.abc import Callable
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from aproxy_storage import Place
+from aproxy_storage import Place, ProxyStorage, Replicate
+from aproxy_storage.backends.memory import MemoryBackend
+from aproxy_storage.cli.files import _adopt_instead
+from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from tests.cli.conftest import Run, leave_record, stored, tree
 
 
@@ -183,6 +187,24 @@ def test_the_record_of_a_replaced_file_stands_for_what_is_there(run: Run) -> Non
     assert run("adopt", key, "t/a.txt", "--instead").lines == ["adopted  t/a.txt"]
     assert run("cat", "t/a.txt").out == "second version"
     run("verify", "--record-missing")
+
+
+def test_copies_of_bytes_for_which_others_stand_now_are_named_until_they_are_gone() -> None:
+    async def main() -> None:
+        a, b = MemoryBackend(), MemoryBackend()
+        placement = Replicate(2)
+        async with ProxyStorage("m", originals={"a": a, "b": b}, meta=MemoryMetaBackend(), placement=placement) as m:
+            old = await m.get(await m.save("x", b"old"))
+            await a.discard("x")
+            await a.write("x_new", b"newer", token=old.token)
+            await _adopt_instead(m, "x_new", "x", None)
+            record = await m.get("x")
+            assert (record.good_places(), record.places) == ((Place("a", "x_new"),), (Place("b", "x", "settling"),))
+            assert record.lease is not None
+            assert await m.journal.finish(record, force=True) == "cleared"
+            assert [info.key async for info in b.list()] == []
+
+    asyncio.run(main())
 
 
 def test_a_record_with_something_left_to_do_is_not_forgotten(run: Run) -> None:

@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from django.db import connections
+from django.test import override_settings
 
 from aproxy_storage import Place, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
@@ -16,6 +18,7 @@ from aproxy_storage.cli.transfer import _get_one
 from aproxy_storage.cli.trees import Draft
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 from tests.cli.conftest import Run, command, contents, environment, leave_record, stored, tree
+from tests.django_support.setup import configure
 
 # -- put
 
@@ -446,3 +449,22 @@ def test_what_the_storages_of_the_file_keep_is_left_out_of_a_tree(run: Run) -> N
     assert run("ls", "-r").lines == ["a.txt"]
     run("put", "-r", "two", "aproxy.toml")  # named
     assert run("ls", "-r").lines == ["a.txt", "aproxy.toml", "two/a.txt"]
+
+
+def test_what_django_keeps_is_left_out_of_a_tree(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure()
+    monkeypatch.setitem(connections.settings["default"], "NAME", str(here / "django.sqlite3"))
+    Path("aproxy.toml").write_text(
+        """
+        storages.default = { originals = "django://default", meta = "sqlite:m.sqlite3" }
+        storages.other = { originals = "memory:", meta = "django-orm://sync_bridge.StoredFile" }
+        """
+    )
+    Path("a.txt").write_text("a")
+    for end in ("", "-wal", "-shm", "-journal"):
+        Path(f"django.sqlite3{end}").touch()
+    files = {"default": {"BACKEND": "django.core.files.storage.FileSystemStorage"}}
+    with override_settings(MEDIA_ROOT="media", STORAGES=files):
+        for _ in range(2):
+            run("put", "-r", ".")
+    assert set(contents(Path("media"))) == {"a.txt"}

@@ -105,8 +105,34 @@ async def test_by_force_no_bytes_of_another_save_are_removed(storage: ProxyStora
     await original.discard("x")
     await original.write("x", b"of Bob", token="tokenOfBobs1")
     await original.write("old", b"of Bob", token="tokenOfBobs2")
-    assert (await reconcile(storage, dry_run=False, force=True)).counts == {"deleted": 2, "cleared": 1}
+    report = await reconcile(storage, dry_run=False, force=True)
+    assert report.counts == {"deleted": 1, "failed": 2}
+    assert not report.clean
     assert await keys_of(original) == ["old", "x", "z"]
+    assert (await storage.get("z")).places == (surplus,), "what stays is named"
+
+
+@pytest.mark.parametrize("verb", ["replace", "delete"])
+async def test_what_force_leaves_of_an_adopted_file_is_named_until_it_is_gone(make: Make, verb: str) -> None:
+    storage = make(settle=0.0, lease=0.01, keep_replaced=0.001)
+    original = storage.get_original("a")
+    await original.write("x", b"adopted", token="tokenOfaSave")
+    record = await storage.get(await storage.adopt("x"))
+    if verb == "replace":  # and the process dies before the old bytes go
+        surplus = Place("a", "x", "surplus")
+        changes = {"original_storage_path": "y", "places": (surplus,)}
+        await original.write("y", b"new", token=record.token)
+        await storage.journal.change(record, changes, lease=60.0)
+    else:
+        await storage.journal.mark(record, lease=60.0)
+    tells = original.capabilities.tokens
+    assert (await reconcile(storage, dry_run=False, force=True)).counts.keys() == {
+        "failed" if tells else "cleared" if verb == "replace" else "deleted"
+    }
+    assert ("x" in await keys_of(original)) == tells
+    while await storage.meta.list_unfinished(force=True):
+        await reconcile(storage, dry_run=False)  # once the lease is over
+    assert await keys_of(original) == (["y"] if verb == "replace" else [])
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

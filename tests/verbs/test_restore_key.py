@@ -2,7 +2,7 @@
 
 import pytest
 
-from aproxy_storage import NotFound, ProxyStorage
+from aproxy_storage import IntegrityError, NotFound, ProxyStorage
 from aproxy_storage.backends.memory import MemoryBackend
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend
 
@@ -80,6 +80,24 @@ async def test_names_that_are_passed_on(storage: ProxyStorage, renamings: str, w
         assert await read(storage, f"p/{name}") == data
         assert (await storage.restore_key(f"p/{name}")).places == ()
     assert await files(storage) == wanted
+
+
+async def test_a_file_waits_for_none_that_cannot_give_its_key_up(
+    storage: ProxyStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b"):
+        await storage.save(name, name.encode())
+    for old, new in [("a", "t"), ("b", "a"), ("t", "b")]:
+        await storage.rename(f"p/{old}", f"p/{new}")
+    original = storage.get_original()
+    await original.discard("a")
+    await original.write("a", b"damaged: not as long as recorded")
+    record = await storage.restore_key("p/a")
+    assert record == await storage.get("p/a")
+    assert await read(storage, "p/a") == b"b"
+    assert "'p/b' keeps the key 'a'" in caplog.text
+    with pytest.raises(IntegrityError):
+        await storage.restore_key("p/b")
 
 
 async def test_a_storage_with_token_keys_keeps_them() -> None:

@@ -1,6 +1,7 @@
 """save, replace, delete, rename, copy, move, adopt and the listing verbs, on every storage of the fixture."""
 
 import hashlib
+import itertools
 import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -495,24 +496,52 @@ async def test_ranges(storage: ProxyStorage) -> None:
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
-async def test_what_the_database_refuses_is_not_tried_for_ever(swallowed: bool) -> None:
-    class Meta(MemoryMetaBackend):
-        tries = 0
-
-        async def update(self, path: str, changes: Any, **options: Any) -> MetaRecord:
-            if "extra" in changes or changes.get("state") == "deleting":
-                self.tries += 1
-                assert self.tries < 9
-                # As where a trigger or row-level security leaves the row as it is: nothing was changed.
-                raise Conflict("gone or has changed" if swallowed else "a constraint", retryable=swallowed)
-            return await super().update(path, changes, **options)
-
+async def test_what_the_database_refuses_is_not_tried_for_ever(
+    swallowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aproxy_storage.proxy_writing._pauses", lambda: itertools.repeat(0.0))
+    meta = RefusingMeta(swallowed)
     kind, words = (NotSupported, "row-level security") if swallowed else (Conflict, "constraint")
-    async with ProxyStorage("m", originals=MemoryBackend(), meta=Meta()) as storage:
+    async with ProxyStorage("m", originals=MemoryBackend(), meta=meta) as storage:
         record = await storage.get(await storage.save("a.txt", b"1"))
         for path in ("a.txt", record):
-            with pytest.raises(kind, match=words):
-                await storage.update(path, extra={"rating": 11})
-            with pytest.raises(kind, match=words):
-                await storage.delete(path)
+            for verb in (storage.update(path, extra={"rating": 11}), storage.delete(path)):
+                meta.tries = 0
+                with pytest.raises(kind, match=words) as caught:
+                    await verb
+                assert meta.tries == (10 if swallowed else 1)
+                assert not swallowed or isinstance(caught.value.__cause__, Conflict)
         assert await storage.get("a.txt") == record
+
+
+async def test_what_the_database_has_undone_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A deadlock, or a serialisation failure: the record is as it was, and the same change succeeds a moment later.
+    monkeypatch.setattr("aproxy_storage.proxy_writing._pauses", lambda: itertools.repeat(0.0))
+    meta = RefusingMeta(True)
+    async with ProxyStorage("m", originals=MemoryBackend(), meta=meta) as storage:
+        record = await storage.get(await storage.save("a.txt", b"1"))
+        for path in ("a.txt", record):
+            meta.tries, meta.until = 0, 9
+            assert (await storage.update(path, extra={"rating": 11}))["rating"] == 11
+        meta.tries = 0
+        await storage.delete(record)
+        assert not await storage.exists("a.txt")
+
+
+class RefusingMeta(MemoryMetaBackend):
+    """Refuses changes of the fields, and removals, until so many were tried."""
+
+    tries = 0
+    until = 99
+
+    def __init__(self, retryable: bool) -> None:
+        super().__init__()
+        self.retryable = retryable
+
+    async def update(self, path: str, changes: Any, **options: Any) -> MetaRecord:
+        if "extra" in changes or changes.get("state") == "deleting":
+            self.tries += 1
+            assert self.tries < 20
+            if self.tries <= self.until:
+                raise Conflict("no row was changed" if self.retryable else "a constraint", retryable=self.retryable)
+        return await super().update(path, changes, **options)

@@ -1,5 +1,6 @@
 """J8: inside a caller's transaction the journal is one write, and no byte is removed before the commit."""
 
+import asyncio
 import contextlib
 import os
 import stat
@@ -296,6 +297,33 @@ async def test_overwriting_in_a_transaction_gives_up_where_the_key_is_taken_with
         with pytest.raises(AlreadyExists):
             await storage.write_to("a.txt", b"x", exclusive=False)
     assert [info.key async for info in original.list()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+async def test_a_copy_whose_key_is_taken_before_its_content_is_begun_goes_elsewhere(quorum: int) -> None:
+    class Quick(MemoryBackend):
+        async def _write(self, key: str, source: Any, **options: Any) -> Any:
+            if key == "x.txt":  # the other one has the content by now, and this one refuses it before its body
+                await begun.wait()
+                raise AlreadyExists("taken")
+            return await super()._write(key, source, **options)
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"mine, "
+        begun.set()
+        yield b"whole"
+
+    begun = asyncio.Event()
+    originals = {"a": MemoryBackend(), "b": Quick()}
+    async with ProxyStorage(
+        "m", originals=originals, meta=MemoryMetaBackend(), placement=Replicate(2, quorum)
+    ) as storage:
+        path = await storage.save("x.txt", content())
+        places = (await storage.get(path)).good_places()
+        assert [place.original for place in places] == ["a", "b"]
+        for place in places:
+            async with originals[place.original].read(place.key) as reading:
+                assert b"".join([chunk async for chunk in reading]) == b"mine, whole"
 
 
 PLACEMENTS = pytest.mark.parametrize("placement", [First(), Replicate(2, 1), Replicate(2, 2)], ids=["1", "1 of 2", "2"])
