@@ -346,6 +346,10 @@ async def test_modes(
     moved.temporary_path, moved.path = str(upload), None
     for name, body in {"small": b"x", "big": pieces(pattern(BIG)), "path": Path(__file__), "moved": moved}.items():
         await made.write(f"a/b/{name}", body)
+        if name == "moved":
+            assert moved.taken is not None
+            assert mode_of(root / "a" / "b" / name) & 0o177 == 0, "nobody sees more of it while it has its old name"
+            await moved.taken.release()  # as a storage does once the record is there
         wanted = 0o666 & ~umask if file_mode is None else file_mode
         assert oct(mode_of(root / "a" / "b" / name)) == oct(wanted), name
     for directory in (root, root / "a", root / "a" / "b"):
