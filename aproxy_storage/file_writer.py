@@ -116,7 +116,7 @@ class AsyncWriter:
         """Tell those who wait for a task that was closing the file, and was cancelled, what has come of it."""
         try:
             self.record = outcome_of(self._task)
-        except Exception as error:
+        except BaseException as error:  # also what is to end the process: they hear of it instead of waiting on
             closing.set_exception(error)
         else:
             closing.set_result(None)
