@@ -83,6 +83,7 @@ def test_the_profile_names_every_thread() -> None:
         assert "writer" in line
 
 
+@pytest.mark.soak
 def test_the_profile_over_s3_leaves_parts_out() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "where_s3.py"), "--turns", "1", "--size", "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

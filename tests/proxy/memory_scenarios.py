@@ -66,11 +66,11 @@ async def one_big_file(storage: ProxyStorage) -> dict[str, Any]:
 
 
 async def many_files(storage: ProxyStorage) -> dict[str, Any]:
-    """Save 1,000 files of 1 MiB whose contents are made on the way; delete them."""
+    """Save 500 files of 1 MiB whose contents are made on the way; delete them."""
     rest = bytes(MIB - 8)
 
     def items() -> Iterator[tuple[str, bytes]]:
-        for number in range(1000):
+        for number in range(500):
             yield f"{number % 10}/{number}.bin", number.to_bytes(8, "big") + rest
 
     memory = Memory()
@@ -79,16 +79,16 @@ async def many_files(storage: ProxyStorage) -> dict[str, Any]:
         assert result.error is None
         done += 1
     saved = memory.grown()
-    assert done == 1000
+    assert done == 500
     memory = Memory()
-    async for result in storage.delete_many(f"{n % 10}/{n}.bin" for n in range(1000)):
+    async for result in storage.delete_many(f"{n % 10}/{n}.bin" for n in range(500)):
         assert result.error is None
     return {"saved": saved, "deleted": memory.grown()}
 
 
 async def long_list(storage: ProxyStorage) -> dict[str, Any]:
-    """List 100,000 records, flat and with a delimiter."""
-    count = 100_000
+    """List 50,000 records, flat and with a delimiter."""
+    count = 50_000
     for start in range(0, count, 5000):
         numbers = range(start, start + 5000)
         records = [MetaRecord(f"{n % 100:02}/{n:06}.bin", "media", "files", f"{n}.bin", size=n) for n in numbers]
