@@ -587,7 +587,7 @@ def test_a_refreshed_object_does_not_forget_in_a_transaction_what_it_replaced(ov
 
 def test_a_savepoint_made_by_hand_is_rolled_back_too(default: BridgeStorage) -> None:
     with transaction.atomic():
-        savepoint = transaction.savepoint()
+        savepoint = getattr(transaction, "savepoint_create", transaction.savepoint)()  # its name since Django 6.1
         scan = Scan.objects.create(file=file(b"irreplaceable", "x.txt"))
         transaction.savepoint_rollback(savepoint)
         scan.save(force_insert=True)
