@@ -570,7 +570,7 @@ def no_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_scan_finds_what_no_record_names(media: Path, django_database: Path, no_others: None) -> None:
     bridge_storage("default").save("known.txt", ContentFile(b"x"))
     StoredFile.objects.all().delete()  # as after the loss of a database
-    assert "1 removed" in run("proxystorage_reconcile", "default", **SCAN)[0]
+    assert run("proxystorage_reconcile", "default", **SCAN) == ("default: 1 removed\nDone.\n", "")
     assert not (media / "known.txt").exists()
 
 
@@ -584,7 +584,7 @@ def test_a_scan_knows_storages_that_the_settings_do_not_name(
         monkeypatch.setattr(Plain._meta.get_field("file"), "storage", other)
         base._instances.discard(other)  # as one that another thread has just made
     other.save("contract.txt", ContentFile(b"contract"))
-    assert "nothing is left over" in run("proxystorage_reconcile", "default", **SCAN)[0]
+    assert run("proxystorage_reconcile", "default", **SCAN) == ("default: nothing is left over\nDone.\n", "")
     assert other.open("contract.txt").read() == b"contract"
 
 
