@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 
 from ..errors import AccessDenied
+from ._directories import LISTED
 from ._handles import HIDDEN, close_all
-from ._posix import _LISTED, Tree
+from ._posix import Tree, is_text
 
 __all__ = ["scan"]
 
@@ -27,7 +27,7 @@ def scan(tree: Tree, names: Sequence[str]) -> tuple[list[tuple[str, str]], list[
     except (FileNotFoundError, NotADirectoryError, AccessDenied):
         return strays, inner
     try:
-        fd = os.open(".", _LISTED, dir_fd=directories[-1] if directories else root.fd)
+        fd = os.open(".", LISTED, dir_fd=directories[-1] if directories else root.fd)
         try:
             with os.scandir(fd) as entries:
                 for entry in entries:
@@ -37,13 +37,13 @@ def scan(tree: Tree, names: Sequence[str]) -> tuple[list[tuple[str, str]], list[
                     if entry.is_symlink():
                         strays.append((name, "symbolic link"))
                     elif entry.is_dir(follow_symlinks=False):
-                        if _is_text(name):
+                        if is_text(name):
                             inner.append(name)
                         else:
                             strays.append((name, "directory whose name is not UTF-8"))
                     elif not entry.is_file(follow_symlinks=False):
                         strays.append((name, "special file"))
-                    elif not _is_text(name):
+                    elif not is_text(name):
                         strays.append((name, "file whose name is not UTF-8"))
         finally:
             os.close(fd)
@@ -55,9 +55,3 @@ def scan(tree: Tree, names: Sequence[str]) -> tuple[list[tuple[str, str]], list[
     finally:
         close_all(directories)
     return sorted(strays), sorted(inner)
-
-
-def _is_text(name: str) -> bool:
-    with contextlib.suppress(UnicodeEncodeError):
-        return bool(name.encode())
-    return False
