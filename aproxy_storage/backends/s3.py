@@ -9,7 +9,6 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self
 
 from ..content import Source
@@ -33,7 +32,7 @@ from ._s3_listing import Bucket, delete_objects, list_objects, unfinished_upload
 from ._s3_objects import TOKEN, ObjectParameters, described, every_request_of, info_of, parameters_of, size_of
 from ._s3_reading import Download, DownloadReader, ParallelDownload, range_header
 from ._s3_settings import configured_endpoint, from_django_storages, from_url, is_amazon
-from ._s3_urls import CloudFrontKey, custom_url, operation_of, response_params, without_query
+from ._s3_urls import CloudFrontKey, Links
 from ._s3_writing import Target, Upload, abort, copy_parts, decide, is_taken, remove
 from .base import Backend, Reader
 
@@ -47,12 +46,6 @@ _YOUNG = 900.0  # seconds; an upload of somebody else's that began later than th
 _KEPT = 1000  # tokens of the latest writes of this process that failed
 
 MIN_PART_BYTES = 5 << 20  # of a multipart upload, but its last: a rule of S3
-MAX_EXPIRY = 604_800.0  # seconds that a signed URL lives at most: a rule of S3
-
-_TOO_LONG = (
-    "S3 takes signed URLs that live for up to 7 days (604800 seconds). Make them when they are asked for, let what "
-    "everybody may read be public (querystring_auth=False), or let CloudFront sign (cloudfront=)"
-)
 
 
 class S3Backend(Backend):
@@ -185,8 +178,6 @@ class S3Backend(Backend):
         if addressing_style is None and endpoint_url is None and "." not in bucket:
             # By default botocore signs for the global host, which sends new buckets elsewhere, with a broken signature.
             addressing_style = "virtual"
-        if querystring_auth and custom_domain is None and expires_in > MAX_EXPIRY:
-            raise ConfigurationError(f"expires_in={expires_in:g}: {_TOO_LONG}")
         self.bucket = bucket
         self.endpoint = endpoint_url
         self.prefix = f"{check_path(prefix.strip('/'))}/" if prefix.strip("/") else ""
@@ -220,11 +211,14 @@ class S3Backend(Backend):
             every_request=every_request_of(object_parameters),
         )
         self._object_parameters = object_parameters or {}
-        self._custom_domain = custom_domain
-        self._url_protocol = (url_protocol or "https:").removesuffix("//")
-        self._cloudfront = cloudfront
-        self._querystring_auth = querystring_auth
-        self._expires_in = expires_in
+        self._links = Links(
+            bucket,
+            domain=custom_domain,
+            protocol=(url_protocol or "https:").removesuffix("//"),
+            cloudfront=cloudfront,
+            signed=querystring_auth,
+            expires_in=expires_in,
+        )
         self._conditional_copies = (
             is_amazon(endpoint_url) and conditional_writes if conditional_copies is None else conditional_copies
         )
@@ -510,30 +504,15 @@ class S3Backend(Backend):
         if options:
             raise NotSupported(f"{self} knows no {sorted(options)} for a URL")
         full_key = self._at(key, f"make a URL of {key!r} in {self}")["Key"]
-        operation = operation_of(method)
-        params: dict[str, Any] = response_params(response_headers or {}, download_name)
-        if params and operation != "get_object":
-            raise NotSupported(f"the headers of the answer to a {method} cannot be changed")
-        seconds = self._expires_in if expires_in is None else expires_in
-        if self._custom_domain is not None and operation == "get_object":
-            url = custom_url(self._url_protocol, self._custom_domain, full_key, params)
-            if self._cloudfront is None or not self._querystring_auth:
-                return url
-            return await self._cloudfront.sign(url, seconds)
-        public = not self._querystring_auth and operation in ("get_object", "head_object")
-        if public and params:
-            raise NotSupported("S3 changes headers of its answer for signed URLs only: querystring_auth=True")
-        if content_type is not None and operation == "put_object":
-            params["ContentType"] = content_type
-        if not public and seconds > MAX_EXPIRY:
-            raise NotSupported(f"a URL cannot be signed for {seconds:g} seconds: {_TOO_LONG}")
-        connection = self._connections.get()
-        signer = await connection.signer()
-        with connection.noting_credentials():
-            url = await signer.generate_presigned_url(
-                operation, Params={"Bucket": self.bucket, "Key": full_key, **params}, ExpiresIn=max(1, round(seconds))
-            )
-        return without_query(url) if public else url
+        return await self._links.url(
+            self._connections.get,
+            full_key,
+            method=method,
+            expires_in=expires_in,
+            headers=response_headers or {},
+            download_name=download_name,
+            content_type=content_type,
+        )
 
     async def _upload_form(
         self, key: str, *, token: str, expires_in: float, max_bytes: int, content_type: str | None
@@ -541,21 +520,12 @@ class S3Backend(Backend):
         if "${filename}" in self.prefix + key:
             # The service puts in what the browser says, and the policy would allow every key that begins so.
             raise InvalidPath(f"no form can be made for {key!r}: S3 has a meaning of its own for ${{filename}}")
-        if expires_in > MAX_EXPIRY:
-            raise NotSupported(f"no form can be made for {expires_in:g} seconds: S3 takes none of more than 604800")
-        fields: dict[str, str] = {f"x-amz-meta-{TOKEN}": token}
+        fields = {f"x-amz-meta-{TOKEN}": token}
         if content_type is not None:
             fields["Content-Type"] = content_type
-        conditions: list[Any] = [*({name: value} for name, value in fields.items())]
-        conditions.append(["content-length-range", 0, max_bytes])
-        connection = self._connections.get()
-        signer = await connection.signer()
-        expires_at, lives = datetime.now(UTC) + timedelta(seconds=expires_in), max(1, round(expires_in))
-        with connection.noting_credentials():
-            answer = await signer.generate_presigned_post(
-                self.bucket, self.prefix + key, Fields=fields, Conditions=conditions, ExpiresIn=lives
-            )
-        return UploadForm(answer["url"], answer["fields"], expires_at)
+        return await self._links.form(
+            self._connections.get(), self.prefix + key, fields, expires_in=expires_in, max_bytes=max_bytes
+        )
 
     # -- life
 
