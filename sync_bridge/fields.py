@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Any
 
-from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core import checks
 from django.core.exceptions import ObjectDoesNotExist
 from django.db import Error, connections, models, router, transaction
 from django.db.models import signals
-from django.db.models.fields.files import FieldFile, FileDescriptor, ImageFieldFile, ImageFileDescriptor
 
 from aproxy_storage import MetaRecord, NotFound, StorageError
 
 from .base import ConfiguredStorage
-from .files import BridgeFile
+from .field_files import ProxyFieldFile, ProxyImageFieldFile
+from .remembering import Memory, Remembering, RememberingImage, key_of, key_of_held, memory_of
 from .storage import BridgeStorage
-from .uncommitted import hold, is_any_transaction_open, make_again
+from .uncommitted import hold, make_again
 
 __all__ = ["ProxyFieldFile", "ProxyImageFieldFile", "ProxyStorageFileField", "ProxyStorageImageField"]
 
@@ -31,202 +29,6 @@ _log = logging.getLogger(__name__)
 
 #: What the record knows of the object that owns the file.
 OWNER = ("content_type_id", "object_id", "field")
-
-
-class ProxyFieldFile(FieldFile):
-    """The file of one object. `asave`, `aopen`, `aread`, `adelete`, `asize` and `aurl` await the storage directly;
-    ``async for`` gives chunks. A response takes `stream`: of a file itself Django would make a list of lines."""
-
-    storage: BridgeStorage
-    name: str | None
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        file: Any = getattr(self, "_file", None)
-        if exc_type is not None and isinstance(file, BridgeFile):
-            file.abort()  # what was being written is not published
-        self.close()
-
-    def save(self, name: str, content: Any, save: bool = True) -> None:
-        """Store `content` and set the field to it; then, with `save`, save the object."""
-        super().save(name, content, save=False)
-        self.instance.__dict__.pop(_key_of_held(self.field), None)
-        storage = self.storage
-        if is_any_transaction_open() and isinstance(storage, ConfiguredStorage):
-            place = self.instance.__dict__, _key_of_held(self.field)
-            storage._await(storage._works_here, hold, storage.proxy, self._required(), *place)
-        if save:
-            self.instance.save()
-
-    save.alters_data = True  # type: ignore[attr-defined]
-
-    async def asave(self, name: str, content: Any, save: bool = True) -> None:
-        """Store `content` and set the field to it; then, with `save`, save the object.
-
-        ``upload_to`` and the saving of the object run in Django's thread, the storing on this loop.
-
-        Raises:
-            As `BridgeStorage.asave`; the object is unchanged then.
-        """
-        name = await sync_to_async(self.field.generate_filename)(self.instance, name)
-        self.name = await self.storage.asave(name, content, max_length=self.field.max_length)
-        # An image is looked at for its dimensions.
-        await sync_to_async(self._set_instance_attribute)(self.name, content)
-        self._committed = True
-        if isinstance(self.storage, ConfiguredStorage):
-            await hold(self.storage.proxy, self.name, self.instance.__dict__, _key_of_held(self.field))
-        if save:
-            await self.instance.asave()
-
-    asave.alters_data = True  # type: ignore[attr-defined]
-
-    def delete(self, save: bool = True) -> None:
-        """Delete the file and clear the field; then, with `save`, save the object. No file: nothing is done."""
-        if not self.name:
-            return
-        gone = self.name
-        super().delete(save=False)
-        _forget(self.instance, self.field, gone)
-        if save:
-            self.instance.save()
-
-    delete.alters_data = True  # type: ignore[attr-defined]
-
-    async def adelete(self, save: bool = True) -> None:
-        """Await the deletion of the file, as `delete`."""
-        if not self.name:
-            return
-        if hasattr(self, "_file"):
-            await sync_to_async(self.close)()
-            del self.file
-        if hasattr(self, "_dimensions_cache"):
-            del self._dimensions_cache
-        gone = self.name
-        await self.storage.adelete(gone)
-        _forget(self.instance, self.field, gone)
-        self.name = None
-        setattr(self.instance, self.field.attname, self.name)
-        self._committed = False
-        if save:
-            await self.instance.asave()
-
-    adelete.alters_data = True  # type: ignore[attr-defined]
-
-    def aopen(self, mode: str = "rb") -> Any:
-        """Open the stored file: ``async with document.file.aopen() as file``."""
-        return self.storage.aopen(self._required(), mode)
-
-    async def aread(self) -> bytes:
-        """Return the whole content."""
-        async with self.aopen() as file:
-            data: bytes = await file.read()
-        return data
-
-    async def asize(self) -> int:
-        """Return the size in bytes."""
-        return await self.storage.asize(self._required())
-
-    async def aurl(self, **options: Any) -> str:
-        """Return the URL, as `BridgeStorage.aurl`."""
-        return await self.storage.aurl(self._required(), **options)
-
-    def stream(self) -> AsyncIterator[bytes]:
-        """Return an asynchronous iterator over the chunks, for a StreamingHttpResponse; it closes itself."""
-        return self.storage.astream(self._required())
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self.stream()
-
-    def _required(self) -> str:
-        self._require_file()
-        assert self.name is not None
-        return self.name
-
-
-class ProxyImageFieldFile(ProxyFieldFile, ImageFieldFile):
-    """The image of one object."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """What one object knows of its file in the database.
-
-    Attributes:
-        path: with which it came from there, or was saved last. That save may have been rolled back.
-        owned: this object has written itself into the record of `path`. A record without an owner is then another.
-        former: paths that it had before, each with its `owned`, until a commit has dealt with them.
-        unsure: the row may have another path: the object was loaded without it, or no ``post_save`` has confirmed what
-            was written, as after a bulk operation.
-    """
-
-    path: str = ""
-    owned: bool = False
-    former: tuple[tuple[str, bool], ...] = ()
-    unsure: bool = False
-
-    def without(self, path: str) -> tuple[tuple[str, bool], ...]:
-        """Return what is former and not `path`."""
-        return tuple(one for one in self.former if one[0] != path)
-
-
-class _Remembering(FileDescriptor):
-    """Remembers the path with which an object came from the database, to tell later whether it has changed."""
-
-    def __set__(self, instance: models.Model, value: Any) -> None:
-        absent = self.field.attname not in instance.__dict__  # in the constructor, or where the field was deferred
-        refreshed = _is_refreshed(self.field, instance, value)
-        if refreshed and not is_any_transaction_open():  # what could be rolled back has been, before the row was read
-            instance.__dict__.pop(_key_of_held(self.field), None)
-        if (absent and instance._state.adding) or refreshed:
-            # Where it was deferred, the value is the file of another instance, which was loaded for it.
-            path = value.name if isinstance(value, FieldFile) and value._committed else value
-            path = path if isinstance(path, str) else ""
-            instance.__dict__[_key(self.field)] = _Memory(path, former=_memory(instance, self.field).without(path))
-        elif absent:
-            instance.__dict__[_key(self.field)] = replace(_memory(instance, self.field), unsure=True)
-        super().__set__(instance, value)
-
-
-class _RememberingImage(_Remembering, ImageFileDescriptor):
-    pass
-
-
-def _key(field: Any) -> str:
-    return f"_{field.attname}_as_stored"
-
-
-def _key_of_held(field: Any) -> str:
-    return f"_{field.attname}_uncommitted"
-
-
-def _memory(instance: models.Model, field: Any) -> _Memory:
-    found = instance.__dict__.get(_key(field))
-    return found if isinstance(found, _Memory) else _Memory()
-
-
-def _is_refreshed(field: Any, instance: models.Model, value: Any) -> bool:
-    """Return whether `value` is what ``refresh_from_db`` sets: the file of the same object, loaded once more."""
-    other = value.instance if isinstance(value, FieldFile) else None
-    return (
-        other is not None
-        and other is not instance
-        and other._meta.concrete_model is instance._meta.concrete_model
-        and other.pk is not None
-        and other.pk == instance.pk
-        and value._committed
-        and (value.name or "") == _memory(other, field).path
-    )
-
-
-def _forget(instance: models.Model, field: Any, path: str) -> None:
-    """Forget a file that was deleted: whatever has its path later is not it, unless a rollback brings it back."""
-    memory = _memory(instance, field)
-    former = memory.without(path)
-    if field.delete_on_replace:
-        former = (*former, (path, True))  # of a record without an owner it could not be told which file it is
-    kept = memory if memory.path != path else _Memory()
-    instance.__dict__[_key(field)] = replace(kept, former=former)
 
 
 class _OwnedFileMixin:
@@ -273,14 +75,14 @@ class _OwnedFileMixin:
         self._make_again(model_instance)
         self._ask_the_row(model_instance)
         file = super().pre_save(model_instance, add)  # type: ignore[misc]
-        memory = _memory(model_instance, self)
+        memory = memory_of(model_instance, self)
         if (file.name or "") != memory.path:
-            model_instance.__dict__[_key(self)] = replace(memory, unsure=True)
+            model_instance.__dict__[key_of(self)] = replace(memory, unsure=True)
         return file
 
     def _ask_the_row(self, instance: models.Model) -> None:
         """Find out which file `instance` is about to give up, where it cannot know."""
-        memory = _memory(instance, self)
+        memory = memory_of(instance, self)
         if not memory.unsure or not self.delete_on_replace or instance._state.adding:
             return
         key = self.model._meta.pk
@@ -289,7 +91,7 @@ class _OwnedFileMixin:
         rows = self.model._base_manager.using(using).filter(pk=getattr(instance, key.attname))
         path = rows.values_list(self.attname, flat=True).first()
         former = (*memory.without(path), (path, False)) if path and path != memory.path else memory.former
-        instance.__dict__[_key(self)] = replace(memory, former=former, unsure=False)
+        instance.__dict__[key_of(self)] = replace(memory, former=former, unsure=False)
 
     def _make_again(self, instance: models.Model) -> None:
         """Make the record of the file again, if this object has stored it in a transaction that was rolled back.
@@ -298,7 +100,7 @@ class _OwnedFileMixin:
             StorageError: that cannot be; no row may name a file that there is not, or another one.
         """
         file: ProxyFieldFile
-        held = instance.__dict__.get(_key_of_held(self))
+        held = instance.__dict__.get(key_of_held(self))
         if held is None or not (file := getattr(instance, self.attname)) or not file._committed:
             return
         if file.name != held.path:
@@ -307,15 +109,15 @@ class _OwnedFileMixin:
         if made is None:
             return
         file.name = made.path
-        memory = _memory(instance, self)
+        memory = memory_of(instance, self)
         if memory.path == held.path:  # as it was after a save of the object, which was rolled back too
-            instance.__dict__[_key(self)] = replace(memory, path="", owned=False)
+            instance.__dict__[key_of(self)] = replace(memory, path="", owned=False)
 
     async def _made_again(self, instance: models.Model, held: MetaRecord) -> MetaRecord | None:
         storage: BridgeStorage = self.storage
         made = await make_again(storage.proxy, held, self.max_length)
         if made is not None:
-            await hold(storage.proxy, made.path, instance.__dict__, _key_of_held(self))
+            await hold(storage.proxy, made.path, instance.__dict__, key_of_held(self))
             await storage._with_its_key(made)
         return made
 
@@ -325,15 +127,15 @@ class _OwnedFileMixin:
         """Write into the record who owns the file, if the object has got another file by this save."""
         if self.attname not in instance.__dict__ or (update_fields is not None and self.name not in update_fields):
             return
-        path, now = getattr(instance, self.attname).name or "", _memory(instance, self)
+        path, now = getattr(instance, self.attname).name or "", memory_of(instance, self)
         if path != now.path or created:
             former = now.former
             # A new row has had no other file: what the constructor was given need not be this object's.
             if now.path and self.delete_on_replace and (now.owned or not created):
                 former = (*now.without(now.path), (now.path, now.owned))
             owned = bool(path) and self._write_owner(instance, path)
-            now = _Memory(path, owned, former)
-            instance.__dict__[_key(self)] = now = replace(now, former=now.without(path))
+            now = Memory(path, owned, former)
+            instance.__dict__[key_of(self)] = now = replace(now, former=now.without(path))
         if now.former:  # also those that a rollback has left
             _on_commit(partial(self._delete_former, instance, self._owner(instance), using), using)
 
@@ -384,17 +186,17 @@ class _OwnedFileMixin:
             file = getattr(instance, self.attname)  # which is loaded now, where it was deferred
         except ObjectDoesNotExist:  # somebody else was faster
             return
-        memory = _memory(instance, self)
+        memory = memory_of(instance, self)
         path = (file.name or "") if file._committed else memory.path
         if path:
             owned = memory.owned and path == memory.path
             _on_commit(partial(self._delete_unused, path, self._owner(instance), owned, using), using)
 
     def _delete_former(self, instance: models.Model, owner: Mapping[str, Any], using: str) -> None:
-        for path, owned in _memory(instance, self).former:
+        for path, owned in memory_of(instance, self).former:
             if self._delete_unused(path, owner, owned, using):
-                memory = _memory(instance, self)
-                instance.__dict__[_key(self)] = replace(memory, former=memory.without(path))
+                memory = memory_of(instance, self)
+                instance.__dict__[key_of(self)] = replace(memory, former=memory.without(path))
 
     def _delete_unused(self, path: str, owner: Mapping[str, Any], owned: bool, using: str) -> bool:
         """Delete the file of `owner`, unless it is somebody else's by now; return whether that is done with.
@@ -461,14 +263,14 @@ class ProxyStorageFileField(_OwnedFileMixin, models.FileField):
     """
 
     attr_class = ProxyFieldFile
-    descriptor_class = _Remembering
+    descriptor_class = Remembering
 
 
 class ProxyStorageImageField(_OwnedFileMixin, models.ImageField):
     """An ImageField, as `ProxyStorageFileField` is a FileField."""
 
     attr_class = ProxyImageFieldFile
-    descriptor_class = _RememberingImage
+    descriptor_class = RememberingImage
 
 
 def _is_owned_by(record: MetaRecord, owner: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from ..threads import Workers
 from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
 from ._draft import CallersFile, Draft, hash_part
+from ._file_chunks import FileChunks, seen
 from ._handles import HIDDEN, Opened
 from ._posix import Permit, Tree
 from ._strays import scan
@@ -303,7 +304,7 @@ class FileSystemBackend(Backend):
                     await hashing
                 start, hashed = hashed, min(done, hashed + _HASHED)
                 hashing = self._bulk.call(hash_part, handle, state, start, hashed, timeout=self.timeouts.idle)
-                hashing.add_done_callback(_seen)
+                hashing.add_done_callback(seen)
             if source is not None and done < size:
                 before, done = done, await self._bulk_step(draft, draft.copy, source, _SLICE, _STRETCH)
                 if done == before:
@@ -324,7 +325,7 @@ class FileSystemBackend(Backend):
             progress()
             hashing = None if state is None else self._bulk.call(state.update, part, timeout=self.timeouts.idle)
             if hashing is not None:
-                hashing.add_done_callback(_seen)
+                hashing.add_done_callback(seen)
             await self._bulk_step(draft, draft.write, part)
             if hashing is not None:
                 await hashing
@@ -344,7 +345,7 @@ class FileSystemBackend(Backend):
                     if writing is not None:
                         await writing
                     writing = self._step(draft, draft.write, _joined(gathered))
-                    writing.add_done_callback(_seen)
+                    writing.add_done_callback(seen)
                     gathered, count = [], 0
         if writing is None and not draft.begun:
             return await self._step(draft, draft.create, _joined(gathered))
@@ -361,7 +362,7 @@ class FileSystemBackend(Backend):
         info = _info(key, opened.status)
         if stop - start <= chunk_bytes:
             return Reader(info, data=data)
-        return Reader(info, _Chunks(self._workers, self.timeouts.idle, opened, start, stop, data, chunk_bytes))
+        return Reader(info, FileChunks(self._workers, self.timeouts.idle, opened, start, stop, data, chunk_bytes))
 
     async def _stat(self, key: str) -> ObjectInfo:
         status, token = await self._workers.call(self._tree.stat, key, timeout=self.timeouts.operation)
@@ -483,97 +484,6 @@ class _Taken:
 
     async def settle(self) -> None:
         await self._workers.call(self._file.settle, timeout=self._timeout)
-
-
-class _Chunks:
-    """The chunks of an open file, the next one being read while the consumer has the one before.
-
-    Not an aiofiles handle: a read that was cancelled may or may not have moved its position, so that it could not be
-    asked for again, and opening, reading and closing a small file would be three hops.
-    """
-
-    def __init__(
-        self,
-        workers: Workers,
-        timeout: float | None,
-        opened: Opened,
-        start: int,
-        stop: int,
-        first: bytes,
-        chunk_bytes: int,
-    ) -> None:
-        self._workers = workers
-        self._timeout = timeout
-        self._key = opened.key
-        self._opened: Opened | None = opened
-        self._at = start
-        self._stop = stop
-        self._chunk_bytes = chunk_bytes
-        self._first: bytes | None = first
-        self._ahead: asyncio.Future[bytes] | None = None
-        self._abandoned = False  # a read that nobody waits for may be under way
-
-    def __aiter__(self) -> _Chunks:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._at >= self._stop:
-            raise StopAsyncIteration
-        if self._opened is None:
-            raise self._closed()
-        if self._first is not None:
-            data, self._first = self._first, None
-        else:
-            self._order()
-            assert self._ahead is not None
-            try:
-                data = await self._ahead
-            except BaseException:
-                self._forget()
-                raise
-            if self._opened is None:  # in between the answer and now
-                raise self._closed()
-            self._ahead = None
-        self._at += len(data)
-        if self._at < self._stop:
-            self._order()
-        else:
-            await self.aclose()
-        return data
-
-    def _order(self) -> None:
-        if self._ahead is None:
-            assert self._opened is not None
-            stop = min(self._at + self._chunk_bytes, self._stop)
-            self._ahead = self._workers.call(self._opened.read, self._at, stop, timeout=self._timeout)
-            self._ahead.add_done_callback(_seen)
-
-    def _forget(self) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return
-        if not ahead.done():
-            # Not cancelled: a task that waits for it would take that for a cancellation of its own.
-            ahead.set_exception(self._closed())
-        # Given up or out of time, its worker may still be at it.
-        if ahead.cancelled() or ahead.exception() is not None:
-            self._abandoned = True
-
-    def _closed(self) -> BackendUnavailable:
-        return BackendUnavailable(f"{self._key!r} was closed while it was read", retryable=False)
-
-    async def aclose(self) -> None:
-        """Let go of the file; a read that is under way keeps it open until its end."""
-        self._forget()
-        opened, self._opened = self._opened, None
-        if opened is not None and not self._abandoned:
-            opened.close()
-
-
-def _seen(future: asyncio.Future[Any]) -> None:
-    """Take note of the error of a step that nobody waits for any more: another one has been raised already."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _joined(chunks: list[bytes]) -> bytes:
