@@ -28,7 +28,7 @@ from django.core.management import CommandError, call_command  # noqa: E402
 from django.db.models import FileField  # noqa: E402
 from django.test import override_settings  # noqa: E402
 
-from aproxy_storage import MetaRecord, ProxyStorage  # noqa: E402
+from aproxy_storage import MetaRecord, ProxyStorage, registry  # noqa: E402
 from aproxy_storage.backends.filesystem import FileSystemBackend  # noqa: E402
 from aproxy_storage.backends.memory import MemoryBackend  # noqa: E402
 from aproxy_storage.meta_backends.memory import MemoryMetaBackend  # noqa: E402
@@ -563,6 +563,8 @@ def no_others(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kept = weakref.WeakSet(one for one in found if isinstance(one, BridgeStorage))
     before = base._instances
     monkeypatch.setattr(base, "_instances", kept)
+    known = {one.proxy.name: one.proxy for one in kept}
+    monkeypatch.setattr(registry, "_storages", known)
     yield
     before.update(kept)
 
