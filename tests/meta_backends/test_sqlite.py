@@ -997,6 +997,8 @@ async def test_an_aclose_that_nobody_waits_for_any_more_goes_on_quietly(
     meta = SQLiteMetaBackend(tmp_path / "meta.db")
     await meta.create(make_record("x"))
     engine = meta._engine
+    with engine._writing.lock:  # the writer has answered, and lets go of it in a moment
+        pass
     go_on = threading.Event()
     close_all = engine._close_all
 
