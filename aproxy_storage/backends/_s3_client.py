@@ -31,6 +31,7 @@ except ImportError as error:
 
 from ._s3_endpoints import remember_endpoints
 from ._s3_errors import (
+    code_of,
     has_request_id,
     is_throttled,
     is_transient,
@@ -225,6 +226,7 @@ class Connection:
         )
         # Expect: 100-continue costs a round trip for each PUT, to spare the sending of what would be refused.
         client.meta.events.unregister("before-call.s3", add_expect_header)
+        client.meta.events.register("before-call.s3.HeadBucket", _do_not_follow)
         remember_endpoints(client, loader_of(self._session))
         if self._closed:  # meanwhile
             await self._stack.aclose()
@@ -348,6 +350,22 @@ class Connection:
             if not has_request_id(error):
                 await self.check_bucket(what, at["Bucket"])
             raise
+        except StorageError as error:
+            if code_of(error) == "400":
+                await self._ask_why(what, at)
+            raise
+
+    async def _ask_why(self, what: str, at: Mapping[str, Any]) -> None:
+        """Raise what the service says of a GET, of which it has refused the HEAD: expired credentials are answered with
+        a mere 400 there, and other regions are."""
+        try:
+            answer, slot = await self.stream("get_object", what, Range="bytes=0-0", **at)
+        except StorageError as error:
+            if isinstance(error, NotFound) or code_of(error) in ("400", "416", "InvalidRange"):
+                return  # no reason to refuse it
+            raise
+        answer["Body"].close()
+        slot.release()
 
     async def check_bucket(self, what: str, bucket: str) -> None:
         """Raise ConfigurationError if the bucket does not exist; BackendUnavailable if it did before."""
@@ -430,6 +448,12 @@ class Connection:
             if isinstance(error, ValueError):
                 mapped = ConfigurationError(f"could not {what}: {error}")  # "Invalid endpoint: …"
             raise mapped from error
+
+
+def _do_not_follow(params: dict[str, Any], **_: Any) -> None:
+    """Keep botocore from following what HeadBucket is answered. It asks that itself where another answer has sent it
+    elsewhere, and of a server that sends everybody elsewhere, as from http: to https:, for ever."""
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 async def pause(number: int, *, throttled: bool = False) -> None:

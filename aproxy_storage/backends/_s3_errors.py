@@ -63,8 +63,9 @@ _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityToo
 _BAD_NAME = {"InvalidObjectName", "InvalidURI", "KeyTooLongError", "XMinioInvalidObjectName"}
 _ELSEWHERE = {
     "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect", "Redirect",
-    "TemporaryRedirect", "301", "307",
+    "TemporaryRedirect",
 }  # fmt: skip
+_REDIRECTS = (301, 302, 307, 308)
 
 _DENIED = {
     "AccessDenied": "the credentials are good, but not for this. Give them the right (docs/s3.md lists those needed)",
@@ -201,11 +202,17 @@ def _of_answer(error: Any, what: str) -> StorageError:
         return Conflict(f"{failed}: another request for the same object was under way ({code})")
     if code in _GONE_UPLOAD:
         return Conflict(f"{failed}: the multipart upload is gone; somebody, or a rule of the bucket, has ended it")
-    if code in _ELSEWHERE:
+    if code in _ELSEWHERE or status in _REDIRECTS:
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         region = error.response["Error"].get("Region") or headers.get("x-amz-bucket-region")
-        way = f"it says {region!r}" if region else "ask its owner"
-        return ConfigurationError(f"{failed}: the bucket is in another region ({way}); look at region= ({code})")
+        if region is None:
+            return ConfigurationError(
+                f"{failed}: the service sends requests elsewhere, and does not say which region that is. Look at "
+                f"region=, and at endpoint_url=: should it begin with https:? ({code})"
+            )
+        return ConfigurationError(
+            f"{failed}: the bucket is in another region (it says {region!r}); look at region= ({code})"
+        )
     if code in _DENIED:
         return AccessDenied(f"{failed}: {_DENIED[code]} ({code})")
     if code in _FULL or status in (413, 507):

@@ -106,6 +106,9 @@ def assert_no_secret(raised: StorageError) -> None:
         (error(403, "SignatureDoesNotMatch"), AccessDenied, "secret key"),
         (error(403, "AccessDenied"), AccessDenied, "right"),
         (error(400, "AuthorizationHeaderMalformed", Region="eu-west-3"), ConfigurationError, "'eu-west-3'"),
+        (error(301, "PermanentRedirect", Endpoint="bucket.s3.eu-west-3.amazonaws.com"), ConfigurationError, "region="),
+        (Answer(301, {}, b"<html>Moved Permanently</html>"), ConfigurationError, "https:?"),
+        (Answer(302, {}, b"<html>Found</html>"), ConfigurationError, "https:?"),
         (error(404, "NoSuchBucket"), ConfigurationError, "bucket="),
         (error(500, "InternalError"), BackendUnavailable, "InternalError"),
         (error(503, "SlowDown"), BackendUnavailable, "slow down"),
@@ -129,12 +132,43 @@ async def test_answers_become_errors(answer: Answer, expected: type[StorageError
     async with FakeS3(lambda asked: answer).backend() as backend:
         for verb, raised in (await every_verb(backend)).items():
             assert_no_secret(raised)
-            if verb in ("stat", "copy"):  # a HEAD is answered without a body, by the status alone
+            if verb in ("stat", "copy") and answer.status != 400:  # a HEAD is answered by the status alone
                 assert isinstance(raised, StorageError)
                 continue
             assert type(raised) is expected, verb
             assert hint in str(raised), verb
             assert "key" in str(raised) or verb in ("list", "delete_many")
+
+
+async def test_of_a_refused_head_the_reason_is_asked_for() -> None:
+    def service(reason: Answer) -> FakeS3:
+        return FakeS3(lambda asked: Answer(400) if asked.method == "HEAD" else reason)
+
+    for reason, expected, hint in (
+        (error(400, "ExpiredToken"), AccessDenied, "have expired"),
+        (error(400, "InvalidRequest"), BackendUnavailable, "InvalidRequest"),
+        (error(404, "NoSuchKey"), BackendUnavailable, "expired"),
+        (error(416, "InvalidRange"), BackendUnavailable, "expired"),
+        (Answer(206, {"Content-Range": "bytes 0-0/5"}, b"x"), BackendUnavailable, "expired"),
+    ):
+        server = service(reason)
+        async with server.backend(pool_size=1) as backend:
+            for _ in range(2):  # it gives its connection back
+                with pytest.raises(expected, match=hint) as caught:
+                    await backend.stat("key")
+            assert caught.value.operation == "stat"
+        # botocore asks for the bucket too, of which the answer may name the region.
+        asked = [(each.method, each.headers.get("range")) for each in server.asked if each.path == "/bucket/key"]
+        assert asked == [("HEAD", None), ("GET", "bytes=0-0")] * 2
+
+
+async def test_a_server_that_sends_everybody_elsewhere_is_not_asked_for_ever() -> None:
+    server = FakeS3(lambda asked: Answer(301))
+    async with server.backend() as backend:
+        for raised in (await every_verb(backend)).values():
+            assert type(raised) is ConfigurationError
+            assert "endpoint_url=" in str(raised)
+    assert len(server.asked) < 25
 
 
 async def test_head_is_understood_by_its_status() -> None:
