@@ -27,7 +27,7 @@ from .errors import (
     outcome_unknown,
 )
 from .fallback import is_outage, names
-from .futures import outcome_of
+from .futures import outcome_of, seen
 from .gates import Admission, Gate, Kind, Outcome
 from .records import Place
 from .timeouts import Alarm, IdleWatch
@@ -301,7 +301,7 @@ class Attempts:
             context=contextvars.copy_context(),
             log=False,
         )
-        task.add_done_callback(_seen)
+        task.add_done_callback(seen)
         return task
 
     @staticmethod
@@ -498,9 +498,3 @@ def _too_slow(name: str, seconds: float, error: TimeoutError) -> DeadlineExceede
     return DeadlineExceeded(
         f"no progress at the original {name!r} for {seconds:g} seconds", backend=name, outcome_unknown=unknown
     )
-
-
-def _seen(task: asyncio.Task[Any]) -> None:
-    """Keep asyncio from complaining about the error of an attempt that was left behind."""
-    if not task.cancelled():
-        task.exception()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from ..errors import BackendUnavailable
+from ..futures import seen
 from ..threads import Workers
 from ._handles import Opened
 
-__all__ = ["FileChunks", "seen"]
+__all__ = ["FileChunks"]
 
 
 class FileChunks:
@@ -95,9 +95,3 @@ class FileChunks:
         opened, self._opened = self._opened, None
         if opened is not None and not self._abandoned:
             opened.close()
-
-
-def seen(future: asyncio.Future[Any]) -> None:
-    """Take note of the error of a step that nobody waits for any more: another one has been raised already."""
-    if not future.cancelled():
-        future.exception()

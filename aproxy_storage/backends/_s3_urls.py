@@ -149,7 +149,13 @@ class Links:
         return _without_query(url) if public else url
 
     async def form(
-        self, connection: Connection, key: str, fields: Mapping[str, str], *, expires_in: float, max_bytes: int
+        self,
+        connect: Callable[[], Connection],
+        key: str,
+        fields: Mapping[str, str],
+        *,
+        expires_in: float,
+        max_bytes: int,
     ) -> UploadForm:
         """Return a form that uploads up to `max_bytes` to the whole `key`, with exactly these `fields`.
 
@@ -160,6 +166,7 @@ class Links:
             raise NotSupported(f"no form can be made for {expires_in:g} seconds: S3 takes none of more than 604800")
         conditions: list[Any] = [*({name: value} for name, value in fields.items())]
         conditions.append(["content-length-range", 0, max_bytes])
+        connection = connect()
         signer = await connection.signer()
         expires_at, lives = datetime.now(UTC) + timedelta(seconds=expires_in), max(1, round(expires_in))
         with connection.noting_credentials():

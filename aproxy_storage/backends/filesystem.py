@@ -16,13 +16,14 @@ from urllib.parse import quote
 from ..blocking import blocking_loop, came_from_outside
 from ..content import Source
 from ..errors import BackendUnavailable, ConfigurationError, ContentError, InvalidPath, NotSupported, StorageError
+from ..futures import seen
 from ..paths import new_token
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..threads import Workers
 from ..timeouts import Timeouts, progress
 from ..urls import URL, boolean, mode, optional
 from ._draft import CallersFile, Draft, hash_part
-from ._file_chunks import FileChunks, seen
+from ._file_chunks import FileChunks
 from ._handles import HIDDEN, Opened
 from ._posix import Permit, Tree
 from ._strays import scan

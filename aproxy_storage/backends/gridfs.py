@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from ..clients.mongo import JOURNALLED, Databases, collection_of, ensure_indexes, is_storable, mongo_error
 from ..content import Source
 from ..errors import BackendUnavailable, ConfigurationError, MissingDependency, NotFound, StorageError
-from ..futures import outcome_of, over
+from ..futures import outcome_of, over, seen
 from ..paths import new_token, successor
 from ..records import ByteRange, Capabilities, ObjectInfo
 from ..timeouts import Timeouts
@@ -104,7 +104,7 @@ class GridFSBackend(Backend):
 
     def _start(self, work: Callable[[], Awaitable[A]]) -> asyncio.Task[A]:
         task = self.cleanup.start(self._limited(work), name="a statement of GridFS", log=False)
-        task.add_done_callback(_seen)
+        task.add_done_callback(seen)
         return task
 
     async def _limited(self, work: Callable[[], Awaitable[A]]) -> A:
@@ -306,12 +306,6 @@ class _Bucket:
 
 async def _ready(bucket: _Bucket) -> None:
     """Be a call that does nothing but make the indexes."""
-
-
-def _seen(task: asyncio.Task[Any]) -> None:
-    """Nobody may be left to take the error of a task; it is no less known for that."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _rolled_up(name: str, prefix: str, delimiter: str) -> str | None:

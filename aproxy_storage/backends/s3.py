@@ -524,7 +524,7 @@ class S3Backend(Backend):
         if content_type is not None:
             fields["Content-Type"] = content_type
         return await self._links.form(
-            self._connections.get(), self.prefix + key, fields, expires_in=expires_in, max_bytes=max_bytes
+            self._connections.get, self.prefix + key, fields, expires_in=expires_in, max_bytes=max_bytes
         )
 
     # -- life
