@@ -213,6 +213,101 @@ async def test_a_file_under_another_name_is_deleted_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.asyncio
+async def test_a_file_under_another_name_that_stayed_is_found_by_a_scan(tmp_path: Path) -> None:
+    """As after a crash between the two: nothing says which file it is but that no record names it."""
+    (tmp_path / "files").mkdir()
+    backend = DjangoStorageBackend(broken := Renaming(tmp_path / "files"))
+    async with ProxyStorage("site", originals=backend, meta=MemoryMetaBackend(), keys="token") as storage:
+        broken.delete = fail  # type: ignore[method-assign]
+        with pytest.raises(StorageError):
+            await storage.save("letter.txt", b"x")
+        assert [name.startswith("other-letter_") for name in files_below(tmp_path)] == [False]
+        assert Path(files_below(tmp_path / "files")[0]).name.startswith("other-letter_")
+        del broken.delete
+        await reconcile(storage, scan=True, min_age=-1.0, force=True, dry_run=False)
+        assert files_below(tmp_path) == []
+
+
+def fail(*_: object) -> None:
+    raise OSError("no answer")
+
+
+class Occupied(InMemoryStorage):
+    """Keeps every call until `free` is set, and counts those under way."""
+
+    def __init__(self, full: int) -> None:
+        super().__init__()
+        self.full = full
+        self.count = self.most = 0
+        self.lock = threading.Lock()
+        self.is_full = threading.Event()
+        self.free = threading.Event()
+
+    def listdir(self, path: str) -> tuple[list[str], list[str]]:
+        with self.lock:
+            self.count += 1
+            self.most = max(self.most, self.count)
+            if self.count == self.full:
+                self.is_full.set()
+        self.free.wait(30)
+        with self.lock:
+            self.count -= 1
+        return [], []
+
+
+@pytest.mark.asyncio
+async def test_no_more_calls_at_a_time_than_there_are_threads() -> None:
+    storage = Occupied(full=3)
+    async with DjangoStorageBackend(storage, max_workers=3) as backend:
+        looks = [asyncio.create_task(listed(backend)) for _ in range(20)]
+        assert await asyncio.to_thread(storage.is_full.wait, 30)
+        storage.free.set()
+        assert await asyncio.gather(*looks) == [[]] * 20
+    assert storage.most == 3
+
+
+async def listed(backend: DjangoStorageBackend) -> list[str]:
+    return [info.key async for info in backend.list()]
+
+
+class Slow(InMemoryStorage):
+    """Reads the first bytes of what it is given, and goes on when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
+
+    def _save(self, name: str, content: Any) -> str:
+        first = content.read(1)
+        self.begun.set()
+        self.go_on.wait(30)
+        return str(super()._save(name, ContentFile(first + content.read())))
+
+
+@pytest.mark.asyncio
+async def test_a_slow_storage_slows_the_content_down() -> None:
+    storage, given = Slow(), 0
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal given
+        for _ in range(64):
+            given += 1
+            yield b"x" * (1 << 20)
+
+    async with DjangoStorageBackend(storage) as backend:
+        writing = asyncio.create_task(backend.write("key", chunks()))
+        assert await asyncio.to_thread(storage.begun.wait, 30)
+        before = -1
+        while before != given:  # until no more is asked for
+            before = given
+            await asyncio.sleep(0.1)
+        assert given < 8
+        storage.go_on.set()
+        assert (await writing).size == 64 << 20
+
+
+@pytest.mark.asyncio
 async def test_every_call_runs_in_threads_of_its_own(tmp_path: Path) -> None:
     seen: set[str] = set()
 

@@ -9,7 +9,7 @@ from botocore.exceptions import ClientError
 
 from aproxy_storage.backends.s3 import S3Backend
 from aproxy_storage.errors import AccessDenied, AlreadyExists, BackendUnavailable, ConfigurationError
-from tests.backends.fake_s3 import FakeS3, error
+from tests.backends.fake_s3 import Answer, FakeS3, error
 from tests.backends.test_s3_errors import every_verb
 
 pytestmark = pytest.mark.asyncio
@@ -62,8 +62,16 @@ class Objects:
         return {"CopyObjectResult": self._put(self.content(params["CopySource"]["Key"]), **params)}
 
     async def create_multipart_upload(self, **params: Any) -> dict[str, Any]:
-        self.begun = params
+        self.begun, self.copied = params, b""
         return {"UploadId": "1"}
+
+    async def upload_part(self, **params: Any) -> dict[str, Any]:
+        self.copied += params["Body"].read()
+        return {"ETag": "1"}
+
+    async def abort_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        self.asked.append(("abort_multipart_upload", params))
+        return {}
 
     async def upload_part_copy(self, **params: Any) -> dict[str, Any]:
         self.asked.append(("upload_part_copy", params))
@@ -74,6 +82,7 @@ class Objects:
         return {"CopyPartResult": {"ETag": "1"}}
 
     async def complete_multipart_upload(self, **params: Any) -> dict[str, Any]:
+        self.asked.append(("complete_multipart_upload", params))
         return self._put(self.copied, **{**self.begun, **params})
 
     async def delete_object(self, **params: Any) -> dict[str, Any]:
@@ -107,6 +116,21 @@ async def test_nothing_is_copied_onto_what_is_there() -> None:
     assert client.content("free") == b""
 
 
+@pytest.mark.parametrize("size", [0, 5, 6 << 20])
+async def test_nothing_is_written_onto_what_is_there(size: int) -> None:
+    """By one request, and in parts."""
+    client = Objects(taken=b"precious")
+    backend = S3Backend("bucket", client=client, conditional_writes=False, multipart_bytes=1 << 20, parts=1)
+    with pytest.raises(AlreadyExists):
+        await backend.write("taken", b"x" * size)
+    assert client.content("taken") == b"precious"
+    await backend.write("free", b"x" * size)
+    assert client.content("free") == b"x" * size
+    parts = [params for operation, params in client.asked if operation == "complete_multipart_upload"]
+    assert len(parts) == (size > 1 << 20)
+    assert all("IfNoneMatch" not in params for _, params in client.asked)
+
+
 async def test_copies_are_not_conditional_where_writes_are_not() -> None:
     with pytest.raises(ConfigurationError, match="conditional_copies"):
         S3Backend("bucket", conditional_writes=False, conditional_copies=True)
@@ -126,6 +150,22 @@ async def test_small_objects_are_not_copied_in_ranges() -> None:
     await backend.copy("large", "copy")
     ranges = [params.get("CopySourceRange") for operation, params in client.asked if operation == "upload_part_copy"]
     assert ranges == [None, "bytes=0-4194303", "bytes=4194304-6291455"]
+
+
+async def test_large_objects_are_copied_in_ranges_where_small_ones_are_not() -> None:
+    """As Amazon has it, which copies up to 5 GiB with one request."""
+    client = Objects(old=b"x")
+    backend = S3Backend("bucket", client=client, conditional_copies=True)
+    backend._copy_part_bytes = 4 << 20
+    client._put(b"x" * (4 << 20), Key="whole")
+    await backend.copy("whole", "1")
+    client._put(b"y" * (6 << 20), Key="large")
+    client.asked.clear()
+    await backend.copy("large", "2")
+    changes = [operation for operation, _ in client.asked if operation != "head_object"]
+    assert changes == ["upload_part_copy", "upload_part_copy", "complete_multipart_upload"]
+    assert client.asked[-1][1]["IfNoneMatch"] == "*"
+    assert (client.content("1"), client.content("2")) == (b"x" * (4 << 20), b"y" * (6 << 20))
 
 
 # -- answers that lack something
@@ -191,6 +231,14 @@ async def test_services_that_do_not_remove_many_objects_at_once(code: str, statu
     assert sum(operation == "delete_objects" for operation, _ in client.asked) == 1, "it was asked again"
 
 
+async def test_a_thousand_objects_are_removed_with_one_request() -> None:
+    keys = [f"key{number}" for number in range(2001)]
+    client = Objects(**dict.fromkeys([*keys, "kept"], b"x"))
+    assert await S3Backend("bucket", client=client).delete_many(keys) == dict.fromkeys(keys)
+    assert set(client.objects) == {"kept"}
+    assert [len(params["Delete"]["Objects"]) for _, params in client.asked] == [1000, 1000, 1]
+
+
 async def test_a_refusal_of_all_is_not_taken_for_one_of_the_batch() -> None:
     client = Singly("InternalSomething", 400, key=b"x")
     with pytest.raises(BackendUnavailable):
@@ -205,6 +253,18 @@ async def test_keys_that_no_object_can_have_do_not_keep_the_others() -> None:
     assert await backend.delete_many([*impossible, "key"]) == dict.fromkeys([*impossible, "key"])
     assert not client.objects
     assert await backend.delete_many([""]) == {"": None}
+
+
+async def test_a_put_is_sent_at_once_and_without_further_checksums() -> None:
+    """Not every service knows them, and who has to be asked first costs a round trip."""
+    server = FakeS3(lambda asked: Answer(200, {"ETag": '"1"'}))
+    async with server.backend() as backend:
+        for size in (0, 5, 3 << 20):
+            await backend.write(f"{size}", b"x" * size)
+    assert [(asked.method, len(asked.body)) for asked in server.asked] == [("PUT", 0), ("PUT", 5), ("PUT", 3 << 20)]
+    for asked in server.asked:
+        assert "expect" not in asked.headers
+        assert not [name for name in asked.headers if "checksum" in name]
 
 
 # -- parameters of all objects
