@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 PYTEST_ARGS ?=
 # Processes that run the tests side by side; 0: none but pytest's own, as a debugger needs it.
 # One more than there are cores, up to four: many tests wait for a server, a lease or a process.
-PYTEST_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n + 1 : 4)))
+PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n + 1 : 4)))
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
@@ -35,7 +35,7 @@ docs: $(STAMP) ## build the documentation into build/docs, warnings being errors
 	@echo build/docs/index.html
 
 test: $(STAMP) ## run the tests; the slowest are listed (PYTEST_ARGS="tests/test_x.py -k name")
-	$(PY) -m pytest -n $(PYTEST_WORKERS) --dist=loadgroup --durations=15 $(PYTEST_ARGS)
+	$(PY) -m pytest -n $(PYTEST_WORKERS) --maxprocesses=4 --dist=loadgroup --durations=15 $(PYTEST_ARGS)
 
 coverage: $(STAMP) ## run them with coverage, which takes a third longer
 	@$(MAKE) --no-print-directory test PYTEST_ARGS="--cov --cov-report=term $(PYTEST_ARGS)"

@@ -31,21 +31,24 @@ def nothing_left_behind() -> Iterator[None]:
     """
     from aproxy_storage import registry
     from aproxy_storage.meta_backends.sqlite import SQLiteMetaBackend
+    from sync_bridge import options
     from sync_bridge.bridge import bridge
 
     made: list[SQLiteMetaBackend] = []
 
     def noted(self: SQLiteMetaBackend, *args: Any, **kwargs: Any) -> None:
-        made.append(self)
         init(self, *args, **kwargs)
+        made.append(self)
 
     init = SQLiteMetaBackend.__init__
-    before = registry.registered_names()
+    before, described = registry.registered_names(), set(options._made)
     with pytest.MonkeyPatch.context() as patch:  # not the test's own, which has to be undone before
         patch.setattr(SQLiteMetaBackend, "__init__", noted)
         yield
     for name in set(registry.registered_names()).difference(before):
         registry.unregister(name)
+    for description in set(options._made) - described:
+        del options._made[description]
     for meta in made:
         bridge.call(meta.aclose)
 
