@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import random
 import statistics
 import sys
@@ -307,8 +308,8 @@ async def one_large(name: str, verb: str, options: dict[str, Any], path: Path) -
     }
     async with backend, aioboto3.Session().client("s3", **connection) as client:
         store = Ours(backend) if name == OURS else Bare(client, options["bucket"])
-        await store.up(f"{key}-warm", b"x")
-        await store.down(f"{key}-warm")
+        await store.up(f"warm-{os.getpid()}", b"x")
+        await store.down(f"warm-{os.getpid()}")
 
         async def up() -> None:
             if name == OURS:
